@@ -1,0 +1,143 @@
+"""The demo's node pack: what stands in for SD3's text encoders and VAE around the demo's model."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from comfy_api.latest import ComfyExtension, io
+
+from . import world
+from .codec import Codec
+
+_CODEC = Path(__file__).parent / "models" / "taca_demo_codec.safetensors"
+
+
+@cache
+def _codec() -> Codec:
+    return Codec.load(_CODEC)
+
+
+class TACADemoTextEncode(io.ComfyNode):
+    """Encode a caption with the demo's closed vocabulary."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="TACADemoTextEncode",
+            display_name="TACA Demo Text Encode",
+            category="TACA/demo",
+            description="Encodes a caption for the TACA demo's model, which draws two coloured "
+            "shapes, for example 'a red circle left of a blue square'.",
+            search_aliases=["taca demo prompt"],
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a red circle left of a blue square",
+                    tooltip="A caption of the form 'a COLOUR SHAPE RELATION a COLOUR SHAPE'. "
+                    f"Colours: {', '.join(world.COLOURS)}. Shapes: {', '.join(world.SHAPES)}. "
+                    f"Relations: {', '.join(world.RELATIONS)}. "
+                    "Leave it empty for the negative prompt.",
+                )
+            ],
+            outputs=[io.Conditioning.Output(tooltip="The caption as 16 tokens of 64 channels.")],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        """Encode `text`.
+
+        Parameters
+        ----------
+        text : str
+            At most 16 words of the vocabulary.
+
+        Returns
+        -------
+        io.NodeOutput
+            Conditioning of shape ``(1, 16, 64)``.
+
+        Raises
+        ------
+        ValueError
+            If a word is unknown or the text is too long.
+        """
+        tokens = torch.from_numpy(world.encode(text))
+        # ComfyUI asks an SD3 conditioning for a pooled vector; the demo's model does not read it.
+        pooled = {"pooled_output": torch.zeros(1, 1)}
+        return io.NodeOutput([[_codec().embed(tokens[None]), pooled]])
+
+
+class TACADemoDecode(io.ComfyNode):
+    """Decode the demo's latents with its linear codec."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="TACADemoDecode",
+            display_name="TACA Demo Decode",
+            category="TACA/demo",
+            description="Decodes the TACA demo's latents. Sample them from an Empty SD3 Latent "
+            "Image of 128 by 128: its 16 by 16 latents are a picture of 64 by 64 pixels here, "
+            "four pixels to a latent instead of SD3's eight.",
+            search_aliases=["taca demo vae"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="Latents with 16 channels."),
+                io.Int.Input(
+                    "upscale",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="Every pixel becomes a square of this many pixels, for viewing.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The picture, 64 by 64 pixels times the upscale.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict, upscale: int) -> io.NodeOutput:
+        """Decode `samples`.
+
+        Parameters
+        ----------
+        samples : dict
+            Latents of shape ``(batch, 16, h, w)`` under ``"samples"``.
+        upscale : int
+            Size of one pixel in the image.
+
+        Returns
+        -------
+        io.NodeOutput
+            Image of shape ``(batch, 4 * h * upscale, 4 * w * upscale, 3)`` in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If the latents do not have 16 channels.
+        """
+        latents = samples["samples"]
+        if latents.ndim != 4 or latents.shape[1] != 16:
+            raise ValueError(
+                "TACA Demo Decode takes latents of shape (batch, 16, height, width), "
+                f"not {tuple(latents.shape)}."
+            )
+        pictures = _codec().decode(latents.float().cpu())
+        pictures = pictures.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2)
+        return io.NodeOutput(pictures)
+
+
+class TACADemoExtension(ComfyExtension):
+    """The demo's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """List them."""
+        return [TACADemoTextEncode, TACADemoDecode]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """Give ComfyUI the extension."""
+    return TACADemoExtension()

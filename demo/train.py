@@ -1,0 +1,278 @@
+"""Train the demo's model, a small MM-DiT of the SD3 architecture, from scratch on a CPU.
+
+``python demo/train.py --comfyui DIR`` renders the pictures, fits the codec, trains by rectified
+flow and writes ``taca_demo_mmdit.safetensors``, ``taca_demo_codec.safetensors`` and
+``taca_demo.json`` to ``demo/models``. A run that was stopped goes on where it last saved. On a
+machine that does other work too, set ``OMP_WAIT_POLICY=passive``: OpenMP's waiting threads
+otherwise spin on the cores that the others need, and a step can take twenty times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import world
+from codec import CHANNELS, Codec, from_model, to_model
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+DEPTH = 3  # blocks and heads; the width is 64 * DEPTH, from which ComfyUI reads the depth
+GRID = world.SIZE // 8  # image tokens per side: 4-pixel codec patches, 2x2 of them to a token
+CONTEXT = 64
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
+    parser.add_argument("--models", type=Path, default=HERE / "models", help="where to write")
+    parser.add_argument("--work", type=Path, default=Path(".dev/train"), help="log, checkpoint")
+    parser.add_argument("--steps", type=int, default=11000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--optimiser", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions")
+    parser.add_argument("--shift", type=float, default=2.0, help="of the logit-normal times")
+    parser.add_argument("--pool", type=int, default=100, help="pictures per caption")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate-every", type=int, default=1000, help="steps")
+    arguments = parser.parse_args()
+    if arguments.comfyui is None:
+        parser.error("name ComfyUI's folder with --comfyui or COMFYUI_PATH")
+    return arguments
+
+
+def build_model() -> torch.nn.Module:
+    """Build ComfyUI's MMDiT as its loader will, and initialise it as the DiT paper does."""
+    from comfy.cli_args import args
+
+    args.cpu = args.use_pytorch_cross_attention = True
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.mmdit import (
+        OpenAISignatureMMDITWrapper,
+        get_2d_sincos_pos_embed,
+    )
+
+    model = OpenAISignatureMMDITWrapper(
+        input_size=None,
+        in_channels=CHANNELS,
+        depth=DEPTH,
+        num_patches=GRID**2,
+        pos_embed_max_size=GRID,
+        context_embedder_config={
+            "target": "torch.nn.Linear",
+            "params": {"in_features": CONTEXT, "out_features": 64 * DEPTH},
+        },
+        qk_norm="rms",
+        operations=comfy.ops.disable_weight_init,
+    )
+    for name, weight in model.named_parameters():
+        if "ln_" in name:
+            torch.nn.init.ones_(weight)
+        elif weight.ndim == 1 or "adaLN" in name or "final_layer" in name:
+            torch.nn.init.zeros_(weight)
+        else:
+            torch.nn.init.xavier_uniform_(weight.data.flatten(1))
+    position = get_2d_sincos_pos_embed(64 * DEPTH, GRID)
+    model.pos_embed.copy_(torch.from_numpy(position)[None])
+    return model
+
+
+def build_optimisers(
+    model: torch.nn.Module, arguments: argparse.Namespace
+) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of the blocks, AdamW for the rest (or for everything)."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        block = name.startswith("joint_blocks") and "adaLN" not in name and weight.ndim == 2
+        (matrices if block and arguments.optimiser == "muon" else others).append(weight)
+    optimisers = [
+        torch.optim.AdamW(others, arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ]
+    if matrices:
+        optimisers.append(
+            torch.optim.Muon(
+                matrices, arguments.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimisers
+
+
+def build_pool(arguments: argparse.Namespace) -> tuple[Codec, torch.Tensor, torch.Tensor]:
+    """Render the pictures and fit the codec: codec, model-space latents, token ids."""
+    captions = world.captions("train") * arguments.pool
+    rng = np.random.default_rng(arguments.seed)
+    codec, latents = None, []
+    for start in range(0, len(captions), 5100):
+        chunk = [world.render(caption, rng) for caption in captions[start : start + 5100]]
+        pictures = torch.from_numpy(np.stack(chunk))
+        codec = codec or Codec.fit(pictures, len(world.VOCABULARY), world.TOKENS, CONTEXT)
+        latents.append(to_model(codec.encode(pictures)).half())
+    tokens = torch.from_numpy(np.stack([world.encode(caption) for caption in captions]))
+    return codec, torch.cat(latents), tokens
+
+
+def draw_batches(
+    count: int, batch: int, first: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+    """Yield each step's indices and random generator, the same whether resumed or not."""
+    per_epoch = count // batch
+    for epoch in itertools.count(first // per_epoch):
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
+        for step in range(max(first, epoch * per_epoch), (epoch + 1) * per_epoch):
+            place = step % per_epoch * batch
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            yield order[place : place + batch], generator
+
+
+@torch.no_grad()
+def accuracy(
+    model: torch.nn.Module, codec: Codec, captions: list[str], steps: int = 16, cfg: float = 3.0
+) -> dict[str, float]:
+    """Sample captions (Euler, shift 3) and return the share right per criterion.
+
+    A quick look while training: `evaluate.py` measures the written file through ComfyUI.
+    """
+    tokens = torch.from_numpy(np.stack([world.encode(caption) for caption in captions]))
+    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(captions), CHANNELS, 2 * GRID, 2 * GRID, generator=generator)
+    times = torch.linspace(1, 0, steps + 1)
+    times = 3 * times / (1 + 2 * times)
+    for t, following in itertools.pairwise(times):
+        velocity = model(x.repeat(2, 1, 1, 1), (1000 * t).expand(2 * len(x)), context=context)
+        positive, negative = velocity.chunk(2)
+        x = x + (following - t) * (negative + cfg * (positive - negative))
+    pictures = codec.decode(from_model(x)).numpy()
+    results = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
+    return {key: round(sum(r[key] for r in results) / len(results), 4) for key in results[0]}
+
+
+def main() -> None:
+    """Train, resuming from the checkpoint if there is one, and write the model's files."""
+    arguments = parse_arguments()
+    sys.path.append(str(arguments.comfyui))
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.work / "checkpoint.pt"
+    log = arguments.work / "log.jsonl"
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+
+    model = build_model()
+    optimisers = build_optimisers(model, arguments)
+    average = {name: weight.clone() for name, weight in model.state_dict().items()}
+    codec, pool, tokens = build_pool(arguments)
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        average, first, seconds = state["average"], state["step"], state["seconds"]
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+
+    def flow_loss(
+        x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        noisy = torch.lerp(x, noise, t[:, None, None, None])
+        with torch.autocast("cpu", torch.bfloat16, arguments.precision == "bf16"):
+            velocity = model(noisy, 1000 * t, context=context)
+        return (velocity.float() - (noise - x)).square().mean()
+
+    if arguments.compile:
+        flow_loss = torch.compile(flow_loss, dynamic=False)
+    evaluator = copy.deepcopy(model)
+    held_out = world.captions("held-out")[::2]
+    drawn = draw_batches(len(pool), arguments.batch, first, arguments.seed)
+    loss_sum, start = 0.0, time.monotonic() - seconds
+    for step in range(first + 1, arguments.steps + 1):
+        warm = min(1.0, step / arguments.warmup)
+        lr = arguments.lr * warm * (1 + math.cos(math.pi * step / arguments.steps)) / 2
+        for group in itertools.chain(*(optimiser.param_groups for optimiser in optimisers)):
+            group["lr"] = lr
+
+        chosen, generator = next(drawn)
+        x = pool[chosen].float()
+        noise = torch.randn(x.shape, generator=generator)
+        t = torch.sigmoid(torch.randn(len(x), generator=generator))
+        t = arguments.shift * t / (1 + (arguments.shift - 1) * t)
+        kept = torch.rand(len(x), 1, generator=generator) >= arguments.dropout
+        loss = flow_loss(x, noise, t, codec.embed(tokens[chosen] * kept))
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        loss_sum += loss.item()
+        decay = min(arguments.ema, step / (step + 10))
+        state = model.state_dict()
+        for name, weight in state.items():
+            average[name].lerp_(weight, 1 - decay)
+
+        if step % 100 == 0:
+            seconds = time.monotonic() - start
+            record = {"step": step, "seconds": round(seconds), "loss": round(loss_sum / 100, 5)}
+            loss_sum = 0.0
+            if step % arguments.evaluate_every == 0:
+                evaluator.load_state_dict(average)
+                record["held-out"] = accuracy(evaluator, codec, held_out)
+            print(json.dumps(record), flush=True)
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if step % 500 == 0 or step == arguments.steps:
+            saved = {"model": state, "average": average, "step": step, "seconds": seconds}
+            saved["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+            torch.save(saved, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
+
+    write_files(arguments, average, codec, log, seconds)
+
+
+def write_files(
+    arguments: argparse.Namespace,
+    weights: dict[str, torch.Tensor],
+    codec: Codec,
+    log: Path,
+    seconds: float,
+) -> None:
+    """Write the averaged weights in fp16, the codec and the model's card."""
+    arguments.models.mkdir(parents=True, exist_ok=True)
+    half = {name: weight.half().contiguous() for name, weight in weights.items()}
+    save_file(half, arguments.models / "taca_demo_mmdit.safetensors", {"format": "pt"})
+    codec.save(arguments.models / "taca_demo_codec.safetensors")
+    # After a resumed run a step may have been logged twice: the last record of it counts.
+    records = {r["step"]: r for r in map(json.loads, log.read_text().splitlines())}
+    stride = math.ceil(len(records) / 100)
+    import comfyui_version
+
+    places = ("comfyui", "models", "work", "evaluate_every")
+    card = {
+        "architecture": {"class": "MMDiT (SD3)", "depth": DEPTH, "width": 64 * DEPTH},
+        "training": {key: value for key, value in vars(arguments).items() if key not in places},
+        "wall_time_minutes": round(seconds / 60, 1),
+        "versions": {
+            "torch": importlib.metadata.version("torch"),
+            "comfyui": comfyui_version.__version__,
+        },
+        "loss": {step: records[step]["loss"] for step in list(records)[::stride]},
+    }
+    (arguments.models / "taca_demo.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Temperature-adjusted joint attention (TACA, arXiv 2506.07986, Eq. 10). Pure torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""Plain attention of any backend: ``(q, k, v, mask) -> output``."""
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of one kind in a joint sequence.
+
+    Parameters
+    ----------
+    kind : str
+        Logits are scaled where an ``"image"`` query meets a ``"text"`` key. ``"other"`` tokens,
+        such as registers, are neither.
+    length : int
+        How many tokens.
+    """
+
+    kind: Literal["text", "image", "other"]
+    length: int
+
+
+Tokens = Sequence[Run]
+"""A whole joint sequence, in its order."""
+
+
+def temperature_adjusted_attention(
+    attend: Attend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    tokens: Tokens,
+    mask: Tensor | None = None,
+    dim: int = 2,
+    out_dim: int = 2,
+) -> Tensor:
+    """Joint attention whose image-query x text-key logits are multiplied by gamma (Eq. 10).
+
+    Scaling a key scales every logit it takes part in, so the queries are split: image queries
+    attend to ``[gamma * K_text ; K_image]``, all others to K as it is. Each query still has one
+    softmax over all keys, hence this equals Eq. 10 to rounding, with the operations of one plain
+    attention, any kernel, and no N x N matrix of our own.
+
+    Parameters
+    ----------
+    attend : Attend
+        Plain attention.
+    q, k, v : Tensor
+        ``(B, heads, N, D)`` with ``dim=2`` or ``(B, N, heads * D)`` with ``dim=1``, after QK-norm
+        and RoPE; k and v may have fewer heads (grouped queries).
+    gamma : Tensor
+        ``(1,)`` or ``(B,)``, float32: one factor for all rows of the batch, or one for each.
+    tokens : Tokens
+        What the N tokens are.
+    mask : Tensor, optional
+        Anything that broadcasts to ``(..., N, N)``; its query axis may be 1.
+    dim, out_dim : int
+        The token axis of q, k and v, and of what ``attend`` returns.
+
+    Returns
+    -------
+    Tensor
+        What ``attend(q, k, v, mask)`` would return in shape and dtype.
+
+    Raises
+    ------
+    ValueError
+        If gamma has neither one entry nor one per row of k.
+    """
+    if gamma.shape[0] not in (1, k.shape[0]):
+        raise ValueError(
+            f"TACA has {gamma.shape[0]} values of gamma for the {k.shape[0]} rows of this attention"
+        )
+    lengths = [run.length for run in tokens]
+    is_image = [run.kind == "image" for run in tokens]
+    k_adjusted = _scale_text(k, gamma, tokens, dim)
+    queries = q.split(lengths, dim)
+    masks = _split_queries(mask, lengths)
+
+    outputs: list[Tensor] = [q] * len(tokens)
+    for image, keys in ((True, k_adjusted), (False, k)):
+        runs = [i for i in range(len(tokens)) if is_image[i] == image]
+        if runs:
+            rows = _join([queries[i] for i in runs], dim)
+            mask_rows = mask if masks is None else _join([masks[i] for i in runs], -2)
+            output = attend(rows, keys, v, mask_rows)
+            for i, piece in zip(runs, output.split([lengths[i] for i in runs], out_dim), strict=True):
+                outputs[i] = piece
+    return torch.cat(outputs, out_dim)
+
+
+def _scale_text(k: Tensor, gamma: Tensor, tokens: Tokens, dim: int) -> Tensor:
+    """K with its text keys multiplied by gamma, in one copy.
+
+    1.2 is 1.203 in bfloat16: a float32 gamma that has axes makes torch multiply in float32, and
+    the product alone is rounded to K's dtype.
+    """
+    factor = gamma.view(-1, *(1,) * (k.ndim - 1))
+    pieces = k.split([run.length for run in tokens], dim)
+    return torch.cat(
+        [
+            (piece * factor).to(k.dtype) if run.kind == "text" else piece
+            for run, piece in zip(tokens, pieces, strict=True)
+        ],
+        dim,
+    )
+
+
+def _split_queries(mask: Tensor | None, lengths: list[int]) -> Sequence[Tensor] | None:
+    """The mask's rows for each run of queries; None for a mask that is alike for all queries."""
+    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
+        return None
+    return mask.split(lengths, -2)
+
+
+def _join(pieces: list[Tensor], dim: int) -> Tensor:
+    """The pieces in one tensor; a lone piece stays the view it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

@@ -1,0 +1,143 @@
+"""The model families TACA knows: which of their blocks attend jointly, and where text sits there.
+
+To add a family, add an entry to ``FAMILIES``. Nothing of ComfyUI's models is imported: a family
+is recognised by the class name of its ``diffusion_model``, so a core that moves or lacks a model
+cannot take the pack down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .attention import Run, Tokens
+
+
+@dataclass
+class Seen:
+    """What one call of the model has shown so far; made for a call and dropped with it.
+
+    Parameters
+    ----------
+    text : int
+        Text tokens of the last two-stream block; a single-stream block is not told its own.
+    ran : bool
+        Whether a joint block with text ran.
+    attended : bool
+        Whether a joint attention reached the patch.
+    """
+
+    text: int = 0
+    ran: bool = False
+    attended: bool = False
+
+
+Locate = Callable[[tuple[Any, ...], Mapping[str, Any], Seen], Tokens]
+"""The tokens of a block's joint sequence, from the block's arguments and what the call showed."""
+
+
+def two_streams(text: tuple[int, str], image: tuple[int, str]) -> Locate:
+    """A block called with text and image apart, that attends to ``[text | image]``.
+
+    ``text`` and ``image`` are the position and the name of those arguments, ``(B, tokens, C)``.
+    """
+
+    def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+        seen.text = _argument(args, kwargs, *text).shape[1]
+        return Run("text", seen.text), Run("image", _argument(args, kwargs, *image).shape[1])
+
+    return locate
+
+
+def one_stream(sequence: tuple[int, str]) -> Locate:
+    """A block called with ``[text | image]`` in one tensor, after two-stream blocks."""
+
+    def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+        length = _argument(args, kwargs, *sequence).shape[1]
+        return Run("text", seen.text), Run("image", length - seen.text)
+
+    return locate
+
+
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return kwargs[name] if name in kwargs else args[position]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Parameters
+    ----------
+    name : str
+        What users call it.
+    models : tuple of str
+        Class names of the ``diffusion_model``.
+    joint : dict
+        For each list of blocks with a joint attention, where its tokens are.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    joint: dict[str, Locate] = field(hash=False)
+
+    def joint_blocks(self, diffusion_model: nn.Module) -> Iterator[tuple[nn.Module, Locate]]:
+        """Each joint block of this model, with where its tokens are."""
+        for name, locate in self.joint.items():
+            for block in getattr(diffusion_model, name):
+                yield uncompiled(block), locate
+
+
+FAMILIES = (
+    Family(
+        "FLUX (dev, schnell, Fill, Kontext)",
+        ("Flux",),
+        {
+            "double_blocks": two_streams(text=(1, "txt"), image=(0, "img")),
+            "single_blocks": one_stream((0, "x")),
+        },
+    ),
+    Family(
+        # SD3.5-Medium's attn2, image to image only, is told from the joint attention by its length.
+        "SD3 and SD3.5",
+        ("MMDiT",),
+        {"joint_blocks": two_streams(text=(0, "context"), image=(1, "x"))},
+    ),
+)
+
+OWN_KERNELS = {"ComfyFluxWrapper": "nunchaku", "NunchakuFluxTransformer2dModel": "nunchaku"}
+"""Models that attend in kernels of their own, out of any patch's reach, and whose they are."""
+
+
+def family_of(diffusion_model: nn.Module) -> Family:
+    """The family of a model.
+
+    Raises
+    ------
+    ValueError
+        If the model has no joint attention that TACA can reach; names the families that do.
+    """
+    names = [cls.__name__ for cls in type(uncompiled(diffusion_model)).__mro__]
+    for family in FAMILIES:
+        if any(name in family.models for name in names):
+            return family
+    works = "; ".join(family.name for family in FAMILIES)
+    for name in names:
+        if name in OWN_KERNELS:
+            raise ValueError(
+                f"TACA cannot act on this model: {OWN_KERNELS[name]} runs attention in kernels of "
+                f"its own, which no patch reaches. Load the model with one of ComfyUI's own "
+                f"loaders or as GGUF. TACA works on: {works}."
+            )
+    raise ValueError(
+        f"TACA cannot act on this model ({names[0]}): it needs a transformer that runs one joint "
+        f"attention over text and image tokens. TACA works on: {works}."
+    )
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, where ``torch.compile`` has wrapped it."""
+    return getattr(module, "_orig_mod", module)

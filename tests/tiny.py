@@ -1,0 +1,128 @@
+"""Tiny FLUX and SD3.5-Medium-shaped models: published key layout, core's loaders, seeded weights.
+
+The weights are large enough that attention is far from uniform, so that gamma shows.
+"""
+
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import torch
+from safetensors.torch import save_file
+
+HIDDEN = 128  # of FLUX, with its one head of 128 (16 + 56 + 56 for RoPE)
+CONTEXT = {"flux": 64, "flux-fill": 64, "schnell": 64, "sd3": 48}
+
+
+def shapes_flux(in_channels=64, guidance=True):
+    """Names and shapes of a FLUX.1 with 2 double and 2 single blocks."""
+    h, context, vector, mlp = HIDDEN, CONTEXT["flux"], 32, 4 * HIDDEN
+    linear = {
+        "img_in": (h, in_channels),
+        "txt_in": (h, context),
+        "time_in.in_layer": (h, 256),
+        "time_in.out_layer": (h, h),
+        "vector_in.in_layer": (h, vector),
+        "vector_in.out_layer": (h, h),
+        "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }
+    if guidance:
+        linear |= {"guidance_in.in_layer": (h, 256), "guidance_in.out_layer": (h, h)}
+    norm = {}
+    for i in range(2):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            linear |= {
+                f"{block}_mod.lin": (6 * h, h),
+                f"{block}_attn.qkv": (3 * h, h),
+                f"{block}_attn.proj": (h, h),
+                f"{block}_mlp.0": (mlp, h),
+                f"{block}_mlp.2": (h, mlp),
+            }
+            norm |= {f"{block}_attn.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
+        block = f"single_blocks.{i}"
+        linear |= {
+            f"{block}.linear1": (3 * h + mlp, h),
+            f"{block}.linear2": (h, h + mlp),
+            f"{block}.modulation.lin": (3 * h, h),
+        }
+        norm |= {f"{block}.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
+    return linear, norm, {}
+
+
+def shapes_sd3():
+    """Names and shapes of an SD3.5-Medium with 2 blocks, the first with ``attn2``."""
+    h, context, pooled, mlp = 128, CONTEXT["sd3"], 32, 512
+    linear = {
+        "context_embedder": (h, context),
+        "t_embedder.mlp.0": (h, 256),
+        "t_embedder.mlp.2": (h, h),
+        "y_embedder.mlp.0": (h, pooled),
+        "y_embedder.mlp.2": (h, h),
+        "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }
+    norm = {}
+    for i in range(2):
+        for stream in ("context", "x"):
+            block = f"joint_blocks.{i}.{stream}_block"
+            last_context = i == 1 and stream == "context"  # "pre only": it gives keys and values
+            attentions = ["attn", "attn2"] if (i == 0 and stream == "x") else ["attn"]
+            chunks = 2 if last_context else 9 if len(attentions) == 2 else 6
+            linear[f"{block}.adaLN_modulation.1"] = (chunks * h, h)
+            for attention in attentions:
+                linear[f"{block}.{attention}.qkv"] = (3 * h, h)
+                norm |= {f"{block}.{attention}.ln_{which}.weight": (64,) for which in ("q", "k")}
+                if not last_context:
+                    linear[f"{block}.{attention}.proj"] = (h, h)
+            if not last_context:
+                linear |= {f"{block}.mlp.fc1": (mlp, h), f"{block}.mlp.fc2": (h, mlp)}
+    other = {"x_embedder.proj.weight": (h, 16, 2, 2), "x_embedder.proj.bias": (h,),
+             "pos_embed": (1, 32 * 32, h)}  # fmt: skip
+    return linear, norm, other
+
+
+def weights(kind, seed=0, dtype=torch.float32):
+    """A seeded state dict in the layout of the published file."""
+    linear, norm, other = {
+        "flux": shapes_flux,
+        "flux-fill": lambda: shapes_flux(in_channels=384),
+        "schnell": lambda: shapes_flux(guidance=False),
+        "sd3": shapes_sd3,
+    }[kind]()
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape, std):
+        return (torch.randn(shape, generator=generator) * std).to(dtype)
+
+    state = {}
+    for name, (rows, columns) in linear.items():
+        state[f"{name}.weight"] = normal((rows, columns), columns**-0.5)
+        state[f"{name}.bias"] = normal((rows,), 0.1)
+    for name, shape in norm.items():
+        state[name] = normal(shape, 0.2) + torch.tensor(2.0, dtype=dtype)
+    for name, shape in other.items():
+        state[name] = normal(shape, 0.1)
+    return state
+
+
+def load(folder, kind, seed=0, dtype=torch.float32, **options):
+    """The model as core's UNETLoader reads it from a file; a ModelPatcher."""
+    path = folder / f"{kind}-{seed}-{str(dtype)[6:]}.safetensors"
+    if not path.exists():
+        save_file(weights(kind, seed, dtype), path)
+    return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+
+def conditioning(kind, length, seed=1, batch=1, **values):
+    """A seeded CONDITIONING of this many text tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(batch, length, CONTEXT[kind], generator=generator)
+    pooled = torch.randn(batch, 32, generator=generator)
+    return [[text, {"pooled_output": pooled, **values}]]
+
+
+def latent(height, width, batch=1, seed=2, channels=16):
+    """Seeded latents."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, channels, height, width, generator=generator)
