@@ -228,7 +228,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""commands:
   demo    draw the same seed without and with TACA on a real ComfyUI server
-          (your own model: --checkpoint FILE, see demo --about)
+          (your own model: --checkpoint FILE)
   test    run the linter, the type checker and the whole test suite
   serve   open ComfyUI with this pack loaded
   run     run a script in the environment: run SCRIPT [ARGUMENTS]
