@@ -28,7 +28,9 @@ def node(class_type: str, **inputs: object) -> dict[str, Any]:
 def demo_model(options: argparse.Namespace) -> Graph:
     """Loaders, text and decoder of the demo's own model; ids "model", "positive", "decode"."""
     return {
-        "model": node("UNETLoader", unet_name="taca_demo_mmdit.safetensors", weight_dtype="default"),
+        "model": node(
+            "UNETLoader", unet_name="taca_demo_mmdit.safetensors", weight_dtype="default"
+        ),
         "positive": node("TACADemoTextEncode", text=options.prompt),
         "negative": node("TACADemoTextEncode", text=""),
         "latent": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
@@ -106,7 +108,7 @@ def side_by_side(pictures: dict[str, Image.Image], title: str) -> Image.Image:
 
 
 def plot_gamma(path: Path, options: argparse.Namespace) -> None:
-    """gamma and sigma over the steps, from the pack's own schedule."""
+    """Plot gamma and sigma over the steps, from the pack's own schedule."""
     import importlib.util
 
     import matplotlib as mpl
@@ -139,8 +141,7 @@ def plot_gamma(path: Path, options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Draw, and say where the pictures are."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", default="a red circle left of a blue square")
     parser.add_argument("--gamma", type=float, default=1.2)
     parser.add_argument("--threshold", type=float, default=970.0, help="timestep, 0..1000")

@@ -93,7 +93,9 @@ def temperature_adjusted_attention(
             rows = _join([queries[i] for i in runs], dim)
             mask_rows = mask if masks is None else _join([masks[i] for i in runs], -2)
             output = attend(rows, keys, v, mask_rows)
-            for i, piece in zip(runs, output.split([lengths[i] for i in runs], out_dim), strict=True):
+            for i, piece in zip(
+                runs, output.split([lengths[i] for i in runs], out_dim), strict=True
+            ):
                 outputs[i] = piece
     return torch.cat(outputs, out_dim)
 

@@ -29,7 +29,9 @@ if not torch.cuda.is_available():
 
 import comfy.samplers  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
 torch.set_grad_enabled(False)
+torch.set_num_threads(1)  # the models are tiny; on two cores threads would only wait
 
 
 def load_pack(folder, name):

@@ -82,7 +82,7 @@ def shapes_sd3():
     return linear, norm, other
 
 
-def weights(kind, seed=0, dtype=torch.float32):
+def weights(kind, seed=0):
     """A seeded state dict in the layout of the published file."""
     linear, norm, other = {
         "flux": shapes_flux,
@@ -93,24 +93,24 @@ def weights(kind, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape, std):
-        return (torch.randn(shape, generator=generator) * std).to(dtype)
+        return torch.randn(shape, generator=generator) * std
 
     state = {}
     for name, (rows, columns) in linear.items():
         state[f"{name}.weight"] = normal((rows, columns), columns**-0.5)
         state[f"{name}.bias"] = normal((rows,), 0.1)
     for name, shape in norm.items():
-        state[name] = normal(shape, 0.2) + torch.tensor(2.0, dtype=dtype)
+        state[name] = 2.0 + normal(shape, 0.2)
     for name, shape in other.items():
         state[name] = normal(shape, 0.1)
     return state
 
 
-def load(folder, kind, seed=0, dtype=torch.float32, **options):
+def load(folder, kind, seed=0, **options):
     """The model as core's UNETLoader reads it from a file; a ModelPatcher."""
-    path = folder / f"{kind}-{seed}-{str(dtype)[6:]}.safetensors"
+    path = folder / f"{kind}-{seed}.safetensors"
     if not path.exists():
-        save_file(weights(kind, seed, dtype), path)
+        save_file(weights(kind, seed), path)
     return comfy.sd.load_diffusion_model(str(path), model_options=options)
 
 

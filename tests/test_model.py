@@ -1,0 +1,374 @@
+"""TACA on real FLUX and SD3.5 models, through core's loaders and core's sampler."""
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import tiny
+import torch
+from comfy.patcher_extension import WrappersMP
+from reference import dense_override, euler, image_tokens, to_float64, velocity
+
+import nodes
+
+KINDS = ["flux", "sd3"]
+comfy.utils.set_progress_bar_enabled(False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def sample(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), batch=1, sampler="euler",
+           scheduler="simple", positive=None, seed=3):  # fmt: skip
+    """Latents of a run through core's KSampler function."""
+    positive = positive or tiny.conditioning(kind, text[0])
+    negative = tiny.conditioning(kind, text[1], seed=5)
+    empty = {"samples": torch.zeros(batch, 16, *size)}
+    return nodes.common_ksampler(
+        model, seed, steps, cfg, sampler, scheduler, positive, negative, empty
+    )[0]["samples"]
+
+
+def reference(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), gamma=1.2, first=1,
+              seed=3):  # fmt: skip
+    """The same run, dense, in float64, with the authors' gate."""
+    conds = [tiny.conditioning(kind, text[0]), tiny.conditioning(kind, text[1], seed=5)]
+    extra = [{"y": c[0][1]["pooled_output"]} for c in conds]
+    if kind == "flux":
+        extra = [e | {"guidance": torch.tensor([3.5])} for e in extra]
+    noise = torch.randn(1, 16, *size, generator=torch.manual_seed(seed))
+    model_sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
+    return euler(model, noise, sigmas, conds[0][0][0], conds[1][0][0], cfg, gamma, first, extra)
+
+
+def installed_on(model):
+    """Joint blocks whose forward is not their class's own."""
+    transformer = model.model.diffusion_model
+    return [b for b in transformer.modules() if "forward" in b.__dict__]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("size", "text", "cfg"),
+    [
+        ((16, 16), (7, 7), 3.0),
+        ((17, 13), (7, 12), 3.0),  # odd sizes, unequal prompts
+        ((10, 24), (77, 512), 1.0),
+        ((12, 12), (333, 20), 5.0),
+    ],
+)
+def test_the_picture_is_the_authors(folder, apply_taca, kind, size, text, cfg):
+    """A whole 30-step run is the dense float64 run with gamma in the first three steps."""
+    model = tiny.load(folder, kind)
+    settings = {"steps": 30, "cfg": cfg, "size": size, "text": text}
+    ours = sample(apply_taca(model), kind, **settings).double()
+    theirs = reference(model, kind, first=3, **settings)
+    plain = sample(model, kind, **settings).double()
+    error = (ours - theirs).abs().max()
+    effect = (ours - plain).abs().max()
+    assert effect > 1e-2, "gamma must show, or the test shows nothing"
+    assert error < 1e-3 * effect
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.8, 1.2, 2.0])
+def test_one_call_equals_dense(folder, apply_taca, kind, gamma):
+    """One call of the model with rows of different sigma, each with its own gamma."""
+    model = apply_taca(tiny.load(folder, kind), gamma, 900.0)
+    sigma = torch.tensor([1.0, 0.95, 0.9, 0.5])
+    gammas = [gamma, gamma, gamma, 1.0]
+    x = tiny.latent(14, 18, batch=4)
+    cond = tiny.conditioning(kind, 9, batch=4)[0]
+    extra = {"y": cond[1]["pooled_output"]}
+    if kind == "flux":
+        extra["guidance"] = torch.full((4,), 3.5)
+    ours = call(model, x, sigma, cond[0], extra)
+    calls = []
+    override = dense_override(gammas, 9, 9 + image_tokens(x), calls)
+    v = velocity(to_float64(model), model, x, sigma, cond[0], override, extra)
+    assert calls
+    expected = x.double() - sigma.view(-1, 1, 1, 1).double() * v
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def call(model, x, sigma, text, extra):
+    """One call of the model with its wrappers, as the sampler merges them."""
+    options = {"wrappers": model.wrappers}
+    return model.model.apply_model(x, sigma, c_crossattn=text, transformer_options=options, **extra)
+
+
+def test_kontext_references_are_image(folder, apply_taca):
+    """Reference latents count as image: their queries are adjusted, their keys are not scaled."""
+    model = apply_taca(tiny.load(folder, "flux"))
+    x, cond = tiny.latent(8, 8), tiny.conditioning("flux", 9)[0]
+    references = [tiny.latent(8, 12, seed=7), tiny.latent(6, 8, seed=8)]
+    sigma = torch.ones(1)
+    extra = {"y": cond[1]["pooled_output"], "guidance": torch.tensor([3.5])}
+    extra["ref_latents"] = references
+    ours = call(model, x, sigma, cond[0], extra)
+    length = 9 + image_tokens(x) + sum(map(image_tokens, references))
+    v = velocity(to_float64(model), model, x, sigma, cond[0], dense_override(1.2, 9, length), extra)
+    torch.testing.assert_close(ours.double(), x.double() - v, atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_mask_is_honoured(folder, apply_taca):
+    """As regional prompting gives it to FLUX."""
+    model = apply_taca(tiny.load(folder, "flux"))
+    x, cond, sigma = tiny.latent(8, 8), tiny.conditioning("flux", 9)[0], torch.ones(1)
+    n = 9 + image_tokens(x)
+    mask = torch.randn(1, 1, n, n, generator=torch.manual_seed(1)) * 2
+    extra = {"y": cond[1]["pooled_output"], "guidance": torch.tensor([3.5]), "attention_mask": mask}
+    ours = call(model, x, sigma, cond[0], extra)
+    v = velocity(to_float64(model), model, x, sigma, cond[0], dense_override(1.2, 9, n), extra)
+    torch.testing.assert_close(ours.double(), x.double() - v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["schnell", "flux-fill"])
+def test_other_flux_models_run(folder, apply_taca, kind):
+    model = tiny.load(folder, kind)
+    plain, ours = (sample(m, kind, cfg=1.0) for m in (model, apply_taca(model, 1.2, 0.0)))
+    assert (plain - ours).abs().max() > 1e-2
+
+
+def test_attn2_is_left_alone(folder, apply_taca):
+    """SD3.5-Medium's image-only attention gets every query and its own keys, in one call."""
+    model = tiny.load(folder, "sd3").clone()
+    lengths = []
+
+    def spy(func, q, k, v, heads, **kwargs):
+        lengths.append((q.shape[1], k.shape[1]))
+        return func(q, k, v, heads, **kwargs)
+
+    model.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = spy
+    sample(apply_taca(model, 1.2, 1000.0), "sd3", steps=1, cfg=1.0, text=(7, 7))
+    # Block 0: image queries, text queries, attn2; block 1: image queries, text queries.
+    assert lengths == [(64, 71), (7, 71), (64, 64), (64, 71), (7, 71)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("gamma", "threshold"), [(1.0, 970.0), (1.2, 1000.0)])
+def test_off_is_bit_identical(folder, apply_taca, kind, gamma, threshold):
+    """gamma 1, or no step inside: the plain model's bits, and nothing installed in any call."""
+    model = tiny.load(folder, kind)
+    patched = apply_taca(model, gamma, threshold)
+    inside = []
+
+    def watch(executor, *args, **kwargs):
+        inside.append(len(installed_on(patched)))
+        return executor(*args, **kwargs)
+
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", watch)
+    settings = {"steps": 4, "cfg": 1.0}
+    start = torch.equal(sample(model, kind, **settings), sample(patched, kind, **settings))
+    if gamma == 1:
+        assert start
+        assert inside == [0] * 4
+    else:  # t = 1000 itself is inside: only the first step may differ
+        assert not start
+        assert inside[0] > 0
+        assert inside[1:] == [0] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_applying_twice_replaces(folder, apply_taca, kind):
+    model = tiny.load(folder, kind)
+    twice = apply_taca(apply_taca(model, 2.0, 0.0), 1.2)
+    assert torch.equal(sample(twice, kind), sample(apply_taca(model), kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_original_and_clones_are_untouched(folder, apply_taca, kind):
+    model = tiny.load(folder, kind)
+    plain = sample(model, kind)
+    one, two = apply_taca(model, 1.2), apply_taca(model, 1.7)
+    results = [sample(m, kind) for m in (one, two, one, model, two)]
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[4])
+    assert torch.equal(results[3], plain)
+    assert not torch.equal(results[0], results[1])
+    assert not installed_on(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyboardInterrupt, comfy.model_management.InterruptProcessingException]
+)
+def test_a_failing_step_leaves_nothing_behind(folder, apply_taca, kind, error):
+    model = tiny.load(folder, kind)
+    plain, patched = sample(model, kind), sample(apply_taca(model), kind)
+    fails = model.clone()
+
+    def failing(*args, **kwargs):
+        raise error
+
+    options = fails.model_options.setdefault("transformer_options", {})
+    options["optimized_attention_override"] = failing
+    with pytest.raises(error):
+        sample(apply_taca(fails), kind)
+    assert not installed_on(model)
+    assert torch.equal(sample(model, kind), plain)
+    assert torch.equal(sample(apply_taca(model), kind), patched)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_packs_forward_is_kept(folder, apply_taca, kind):
+    """A forward that someone put on a block runs inside ours and is back afterwards."""
+    model = tiny.load(folder, kind, seed=4)
+    expected = sample(apply_taca(model), kind)
+    transformer = model.model.diffusion_model
+    block = next(b for n, b in transformer.named_modules() if n.endswith("blocks.0"))
+    original, calls = block.forward, []
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    block.forward = theirs
+    try:
+        assert torch.equal(sample(apply_taca(model), kind), expected)
+        assert len(calls) >= 10
+        assert block.__dict__["forward"] is theirs
+    finally:
+        del block.forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_other_users_of_the_override_slot(folder, apply_taca, kind, ours_first):
+    """Whoever is in the slot attends for us, whether set before, after or during the run."""
+    model = tiny.load(folder, kind)
+    calls = []
+
+    def theirs(func, q, k, v, heads, **kwargs):
+        calls.append(1)
+        return 0.5 * func(q, k, v, heads, **kwargs)
+
+    def slot(m):
+        m = m.clone()
+        options = m.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = theirs
+        return m
+
+    both = slot(apply_taca(model)) if ours_first else apply_taca(slot(model))
+    together = sample(both, kind)
+    assert calls
+    assert not torch.equal(together, sample(apply_taca(model), kind))
+    assert not torch.equal(together, sample(slot(model), kind))
+    other = apply_taca(slot(model)) if ours_first else slot(apply_taca(model))
+    assert torch.equal(together, sample(other, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_reduced_precision(folder, apply_taca, kind, dtype):
+    """In half precision and with core's fp8 weights, gamma does what it does in float32."""
+    model = tiny.load(folder, kind, dtype=dtype)
+    assert model.model.get_dtype() == dtype
+    full = tiny.load(folder, kind)
+    plain, ours = (sample(m, kind, cfg=1.0) for m in (model, apply_taca(model, 1.5)))
+    full_plain, full_ours = (sample(m, kind, cfg=1.0) for m in (full, apply_taca(full, 1.5)))
+    effect, full_effect = (ours - plain).flatten(), (full_ours - full_plain).flatten()
+    assert ours.isfinite().all()
+    assert torch.cosine_similarity(effect, full_effect, 0) > 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_2s_ancestral", "res_multistep"])
+def test_any_sampler(folder, apply_taca, kind, sampler):
+    model = tiny.load(folder, kind)
+    plain, ours = (sample(m, kind, sampler=sampler) for m in (model, apply_taca(model)))
+    assert ours.isfinite().all()
+    assert not torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_equals_its_pictures(folder, apply_taca, kind):
+    model = apply_taca(tiny.load(folder, kind))
+    both = sample(model, kind, batch=2)
+    torch.testing.assert_close(both[:1], sample(model, kind, batch=1), atol=1e-3, rtol=1e-3)
+
+
+def test_a_lora_in_front_or_behind(folder, apply_taca):
+    """An ordinary LoRA adds to the weights either way round."""
+    model = tiny.load(folder, "sd3")
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    generator = torch.manual_seed(0)
+    lora = {f"{key}.lora_up.weight": torch.randn(384, 4, generator=generator) * 0.1,
+            f"{key}.lora_down.weight": torch.randn(4, 128, generator=generator) * 0.1}  # fmt: skip
+
+    def add(m):
+        return comfy.sd.load_lora_for_models(m, None, lora, 1.0, 0.0)[0]
+
+    before, after = sample(apply_taca(add(model)), "sd3"), sample(add(apply_taca(model)), "sd3")
+    assert torch.equal(before, after)
+    assert not torch.equal(before, sample(apply_taca(model), "sd3"))
+
+
+def test_a_model_without_joint_attention_is_refused(apply_taca):
+    class UNetModel(torch.nn.Module):
+        pass
+
+    class Patcher:
+        def get_model_object(self, name):
+            return UNetModel()
+
+    with pytest.raises(ValueError, match=r"UNetModel.*TACA works on: FLUX.*SD3"):
+        apply_taca(Patcher())
+
+
+def test_a_model_with_kernels_of_its_own_is_refused_by_name(apply_taca):
+    class ComfyFluxWrapper(torch.nn.Module):
+        pass
+
+    class Patcher:
+        def get_model_object(self, name):
+            return ComfyFluxWrapper()
+
+    with pytest.raises(ValueError, match="nunchaku"):
+        apply_taca(Patcher())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_never_a_silent_no_op(folder, apply_taca, kind):
+    """Blocks that ran, but whose attention never came to us, are an error that names the model."""
+    model = tiny.load(folder, kind, seed=6)
+    transformer = model.model.diffusion_model
+    blocks = [b for n, b in transformer.named_modules() if n.endswith(("blocks.0", "blocks.1"))]
+    originals = [b.forward for b in blocks]
+    for block, original in zip(blocks, originals, strict=True):
+
+        def without_options(*args, _original=original, **kwargs):
+            return _original(*args, **(kwargs | {"transformer_options": {}}))
+
+        block.forward = without_options
+    try:
+        name = type(model.model).__name__
+        with pytest.raises(RuntimeError, match=f"TACA changed nothing: the blocks of {name}"):
+            sample(apply_taca(model), kind)
+        sample(apply_taca(model, 1.0), kind)  # gamma 1 asks for nothing
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_log_line_a_run(folder, apply_taca, kind, caplog):
+    caplog.set_level("INFO", logger="taca")
+    sample(apply_taca(tiny.load(folder, kind)), kind, steps=30)
+    (record,) = [r for r in caplog.records if r.name == "taca"]
+    blocks = {"flux": 4, "sd3": 2}[kind]
+    assert f"gamma 1.2 at t >= 970 acts on 3 of 30 steps, {blocks} joint blocks" in record.message
+    assert record.levelname == "INFO"
+
+
+def test_a_window_without_steps_warns(folder, apply_taca, caplog):
+    model = apply_taca(tiny.load(folder, "sd3"), 1.2, 970.0)
+    latent = {"samples": torch.randn(1, 16, 16, 16)}
+    conds = tiny.conditioning("sd3", 7), tiny.conditioning("sd3", 7)
+    nodes.common_ksampler(model, 3, 4, 1.0, "euler", "simple", *conds, latent, denoise=0.5)
+    (record,) = [r for r in caplog.records if r.name == "taca"]
+    assert record.levelname == "WARNING"
+    assert "0 of 4 steps" in record.message
