@@ -246,7 +246,7 @@ def main() -> None:
     elif options.command == "demo":
         script(python, comfyui, "demo/run.py", *rest)
     elif options.command == "serve":
-        script(python, comfyui, "demo/server.py", *rest)
+        script(python, comfyui, "demo/comfy_server.py", *rest)
     elif options.command == "run":
         script(python, comfyui, *rest)
     elif options.command == "test":

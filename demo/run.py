@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from comfy_server import ROOT, Server, serving
 from PIL import Image, ImageDraw
-from server import ROOT, Server, serving
 
 Graph = dict[str, Any]
 WHAT = {"plain": "plain", "taca": "TACA"}
@@ -139,8 +139,8 @@ def plot_gamma(path: Path, options: argparse.Namespace) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Draw, and say where the pictures are."""
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", default="a red circle left of a blue square")
     parser.add_argument("--gamma", type=float, default=1.2)
@@ -154,11 +154,20 @@ def main() -> None:
     parser.add_argument("--flux", action="store_true", help="the checkpoint is a FLUX.1")
     parser.add_argument("--size", type=int, default=1024, help="of your own model's picture")
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "demo")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.cfg is None:
         options.cfg = (1.0 if options.flux else 7.0) if options.checkpoint else 3.0
     if options.text_encoder and not options.vae:
         parser.error("--text-encoder needs --vae too")
+    for file in filter(None, [options.checkpoint, options.vae, *options.text_encoder]):
+        if not file.is_file():
+            parser.error(f"there is no file {file}")
+    return options
+
+
+def main() -> None:
+    """Draw, and say where the pictures are."""
+    options = options_of(sys.argv[1:])
     models: dict[str, Path] = {}
     for kinds, files in (
         (("diffusion_models", "checkpoints"), [options.checkpoint]),
@@ -166,8 +175,6 @@ def main() -> None:
         (("vae",), [options.vae]),
     ):
         for file in filter(None, files):
-            if not file.is_file():
-                parser.error(f"there is no file {file}")
             models |= dict.fromkeys(kinds, file.resolve().parent)
 
     out = options.out

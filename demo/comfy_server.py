@@ -158,8 +158,8 @@ class Server:
                     on_progress(data["node"], data["value"], data["max"])
                 elif message["type"] == "execution_error":
                     raise RuntimeError(f"{data['node_type']}: {data['exception_message']}")
-                elif message["type"] == "execution_success":
-                    break
+                elif message["type"] == "executing" and data["node"] is None:
+                    break  # sent once the outputs are in the history
             async with session.get(f"{self.address}/history/{prompt}") as reply:
                 return (await reply.json())[prompt]["outputs"]
 
