@@ -61,7 +61,7 @@ def to_float64(model):
     return transformer
 
 
-def velocity(transformer, model, x, sigma, text, override, extra):
+def velocity(transformer, model, x, sigma, text, override, extra, control=None):
     """The transformer's output for x at sigma (one per row); float64."""
     options = {"optimized_attention_override": override}
     t = model.model.model_sampling.timestep(sigma).double()
@@ -73,7 +73,12 @@ def velocity(transformer, model, x, sigma, text, override, extra):
     comfy.model_management.in_training = True
     try:
         return transformer(
-            x.double(), t, context=text.double(), transformer_options=options, **conds
+            x.double(),
+            t,
+            context=text.double(),
+            transformer_options=options,
+            control={k: [c.double() for c in v] for k, v in control.items()} if control else None,
+            **conds,
         )
     finally:
         comfy.model_management.in_training = False

@@ -1,5 +1,8 @@
 """TACA on real FLUX and SD3.5 models, through core's loaders and core's sampler."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -7,6 +10,7 @@ import pytest
 import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
 from reference import dense_override, euler, image_tokens, to_float64, velocity
 
 import nodes
@@ -94,10 +98,12 @@ def test_one_call_equals_dense(folder, apply_taca, kind, gamma):
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def call(model, x, sigma, text, extra):
+def call(model, x, sigma, text, extra, control=None):
     """One call of the model with its wrappers, as the sampler merges them."""
     options = {"wrappers": model.wrappers}
-    return model.model.apply_model(x, sigma, c_crossattn=text, transformer_options=options, **extra)
+    return model.model.apply_model(
+        x, sigma, c_crossattn=text, control=control, transformer_options=options, **extra
+    )
 
 
 def test_kontext_references_are_image(folder, apply_taca):
@@ -124,6 +130,95 @@ def test_an_attention_mask_is_honoured(folder, apply_taca):
     ours = call(model, x, sigma, cond[0], extra)
     v = velocity(to_float64(model), model, x, sigma, cond[0], dense_override(1.2, 9, n), extra)
     torch.testing.assert_close(ours.double(), x.double() - v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_controlnet(folder, apply_taca, kind):
+    """What a ControlNet adds to the image stream after each block goes through as it is."""
+    model = apply_taca(tiny.load(folder, kind))
+    x, cond, sigma = tiny.latent(8, 8), tiny.conditioning(kind, 9)[0], torch.ones(1)
+    residuals = [torch.randn(1, 16, 128, generator=torch.manual_seed(i)) for i in range(4)]
+    control = {"input": residuals[:2], "output": residuals[2:]}
+    extra = {"y": cond[1]["pooled_output"]}
+    if kind == "flux":
+        extra["guidance"] = torch.tensor([3.5])
+    ours = call(model, x, sigma, cond[0], extra, control)
+    override = dense_override(1.2, 9, 9 + image_tokens(x))
+    v = velocity(to_float64(model), model, x, sigma, cond[0], override, extra, control)
+    torch.testing.assert_close(ours.double(), x.double() - v, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multi_gpu_clones_each_see_their_own_blocks(folder, apply_taca, kind):
+    """Core's deep clones, one thread each as for one device each, at the same time."""
+    model = apply_taca(tiny.load(folder, kind), 1.5, 900.0)
+    clone = model.deepclone_multigpu()
+    assert clone.model is not model.model
+    x, cond = tiny.latent(24, 24), tiny.conditioning(kind, 9)[0]
+    extra = {"y": cond[1]["pooled_output"]}
+    if kind == "flux":
+        extra["guidance"] = torch.tensor([3.5])
+    inside, outside = torch.tensor([0.95]), torch.tensor([0.5])
+    # One device works inside the window while the other is outside it.
+    work = [(m, s) for m, s in ((model, inside), (clone, outside), (model, outside),
+                                (clone, inside))]  # fmt: skip
+    with torch.inference_mode():
+        expected = [call(m, x, s, cond[0], extra) for m, s in work]
+        with ThreadPoolExecutor(2) as threads:
+            for _ in range(5):
+                results = list(threads.map(lambda job: call(job[0], x, job[1], cond[0], extra), [
+                    work[0], work[1], work[3], work[2]]))  # fmt: skip
+                for result, i in zip(results, [0, 1, 3, 2], strict=True):
+                    assert torch.equal(result, expected[i])
+    assert torch.equal(expected[0], expected[3])
+    assert not installed_on(model)
+    assert not installed_on(clone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_sampling_in_front_or_behind(folder, apply_taca, kind, caplog):
+    """The window is of t, so another shift moves other steps into it; the order does not matter."""
+    caplog.set_level("INFO", logger="taca")
+    model = tiny.load(folder, kind)
+
+    def shift(m):
+        if kind == "flux":
+            return ModelSamplingFlux().patch(m, 3.0, 3.0, 1024, 1024)[0]
+        return ModelSamplingSD3().patch(m, 8.0)[0]
+
+    before, after = (sample(m, kind) for m in (apply_taca(shift(model)), shift(apply_taca(model))))
+    assert torch.equal(before, after)
+    assert not torch.equal(before, sample(shift(model), kind))
+    steps = {"flux": 4, "sd3": 2}[kind]  # by hand, from the shifts' formulae
+    logged = [r.message for r in caplog.records if r.name == "taca"]
+    assert len(logged) == 2
+    assert all(f"acts on {steps} of 10 steps" in message for message in logged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_that_a_cache_answers_are_no_error(folder, apply_taca, kind):
+    """A cache that skips the model inside the window: nothing ran, so nothing was missed."""
+    patched = apply_taca(tiny.load(folder, kind))
+    patched.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL, "cache", lambda executor, x, *args, **kwargs: x * 0.5
+    )
+    assert sample(patched, kind).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_without_text_are_no_error(folder, apply_taca, kind, monkeypatch):
+    """A model's pass without a prompt (FLUX and SD3 have none, later families do)."""
+    families = sys.modules["taca_pack.taca.families"]
+    model = tiny.load(folder, kind)
+
+    def no_text(args, kwargs, seen):
+        return (families.Run("text", 0), families.Run("image", 999))
+
+    def blocks(self, diffusion_model):
+        return [(b, no_text) for name in self.joint for b in getattr(diffusion_model, name)]
+
+    monkeypatch.setattr(families.Family, "joint_blocks", blocks)
+    assert torch.equal(sample(model, kind), sample(apply_taca(model), kind))
 
 
 @pytest.mark.parametrize("kind", ["schnell", "flux-fill"])
@@ -237,8 +332,9 @@ def test_another_packs_forward_is_kept(folder, apply_taca, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_other_users_of_the_override_slot(folder, apply_taca, kind, ours_first):
-    """Whoever is in the slot attends for us, whether set before, after or during the run."""
+@pytest.mark.parametrize("late", [True, False])
+def test_other_users_of_the_override_slot(folder, apply_taca, kind, ours_first, late):
+    """Whoever is in the slot attends for us, whether put there with a node or in each call."""
     model = tiny.load(folder, kind)
     calls = []
 
@@ -248,9 +344,16 @@ def test_other_users_of_the_override_slot(folder, apply_taca, kind, ours_first):
 
     def slot(m):
         m = m.clone()
-        options = m.model_options.setdefault("transformer_options", {})
-        options["optimized_attention_override"] = theirs
+        if late:
+            m.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "theirs", each_call)
+        else:
+            options = m.model_options.setdefault("transformer_options", {})
+            options["optimized_attention_override"] = theirs
         return m
+
+    def each_call(executor, *args, **kwargs):
+        args[-1]["optimized_attention_override"] = theirs
+        return executor(*args, **kwargs)
 
     both = slot(apply_taca(model)) if ours_first else apply_taca(slot(model))
     together = sample(both, kind)
