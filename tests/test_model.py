@@ -164,7 +164,7 @@ def test_multi_gpu_clones_each_see_their_own_blocks(folder, apply_taca, kind):
                                 (clone, inside))]  # fmt: skip
     with torch.inference_mode():
         expected = [call(m, x, s, cond[0], extra) for m, s in work]
-        with ThreadPoolExecutor(2) as threads:
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             for _ in range(5):
                 results = list(threads.map(lambda job: call(job[0], x, job[1], cond[0], extra), [
                     work[0], work[1], work[3], work[2]]))  # fmt: skip
