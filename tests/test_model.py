@@ -162,13 +162,16 @@ def test_multi_gpu_clones_each_see_their_own_blocks(folder, apply_taca, kind):
     # One device works inside the window while the other is outside it.
     work = [(m, s) for m, s in ((model, inside), (clone, outside), (model, outside),
                                 (clone, inside))]  # fmt: skip
-    with torch.inference_mode():
-        expected = [call(m, x, s, cond[0], extra) for m, s in work]
-        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            for _ in range(5):
-                results = list(threads.map(lambda job: call(job[0], x, job[1], cond[0], extra), [
-                    work[0], work[1], work[3], work[2]]))  # fmt: skip
-                for result, i in zip(results, [0, 1, 3, 2], strict=True):
+
+    @torch.inference_mode()  # which, like the number of threads, each thread has of its own
+    def run(i):
+        return call(work[i][0], x, work[i][1], cond[0], extra)
+
+    expected = [run(i) for i in range(4)]
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for _ in range(5):
+            for pair in ((0, 1), (3, 2)):
+                for i, result in zip(pair, threads.map(run, pair), strict=True):
                     assert torch.equal(result, expected[i])
     assert torch.equal(expected[0], expected[3])
     assert not installed_on(model)
