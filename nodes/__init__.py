@@ -1,5 +1,5 @@
 """What users can drag onto the canvas."""
 
-from . import patch, schedule
+from . import lora, patch, schedule
 
-NODES = [*patch.NODES, *schedule.NODES]
+NODES = [*patch.NODES, *schedule.NODES, *lora.NODES]

@@ -1,4 +1,4 @@
-"""TACA on a ComfyUI model: two keyed wrappers, and what they install for one call of the model."""
+"""TACA and its LoRA on a ComfyUI model: keyed wrappers, and what they install for one call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import comfy.model_management
 import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from .attention import Tokens, temperature_adjusted_attention
 from .families import Locate, Seen, family_of, uncompiled
+from .lora import LoRA, Wrap, lora_forwards, patcher_of
 from .schedule import Schedule
 
 KEY = "taca"
+LORA_KEY = "taca_lora"
 OVERRIDE = "optimized_attention_override"
 
 log = logging.getLogger("taca")
@@ -69,6 +72,54 @@ def patch_model(model: Any, schedule: Schedule) -> Any:
     return patched
 
 
+def patch_lora(model: Any, lora: LoRA) -> Any:
+    """A clone of the model with a LoRA that is active inside its TACA window, and only there.
+
+    Parameters
+    ----------
+    model : comfy.model_patcher.ModelPatcher
+        Left as it is; with TACA already, or to get it later. Several LoRAs add up.
+    lora : LoRA
+        Fitted to this model.
+    """
+    family_of(model.get_model_object("diffusion_model"))
+    patched = model.clone()
+    others = patched.get_additional_models_with_key(LORA_KEY)
+    patched.set_additional_models(LORA_KEY, [*others, patcher_of(lora)])
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, LORA_KEY)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, LORA_KEY, _require_taca)
+    return patched
+
+
+def schedule_of(patcher: Any) -> Schedule | None:
+    """The schedule of a model that has TACA."""
+    wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    return wrappers[0].args[0] if wrappers else None
+
+
+def loras_of(patcher: Any) -> list[LoRA]:
+    """The TACA LoRAs of a model."""
+    return [each.model for each in patcher.get_additional_models_with_key(LORA_KEY)]
+
+
+def _require_taca(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one sampling run of a model with a TACA LoRA."""
+    patcher = executor.class_obj.model_patcher
+    names = ", ".join(lora.name for lora in loras_of(patcher))
+    if schedule_of(patcher) is None:
+        raise RuntimeError(
+            f"The TACA LoRA {names} is active inside the window of TACA, and this model has none: "
+            f"add the node TACA Patch Model, before or after Load TACA LoRA. (gamma 1 there is the "
+            f"LoRA alone. For a LoRA that is on in every step use ComfyUI's Load LoRA.)"
+        )
+    if comfy.model_management.in_training:
+        raise RuntimeError(
+            f"A model with the TACA LoRA {names} cannot be trained: take Load TACA LoRA out. To go "
+            f"on training a LoRA, choose it as the trainer's existing_lora."
+        )
+    return executor(*args, **kwargs)
+
+
 def timestep(model_sampling: Any, sigma: Tensor) -> Tensor:
     """The paper's t, 0..1000 (1000 = pure noise), of sigma; of sigma's shape.
 
@@ -85,15 +136,16 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     patcher = guider.model_patcher
     family = family_of(patcher.get_model_object("diffusion_model"))
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
-    gamma = schedule.gamma_at(timestep(patcher.get_model_object("model_sampling"), sigmas[:-1]))
-    inside = int((gamma != 1).sum())
+    t = timestep(patcher.get_model_object("model_sampling"), sigmas[:-1])
+    inside = int(schedule.window.contains(t).sum())
     blocks = len(list(family.joint_blocks(uncompiled(patcher.model.diffusion_model))))
     log.log(
-        logging.INFO if inside or schedule.gamma == 1 else logging.WARNING,
-        "TACA: gamma %g at %s acts on %d of %d steps, %d joint blocks of %s.%s",
-        schedule.gamma, schedule.window, inside, len(gamma), blocks, family.name,
-        "" if inside or schedule.gamma == 1 else " No step is inside the window: lower its "
-        "threshold or use more steps, or the picture is the plain model's.",
+        logging.INFO if inside else logging.WARNING,
+        "TACA: gamma %g at %s acts on %d of %d steps, %d joint blocks of %s%s.%s",
+        schedule.gamma, schedule.window, inside, len(t), blocks, family.name,
+        "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher)),
+        "" if inside else " No step is inside the window: lower its threshold or use more steps, "
+        "or the picture is the plain model's.",
     )  # fmt: skip
     # This run's record goes to its calls inside their wrapper, not as an entry of
     # transformer_options: code that torch.compile made for a model fails without the entries it
@@ -111,17 +163,29 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     return result
 
 
-def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t: Tensor, *args: Any,
-                 **kwargs: Any) -> Any:  # fmt: skip
-    """Around one call of the model: TACA in every joint block, if a row of the batch is inside."""
+def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t_model: Tensor,
+                 *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """Around one call of the model: TACA and its LoRAs, if a row of the batch is inside."""
     base_model = executor.class_obj
-    gamma = schedule.gamma_at(timestep(base_model.model_sampling, t))
+    t = timestep(base_model.model_sampling, t_model)
+    inside = schedule.window.contains(t)
+    if not bool(inside.any()):
+        return executor(x, t_model, *args, **kwargs)
+    patcher = base_model.current_patcher  # of this device, in a run over several
+    loras = loras_of(patcher) if patcher is not None else []
+    gamma = schedule.gamma_at(t)
     rows = set(gamma.tolist())
-    if rows <= {1.0}:
-        return executor(x, t, *args, **kwargs)
     seen = Seen()
-    with _installed(base_model.diffusion_model, gamma if len(rows) > 1 else gamma[:1], seen):
-        result = _without_graph_breaks(run, partial(executor, x, t, *args, **kwargs))
+    forwards: list[tuple[nn.Module, Wrap]] = []
+    if rows != {1.0}:
+        forwards += _joint_forwards(
+            base_model.diffusion_model, gamma if len(rows) > 1 else gamma[:1], seen
+        )
+    forwards += lora_forwards(loras, base_model, inside)
+    if not forwards:
+        return executor(x, t_model, *args, **kwargs)
+    with _installed(forwards):
+        result = _without_graph_breaks(run, partial(executor, x, t_model, *args, **kwargs))
     run.ran |= seen.ran
     run.attended |= seen.attended
     return result
@@ -151,26 +215,35 @@ def _without_graph_breaks(run: Run, call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _installed(diffusion_model: nn.Module, gamma: Tensor, seen: Seen) -> Iterator[None]:
-    """For the length of this context, every joint block runs with TACA in its attention.
+def _installed(forwards: list[tuple[nn.Module, Wrap]]) -> Iterator[None]:
+    """For the length of this context, modules run what their forward was wrapped into.
 
-    It is the blocks' ``forward`` that is replaced, not an entry of the model's
-    ``transformer_options``: ComfyUI compiles models without guards on those, so a compiled model
-    would keep for ever what they held at its first call.
+    It is ``forward`` that is replaced, and not an entry of the model's ``transformer_options``:
+    ComfyUI compiles models without guards on those, so a compiled model would keep for ever what
+    they held at its first call.
     """
-    diffusion_model = uncompiled(diffusion_model)
     before = []
     try:
-        for block, locate in family_of(diffusion_model).joint_blocks(diffusion_model):
-            before.append((block, block.__dict__.get("forward")))
-            block.forward = _joint_forward(block.forward, locate, gamma, seen)
+        for module, wrap in forwards:
+            before.append((module, module.__dict__.get("forward")))
+            module.forward = wrap(module.forward)
         yield
     finally:
-        for block, forward in before:
+        for module, forward in reversed(before):
             if forward is None:
-                del block.forward
+                del module.forward
             else:
-                block.forward = forward
+                module.forward = forward
+
+
+def _joint_forwards(diffusion_model: nn.Module, gamma: Tensor,
+                    seen: Seen) -> list[tuple[nn.Module, Wrap]]:  # fmt: skip
+    """Every joint block, and TACA around it."""
+    diffusion_model = uncompiled(diffusion_model)
+    return [
+        (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
+        for block, locate in family_of(diffusion_model).joint_blocks(diffusion_model)
+    ]
 
 
 def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,

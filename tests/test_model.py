@@ -271,10 +271,28 @@ def test_off_is_bit_identical(folder, apply_taca, kind, gamma, threshold):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_applying_twice_replaces(folder, apply_taca, kind):
+def test_the_calls_options_stay_as_they_are(folder, apply_taca, kind):
+    """Whoever shares transformer_options with the blocks finds nothing of ours there."""
+    patched = apply_taca(tiny.load(folder, kind))
+    left = []
+
+    def watch(executor, *args, **kwargs):
+        result = executor(*args, **kwargs)
+        left.append("optimized_attention_override" in args[-1])
+        return result
+
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", watch)
+    sample(patched, kind, steps=4, cfg=1.0)
+    assert left == [False] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_applying_twice_replaces(folder, apply_taca, kind, caplog):
+    caplog.set_level("INFO", logger="taca")
     model = tiny.load(folder, kind)
-    twice = apply_taca(apply_taca(model, 2.0, 0.0), 1.2)
-    assert torch.equal(sample(twice, kind), sample(apply_taca(model), kind))
+    twice = sample(apply_taca(apply_taca(model, 2.0, 0.0), 1.2), kind)
+    assert len(caplog.records) == 1
+    assert torch.equal(twice, sample(apply_taca(model), kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
