@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -130,12 +131,66 @@ class TACADemoDecode(io.ComfyNode):
         return io.NodeOutput(pictures)
 
 
+class TACADemoDataset(io.ComfyNode):
+    """Draw pictures of the demo's world, to train on."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="TACADemoDataset",
+            display_name="TACA Demo Dataset",
+            category="TACA/demo",
+            description="Draws captioned pictures of the TACA demo's world, for Train LoRA: for "
+            "each a latent and a conditioning.",
+            search_aliases=["taca demo training data"],
+            inputs=[
+                io.Int.Input("count", default=64, min=1, max=4096, tooltip="How many pictures."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    tooltip="Another seed draws other captions and pictures.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The pictures, encoded."),
+                io.Conditioning.Output(tooltip="Their captions, encoded, in the same order."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, count: int, seed: int) -> io.NodeOutput:
+        """Draw and encode.
+
+        Parameters
+        ----------
+        count : int
+            How many pictures, of captions the demo's model was trained on.
+        seed : int
+            Of the captions and of the pictures.
+
+        Returns
+        -------
+        io.NodeOutput
+            Latents of shape ``(count, 16, 16, 16)`` and as many conditionings.
+        """
+        rng = np.random.default_rng(seed)
+        captions = rng.choice(world.captions("train"), count)
+        pictures = np.stack([world.render(str(caption), rng) for caption in captions])
+        latents = _codec().encode(torch.from_numpy(pictures).float())
+        encode = TACADemoTextEncode.execute
+        conditioning = [encode(str(caption)).result[0][0] for caption in captions]
+        return io.NodeOutput({"samples": latents}, conditioning)
+
+
 class TACADemoExtension(ComfyExtension):
     """The demo's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List them."""
-        return [TACADemoTextEncode, TACADemoDecode]
+        return [TACADemoTextEncode, TACADemoDecode, TACADemoDataset]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

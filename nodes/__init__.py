@@ -1,5 +1,5 @@
 """What users can drag onto the canvas."""
 
-from . import lora, patch, schedule
+from . import lora, patch, schedule, training
 
-NODES = [*patch.NODES, *schedule.NODES, *lora.NODES]
+NODES = [*patch.NODES, *schedule.NODES, *lora.NODES, *training.NODES]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,7 @@ from .schedule import Schedule
 
 KEY = "taca"
 LORA_KEY = "taca_lora"
+TRAINING_KEY = "taca_training"
 OVERRIDE = "optimized_attention_override"
 
 log = logging.getLogger("taca")
@@ -134,24 +137,14 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     """Around one sampling run: say what TACA will do, and make sure that it did it."""
     guider = executor.class_obj
     patcher = guider.model_patcher
-    family = family_of(patcher.get_model_object("diffusion_model"))
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
-    t = timestep(patcher.get_model_object("model_sampling"), sigmas[:-1])
-    inside = int(schedule.window.contains(t).sum())
-    blocks = len(list(family.joint_blocks(uncompiled(patcher.model.diffusion_model))))
-    log.log(
-        logging.INFO if inside else logging.WARNING,
-        "TACA: gamma %g at %s acts on %d of %d steps, %d joint blocks of %s%s.%s",
-        schedule.gamma, schedule.window, inside, len(t), blocks, family.name,
-        "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher)),
-        "" if inside else " No step is inside the window: lower its threshold or use more steps, "
-        "or the picture is the plain model's.",
-    )  # fmt: skip
+    _log_run(schedule, patcher, sigmas)
+    wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
+    _check_compiler(patcher.model.diffusion_model, wrappers)
     # This run's record goes to its calls inside their wrapper, not as an entry of
     # transformer_options: code that torch.compile made for a model fails without the entries it
     # was made with. The guider's options are this run's own copy.
     run = Run()
-    wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
     wrappers[KEY] = [partial(_adjust_call, schedule, run)]
     result = executor(*args, **kwargs)
     if run.ran and not run.attended:
@@ -163,12 +156,51 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     return result
 
 
+def _log_run(schedule: Schedule, patcher: Any, sigmas: Tensor) -> None:
+    """One line a run: gamma, how many steps are inside the window, how many blocks."""
+    family = family_of(patcher.get_model_object("diffusion_model"))
+    blocks = len(list(family.joint_blocks(uncompiled(patcher.model.diffusion_model))))
+    if comfy.model_management.in_training:
+        log.info(
+            "TACA: training with gamma %g at %s, %d joint blocks of %s.",
+            schedule.gamma, schedule.window, blocks, family.name,
+        )  # fmt: skip
+        return
+    t = timestep(patcher.get_model_object("model_sampling"), sigmas[:-1])
+    inside = int(schedule.window.contains(t).sum())
+    log.log(
+        logging.INFO if inside else logging.WARNING,
+        "TACA: gamma %g at %s acts on %d of %d steps, %d joint blocks of %s%s.%s",
+        schedule.gamma, schedule.window, inside, len(t), blocks, family.name,
+        "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher)),
+        "" if inside else " No step is inside the window: lower its threshold or use more steps, "
+        "or the picture is the plain model's.",
+    )  # fmt: skip
+
+
+def _check_compiler(diffusion_model: nn.Module, wrappers: Mapping[str, Any]) -> None:
+    """Refuse a compiled model on a torch that lacks what ``_without_graph_breaks`` stands on."""
+    if "torch._dynamo" not in sys.modules:
+        return
+    can = hasattr(torch.compiler, "set_stance") and hasattr(torch._dynamo, "error_on_graph_break")
+    compiled = "torch.compile" in wrappers or any(
+        hasattr(module, "_orig_mod") for module in diffusion_model.modules()
+    )
+    if compiled and not can:
+        raise RuntimeError(
+            f"TACA on a compiled model needs a later torch than {torch.__version__}: take out the "
+            f"node that compiles the model, or update torch (2.13 is tested)."
+        )
+
+
 def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t_model: Tensor,
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
     """Around one call of the model: TACA and its LoRAs, if a row of the batch is inside."""
     base_model = executor.class_obj
     t = timestep(base_model.model_sampling, t_model)
     inside = schedule.window.contains(t)
+    if comfy.model_management.in_training:
+        return _adjust_training_call(schedule, run, t, executor, x, t_model, *args, **kwargs)
     if not bool(inside.any()):
         return executor(x, t_model, *args, **kwargs)
     patcher = base_model.current_patcher  # of this device, in a run over several
@@ -191,6 +223,46 @@ def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t_model
     return result
 
 
+def _adjust_training_call(schedule: Schedule, run: Run, t: Tensor, executor: Any, x: Tensor,
+                          t_model: Tensor, c_concat: Any, c_crossattn: Any, control: Any,
+                          transformer_options: dict[str, Any], **kwargs: Any) -> Any:  # fmt: skip
+    """Around one call of a model in training, to blocks that ``training_window`` prepared.
+
+    The backward pass may compute the blocks again after this call. Core keeps the call's options
+    for that, so they say what TACA does; nothing is compiled in training.
+    """
+    patcher = executor.class_obj.current_patcher
+    if TRAINING_KEY not in patcher.injections:
+        raise RuntimeError(
+            "This model has TACA, and core's trainer would train it at all timesteps: put TACA "
+            "Training Window between TACA Patch Model and the trainer, or, to train without TACA, "
+            "take TACA Patch Model out."
+        )
+    if not bool(schedule.window.contains(t).all()):
+        raise RuntimeError(
+            "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "
+            "behind TACA Patch Model and behind every node that changes the model's sampling."
+        )
+    seen = Seen()
+    options = {**transformer_options, KEY: (schedule.gamma_at(t), seen)}
+    result = executor(x, t_model, c_concat, c_crossattn, control, options, **kwargs)
+    run.ran |= seen.ran
+    run.attended |= seen.attended
+    return result
+
+
+def training_forward(forward: Callable[..., Any], locate: Locate) -> Callable[..., Any]:
+    """A block's forward while its model is loaded for training; see ``_adjust_training_call``."""
+
+    def taca_training_forward(*args: Any, **kwargs: Any) -> Any:
+        adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
+        if adjustment is None:
+            return forward(*args, **kwargs)
+        return _joint_forward(forward, locate, *adjustment)(*args, **kwargs)
+
+    return taca_training_forward
+
+
 def _without_graph_breaks(run: Run, call: Callable[[], Any]) -> Any:
     """Call a model that may be compiled, and never in pieces.
 
@@ -207,11 +279,38 @@ def _without_graph_breaks(run: Run, call: Callable[[], Any]) -> Any:
                 raise
             log.warning(
                 "TACA: this model's blocks cannot be compiled in one piece (often: an attention "
-                "kernel that torch.compile cannot trace). Steps inside the window run uncompiled."
-            )
+                "kernel that torch.compile cannot trace). Steps inside the window run uncompiled. "
+                "(%s)", str(error).strip().partition("\n")[0],
+            )  # fmt: skip
             run.eager = True
-    with torch.compiler.set_stance("force_eager"):
+    with _uncompiled_calls:
         return call()
+
+
+class _Uncompiled:
+    """The length of calls that run uncompiled, on however many threads (a device each).
+
+    torch's stance is one for all threads: whoever comes first sets it, the last one resets it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(*error)
+
+
+_uncompiled_calls = _Uncompiled()
 
 
 @contextmanager
@@ -258,10 +357,14 @@ def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
         options = kwargs.get("transformer_options") or {}
         override = _override(gamma, tokens, seen, options.get(OVERRIDE))
         kwargs = {**kwargs, "transformer_options": {**options, OVERRIDE: override}}
-        if not torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
-        with torch._dynamo.error_on_graph_break(True):  # see _without_graph_breaks
-            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            with torch._dynamo.error_on_graph_break(True):  # see _without_graph_breaks
+                return forward(*args, **kwargs)
+        if "torch._dynamo" in sys.modules:
+            # Past its limit of recompilations dynamo runs this function as it is; what it compiled
+            # for the plain block, without guards on transformer_options, must not run inside.
+            return torch.compiler.disable(forward)(*args, **kwargs)
+        return forward(*args, **kwargs)
 
     return taca_forward
 
