@@ -12,7 +12,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import world
 from .codec import Codec
 
-_CODEC = Path(__file__).parent / "models" / "taca_demo_codec.safetensors"
+_CODEC = Path(__file__).parent / "taca_demo_codec.safetensors"
 
 
 @cache

@@ -72,7 +72,7 @@ def sample(arguments: argparse.Namespace, codec: Codec, captions: list[str]) -> 
 def main() -> None:
     """Sample, judge, print and store."""
     arguments = parse_arguments()
-    codec = Codec.load(arguments.models / "taca_demo_codec.safetensors")
+    codec = Codec.load(arguments.models.parent / "taca_demo_codec.safetensors")
     captions = world.captions("held-out")
     pictures = sample(arguments, codec, captions)
     judged = [

@@ -1,10 +1,11 @@
 """Train the demo's model, a small MM-DiT of the SD3 architecture, from scratch on a CPU.
 
 ``python demo/train.py --comfyui DIR`` renders the pictures, fits the codec, trains by rectified
-flow and writes ``taca_demo_mmdit.safetensors``, ``taca_demo_codec.safetensors`` and
-``taca_demo.json`` to ``demo/models``. A run that was stopped goes on where it last saved. On a
-machine that does other work too, set ``OMP_WAIT_POLICY=passive``: OpenMP's waiting threads
-otherwise spin on the cores that the others need, and a step can take twenty times as long.
+flow and writes ``taca_demo_mmdit.safetensors`` and ``taca_demo.json`` to ``demo/models`` and
+``taca_demo_codec.safetensors`` beside it, where ComfyUI does not offer it as a model. A run that
+was stopped goes on where it last saved. On a machine that does other work too, set
+``OMP_WAIT_POLICY=passive``: OpenMP's waiting threads otherwise spin on the cores that the others
+need, and a step can take twenty times as long.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ def write_files(
     arguments.models.mkdir(parents=True, exist_ok=True)
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
     save_file(half, arguments.models / "taca_demo_mmdit.safetensors", {"format": "pt"})
-    codec.save(arguments.models / "taca_demo_codec.safetensors")
+    codec.save(arguments.models.parent / "taca_demo_codec.safetensors")
     # After a resumed run a step may have been logged twice: the last record of it counts.
     records = {r["step"]: r for r in map(json.loads, log.read_text().splitlines())}
     stride = math.ceil(len(records) / 100)
