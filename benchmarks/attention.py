@@ -189,7 +189,7 @@ def methods(text: int, image: int, device: torch.device) -> dict[str, Attention]
     """Every method of ``METHODS`` as ``(q, k, v) -> output``, for these numbers of tokens."""
     pack = load_pack()
     gamma = torch.full((1,), GAMMA, device=device)
-    tokens = (pack.Run("text", text), pack.Run("image", image))
+    tokens = (pack.Span("text", text), pack.Span("image", image))
 
     def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return pack.temperature_adjusted_attention(plain, q, k, v, gamma, tokens, out_dim=1)

@@ -12,7 +12,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """Plain attention of any backend: ``(q, k, v, mask) -> output``."""
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """Consecutive tokens of one kind in a joint sequence.
 
     Parameters
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     length: int
 
 
-Tokens = Sequence[Run]
+Tokens = Sequence[Span]
 """A whole joint sequence, in its order."""
 
 
@@ -80,21 +80,21 @@ def temperature_adjusted_attention(
         raise ValueError(
             f"TACA has {gamma.shape[0]} values of gamma for the {k.shape[0]} rows of this attention"
         )
-    lengths = [run.length for run in tokens]
-    is_image = [run.kind == "image" for run in tokens]
+    lengths = [span.length for span in tokens]
+    is_image = [span.kind == "image" for span in tokens]
     k_adjusted = _scale_text(k, gamma, tokens, dim)
     queries = q.split(lengths, dim)
     masks = _split_queries(mask, lengths)
 
     outputs: list[Tensor] = [q] * len(tokens)
     for image, keys in ((True, k_adjusted), (False, k)):
-        runs = [i for i in range(len(tokens)) if is_image[i] == image]
-        if runs:
-            rows = _join([queries[i] for i in runs], dim)
-            mask_rows = mask if masks is None else _join([masks[i] for i in runs], -2)
+        spans = [i for i in range(len(tokens)) if is_image[i] == image]
+        if spans:
+            rows = _join([queries[i] for i in spans], dim)
+            mask_rows = mask if masks is None else _join([masks[i] for i in spans], -2)
             output = attend(rows, keys, v, mask_rows)
             for i, piece in zip(
-                runs, output.split([lengths[i] for i in runs], out_dim), strict=True
+                spans, output.split([lengths[i] for i in spans], out_dim), strict=True
             ):
                 outputs[i] = piece
     return torch.cat(outputs, out_dim)
@@ -107,18 +107,18 @@ def _scale_text(k: Tensor, gamma: Tensor, tokens: Tokens, dim: int) -> Tensor:
     the product alone is rounded to K's dtype.
     """
     factor = gamma.view(-1, *(1,) * (k.ndim - 1))
-    pieces = k.split([run.length for run in tokens], dim)
+    pieces = k.split([span.length for span in tokens], dim)
     return torch.cat(
         [
-            (piece * factor).to(k.dtype) if run.kind == "text" else piece
-            for run, piece in zip(tokens, pieces, strict=True)
+            (piece * factor).to(k.dtype) if span.kind == "text" else piece
+            for span, piece in zip(tokens, pieces, strict=True)
         ],
         dim,
     )
 
 
 def _split_queries(mask: Tensor | None, lengths: list[int]) -> Sequence[Tensor] | None:
-    """The mask's rows for each run of queries; None for a mask that is alike for all queries."""
+    """The mask's rows for each span of queries; None for a mask that is alike for all queries."""
     if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
         return None
     return mask.split(lengths, -2)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import Run, Tokens
+from .attention import Span, Tokens
 
 
 @dataclass
@@ -47,7 +47,7 @@ def two_streams(text: tuple[int, str], image: tuple[int, str]) -> Locate:
 
     def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
         seen.text = _argument(args, kwargs, *text).shape[1]
-        return Run("text", seen.text), Run("image", _argument(args, kwargs, *image).shape[1])
+        return Span("text", seen.text), Span("image", _argument(args, kwargs, *image).shape[1])
 
     return locate
 
@@ -57,7 +57,10 @@ def one_stream(sequence: tuple[int, str]) -> Locate:
 
     def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
         length = _argument(args, kwargs, *sequence).shape[1]
-        return Run("text", seen.text), Run("image", length - seen.text)
+        # Where a pack skips the two-stream blocks (a cache), core still says where images begin.
+        options = kwargs.get("transformer_options") or {}
+        text = seen.text or options.get("img_slice", (0,))[0]
+        return Span("text", text), Span("image", length - text)
 
     return locate
 

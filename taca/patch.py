@@ -351,7 +351,7 @@ def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
 
     def taca_forward(*args: Any, **kwargs: Any) -> Any:
         tokens = locate(args, kwargs, seen)
-        if not any(run.kind == "text" and run.length for run in tokens):
+        if not any(span.kind == "text" and span.length for span in tokens):
             return forward(*args, **kwargs)
         seen.ran = True
         options = kwargs.get("transformer_options") or {}
@@ -385,7 +385,7 @@ def _override(gamma: Tensor, tokens: Tokens, seen: Seen,
             )  # fmt: skip
 
         dim = 2 if skip_reshape else 1
-        if not q.shape[dim] == k.shape[dim] == sum(run.length for run in tokens):
+        if not q.shape[dim] == k.shape[dim] == sum(span.length for span in tokens):
             return attend(q, k, v, mask)  # not the joint attention of this block
         seen.attended = True
         return temperature_adjusted_attention(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import dense_attention
 
 attention = sys.modules["taca_pack.taca.attention"]
-Run, adjusted = attention.Run, attention.temperature_adjusted_attention
+Span, adjusted = attention.Span, attention.temperature_adjusted_attention
 KINDS = st.sampled_from(["text", "image", "other"])
 
 
@@ -21,7 +21,7 @@ def sdpa(q, k, v, mask):
 
 def factors(tokens, gamma):
     """gamma where image meets text, one matrix a row; written from Eq. 10, token by token."""
-    kinds = [run.kind for run in tokens for _ in range(run.length)]
+    kinds = [span.kind for span in tokens for _ in range(span.length)]
     matrix = torch.ones(len(gamma), 1, len(kinds), len(kinds), dtype=torch.float64)
     for i, query in enumerate(kinds):
         for j, key in enumerate(kinds):
@@ -44,8 +44,8 @@ def random(*shape, seed=0):
     grouped=st.booleans(),
 )
 def test_equals_dense(runs, batch, gammas, per_row, mask_kind, grouped):
-    tokens = [Run(*run) for run in runs]
-    n = sum(run.length for run in tokens)
+    tokens = [Span(*run) for run in runs]
+    n = sum(span.length for span in tokens)
     gamma = torch.tensor(gammas[:batch] if per_row else gammas[:1])
     q, k, v = (random(batch, 1 if grouped and i else 2, n, 8, seed=i) for i in range(3))
     shape = {"full": (batch, 1, n, n), "heads": (batch, 2, n, n), "rows": (batch, 1, 1, n),
@@ -62,7 +62,7 @@ def test_equals_dense(runs, batch, gammas, per_row, mask_kind, grouped):
 @given(text=st.integers(1, 12), image=st.integers(1, 30), gamma=st.floats(0, 3))
 def test_both_layouts_agree(text, image, gamma):
     """(B, N, heads * D) as SD3 calls it gives what (B, heads, N, D) as FLUX calls it gives."""
-    tokens, gamma = (Run("text", text), Run("image", image)), torch.tensor([gamma])
+    tokens, gamma = (Span("text", text), Span("image", image)), torch.tensor([gamma])
     q, k, v = (random(2, 2, text + image, 8, seed=i) for i in range(3))
 
     def flat(x):
@@ -85,7 +85,7 @@ def test_gamma_is_applied_in_float32(dtype):
         seen.append(keys)
         return q
 
-    adjusted(attend, k, k, k, torch.tensor([1.2]), (Run("text", 4), Run("image", 2)))
+    adjusted(attend, k, k, k, torch.tensor([1.2]), (Span("text", 4), Span("image", 2)))
     assert seen[0].dtype == dtype
     assert torch.equal(seen[0][:, :, :4], (k[:, :, :4].float() * 1.2).to(dtype))
     assert torch.equal(seen[0][:, :, 4:], k[:, :, 4:])
@@ -95,11 +95,11 @@ def test_gamma_is_applied_in_float32(dtype):
 def test_inputs_are_left_alone():
     q, k, v = (random(1, 2, 6, 8, seed=i) for i in range(3))
     before = [x.clone() for x in (q, k, v)]
-    adjusted(sdpa, q, k, v, torch.tensor([2.0]), (Run("text", 4), Run("image", 2)))
+    adjusted(sdpa, q, k, v, torch.tensor([2.0]), (Span("text", 4), Span("image", 2)))
     assert all(torch.equal(*pair) for pair in zip((q, k, v), before, strict=True))
 
 
 def test_wrong_number_of_gammas_is_an_error():
     q = random(3, 2, 6, 8)
     with pytest.raises(ValueError, match="2 values of gamma for the 3 rows"):
-        adjusted(sdpa, q, q, q, torch.ones(2), (Run("text", 4), Run("image", 2)))
+        adjusted(sdpa, q, q, q, torch.ones(2), (Span("text", 4), Span("image", 2)))

@@ -4,6 +4,9 @@ ComfyUI compiles with a filter that drops every guard on ``transformer_options``
 changes there is frozen at the first trace. Dynamo alone, without a backend, shows it.
 """
 
+import sys
+import threading
+
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.mmdit
@@ -15,6 +18,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from test_model import KINDS, installed_on, sample
 from torch._dynamo.utils import counters
+
+patch = sys.modules["taca_pack.taca.patch"]
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +123,52 @@ def test_inductor(folder, apply_taca, kind):
     for m, expected in [(apply_taca(fast), ours), (fast, plain)]:
         result = sample(m, kind, steps=6, text=(7, 7))
         torch.testing.assert_close(result, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
+def test_past_dynamos_limit_of_recompilations(folder, apply_taca, whole):
+    """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""
+    models = {kind: tiny.load(folder, kind) for kind in KINDS}
+    fast = {kind: compiled(model, whole) for kind, model in models.items()}
+    for size, text in (((8, 8), 7), ((8, 10), 9), ((12, 10), 11)):
+        for kind in KINDS:
+            settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}
+            plain = sample(models[kind], kind, **settings)
+            ours = sample(apply_taca(models[kind], 1.5), kind, **settings)
+            assert not torch.allclose(plain, ours, atol=0.1)
+            for m, expected in [(fast[kind], plain), (apply_taca(fast[kind], 1.5), ours)] * 2:
+                result = sample(m, kind, **settings)
+                torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_uncompiled_stance_is_reset_by_the_last(folder):
+    """Two devices' threads inside at once: compilation is off for both, and on again after."""
+    uncompiled = patch._uncompiled_calls
+    is_on = torch.compile(lambda x: x * torch.compiler.is_compiling(), backend="eager")
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with uncompiled:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with uncompiled:
+        thread.start()
+        entered.wait()
+    assert not is_on(torch.ones(1))
+    leave.set()
+    thread.join()
+    assert is_on(torch.ones(1))
+
+
+@pytest.mark.parametrize("missing", [(torch.compiler, "set_stance"),
+                                     (torch._dynamo, "error_on_graph_break")])  # fmt: skip
+def test_an_older_torch_is_told(folder, apply_taca, monkeypatch, missing):
+    model = tiny.load(folder, "flux")
+    fast = apply_taca(compiled(model, whole=False))
+    monkeypatch.delattr(*missing)
+    with pytest.raises(RuntimeError, match="needs a later torch"):
+        sample(fast, "flux")
+    assert sample(apply_taca(model), "flux").isfinite().all()
