@@ -124,9 +124,25 @@ class Patch(nn.Module):
         """As ``comfy.lora.calculate_weight`` takes it."""
         return (self.strength, self.value(device), 1.0, self.rows, self.permute)
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """What it adds to the rows of the output y of a linear layer at x; ``(..., rows)``."""
+    def add_to(self, y: Tensor, x: Tensor, inside: Tensor | None) -> None:
+        """Add to these rows of the output y of a linear layer at x, in place.
+
+        Parameters
+        ----------
+        y, x : Tensor
+            ``(B, ..., rows)`` and ``(B, ..., in_features)``.
+        inside : Tensor, optional
+            bool ``(B,)``: which of the batch is inside the window; by default all.
+        """
         value = self.value(x.device)
+        if isinstance(value, LoRAAdapter) and self.permute is None and inside is None:
+            # W x + strength (alpha / r) B A x, without a copy of y's size.
+            up, down, alpha = (part if i == 2 else part.to(x.dtype) for i, part in
+                               enumerate(value.weights[:3]))  # fmt: skip
+            scale = self.strength * (1.0 if alpha is None else alpha / down.shape[0])
+            low = F.linear(x, down * scale).flatten(0, -2)
+            y.view(-1, y.shape[-1]).addmm_(low, up.T)
+            return
         if isinstance(value, WeightAdapterBase):
             delta = value.h(x, y)
         else:
@@ -134,7 +150,9 @@ class Patch(nn.Module):
             delta = difference if self.parameter == "bias" else F.linear(x, difference)
         if self.permute is not None:
             delta = self.permute(delta.movedim(-1, 0)).movedim(0, -1)
-        return delta
+        if inside is not None:
+            delta = delta * _per_row(inside, x).to(delta.dtype)
+        y += delta
 
 
 class LoRA(nn.Module):
@@ -294,23 +312,12 @@ def _summed(patches: list[Patch], rows: Tensor | None) -> Wrap:
         def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             y = forward(x, *args, **kwargs)
             for patch in patches:
-                if patch.rows is None:
-                    y = y + _in_rows(patch.added(x, y), rows, x)
-                else:  # in place: y is this layer's own, and three slices are not three copies
-                    piece = y.narrow(-1, *patch.rows[1:])
-                    piece += _in_rows(patch.added(x, piece), rows, x)
+                patch.add_to(y if patch.rows is None else y.narrow(-1, *patch.rows[1:]), x, rows)
             return y
 
         return lora_forward
 
     return wrap
-
-
-def _in_rows(delta: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
-    """The difference in the rows of the batch that are inside the window, 0 in the others."""
-    if rows is None:
-        return delta
-    return delta * _per_row(rows, x).to(delta.dtype)
 
 
 def _per_row(rows: Tensor, x: Tensor) -> Tensor:
