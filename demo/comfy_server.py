@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ PACKS = {"comfyui-taca": ROOT, "comfyui-taca-demo": ROOT / "demo"}
 MODEL_FOLDERS = (
     "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras"
 )  # fmt: skip
+Models = Iterable[tuple[str, Path]]
 
 
-def prepare_base(base: Path, comfyui: Path, models: dict[str, Path] | None = None) -> list[str]:
+def prepare_base(base: Path, comfyui: Path, models: Models = ()) -> list[str]:
     """Make a base directory with links to the two packs; returns the server's arguments for it.
 
     Parameters
@@ -39,16 +41,15 @@ def prepare_base(base: Path, comfyui: Path, models: dict[str, Path] | None = Non
         Holds custom_nodes, input, output and the settings of the page.
     comfyui : Path
         Whose models are offered too.
-    models : dict, optional
-        Further folders of models: kind -> folder.
+    models : iterable of (str, Path), optional
+        Further folders of models, each with its kind; they come before the others.
     """
     packs = base / "custom_nodes"
     packs.mkdir(parents=True, exist_ok=True)
     for name, folder in PACKS.items():
         link(packs / name, folder)
-    places: list[tuple[str, Path]] = [("diffusion_models", ROOT / "demo" / "models")]
+    places = [*models, ("diffusion_models", ROOT / "demo" / "models")]
     places += [(kind, comfyui / "models" / kind) for kind in MODEL_FOLDERS]
-    places += list((models or {}).items())
     lines = []
     for i, (kind, folder) in enumerate(places):
         lines.append(f"place{i}:\n  {kind}: {json.dumps(str(folder))}\n")
@@ -58,18 +59,30 @@ def prepare_base(base: Path, comfyui: Path, models: dict[str, Path] | None = Non
 
 
 def link(at: Path, folder: Path) -> None:
-    """Link to a folder; on Windows by a junction, which needs no rights."""
-    if at.exists() and at.resolve() == folder:
-        return
-    if os.name == "nt":
-        import _winapi
+    """Link to a folder; on Windows by a junction, which needs no rights.
 
-        if at.exists():
-            at.rmdir()
-        _winapi.CreateJunction(str(folder), str(at))
-    else:
-        at.unlink(missing_ok=True)
-        at.symlink_to(folder, target_is_directory=True)
+    Raises
+    ------
+    RuntimeError
+        If something else than an earlier link is there.
+    """
+    if at.exists() and at.resolve() == folder.resolve():
+        return
+    try:
+        if os.name == "nt":
+            import _winapi
+
+            with suppress(FileNotFoundError):
+                at.rmdir()  # a junction, or an empty folder
+            _winapi.CreateJunction(str(folder), str(at))
+        else:
+            if at.is_symlink():
+                at.unlink()
+            at.symlink_to(folder, target_is_directory=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"Cannot link to {folder} at {at} ({error.strerror}). If something lies there, move it."
+        ) from error
 
 
 def command(comfyui: Path, port: int, arguments: list[str]) -> list[str]:
@@ -84,6 +97,26 @@ def command(comfyui: Path, port: int, arguments: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
+@contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process for the length of this context, and no longer: SIGTERM ends it as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = None
+    try:
+        process = subprocess.Popen(command, **options)
+        yield process
+    finally:
+        if process:
+            process.terminate()
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+            finally:  # also when a second Ctrl-C comes meanwhile
+                process.kill()
+                process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
 class Server:
     """A running ComfyUI.
 
@@ -91,21 +124,32 @@ class Server:
     ----------
     address : str
         ``http://127.0.0.1:port``.
+    log : Path
+        What it prints.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, log: Path) -> None:
         self.address = address
+        self.log = log
+        # No proxy leads to this machine itself.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def _read(self, path: str) -> bytes:
+        with self._opener.open(self.address + path, timeout=60) as reply:
+            return reply.read()
 
     def get(self, path: str) -> Any:
         """The JSON at a path of the server."""
-        with urllib.request.urlopen(self.address + path, timeout=60) as reply:  # noqa: S310
-            return json.load(reply)
+        return json.loads(self._read(path))
 
     def picture(self, image: dict[str, str]) -> bytes:
         """The file of an output image."""
-        query = "&".join(f"{key}={image[key]}" for key in ("filename", "subfolder", "type"))
-        with urllib.request.urlopen(f"{self.address}/view?{query}", timeout=60) as reply:  # noqa: S310
-            return reply.read()
+        query = {key: image[key] for key in ("filename", "subfolder", "type")}
+        return self._read(f"/view?{urllib.parse.urlencode(query)}")
+
+    def failure(self, what: str) -> RuntimeError:
+        """An error that ends with the end of the log."""
+        return RuntimeError(f"{what}:\n{self.log.read_text('utf-8', 'replace')[-3000:]}")
 
     def run(
         self,
@@ -129,9 +173,12 @@ class Server:
         Raises
         ------
         RuntimeError
-            If the server refuses the graph or a node fails; with its reason.
+            If the server refuses the graph, a node fails, or the server ends; with its reason.
         """
-        return asyncio.run(self._run(graph, on_progress))
+        try:
+            return asyncio.run(self._run(graph, on_progress))
+        except aiohttp.ClientError as error:
+            raise self.failure(f"Lost ComfyUI ({error})") from error
 
     async def _run(
         self, graph: dict[str, Any], on_progress: Callable[[str, int, int], None]
@@ -160,12 +207,14 @@ class Server:
                     raise RuntimeError(f"{data['node_type']}: {data['exception_message']}")
                 elif message["type"] == "executing" and data["node"] is None:
                     break  # sent once the outputs are in the history
+            else:
+                raise self.failure("ComfyUI ended before it was done")
             async with session.get(f"{self.address}/history/{prompt}") as reply:
                 return (await reply.json())[prompt]["outputs"]
 
 
 @contextmanager
-def serving(base: Path, log: Path, models: dict[str, Path] | None = None) -> Iterator[Server]:
+def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
     """A server for the length of this context; its output goes to the log file.
 
     Raises
@@ -177,32 +226,23 @@ def serving(base: Path, log: Path, models: dict[str, Path] | None = None) -> Ite
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    server = Server(f"http://127.0.0.1:{port}", log)
     arguments = [*prepare_base(base, comfyui, models), "--disable-auto-launch"]
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
+    with (
+        log.open("wb") as output,
+        running(
             command(comfyui, port, arguments), stdout=output, stderr=subprocess.STDOUT, cwd=comfyui
-        )
-    server = Server(f"http://127.0.0.1:{port}")
-    try:
-        for _ in range(600):
-            try:
+        ) as process,
+    ):
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError):
                 server.get("/system_stats")
                 break
-            except (urllib.error.URLError, ConnectionError):
-                if process.poll() is not None:
-                    break
-                time.sleep(0.2)
-        else:
-            process.kill()
-        if process.poll() is not None:
-            raise RuntimeError(f"ComfyUI did not start:\n{log.read_text()[-3000:]}")
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise server.failure("ComfyUI did not start")
+            time.sleep(0.2)
         yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def main() -> None:
@@ -211,10 +251,10 @@ def main() -> None:
     arguments = prepare_base(ROOT / ".dev" / "base", comfyui)
     if "--disable-auto-launch" not in sys.argv:
         arguments.append("--auto-launch")
+    whole = command(comfyui, 8188, [*arguments, *sys.argv[1:]])
     try:
-        subprocess.run(
-            command(comfyui, 8188, [*arguments, *sys.argv[1:]]), cwd=comfyui, check=False
-        )
+        with running(whole, cwd=comfyui) as process:
+            sys.exit(process.wait())
     except KeyboardInterrupt:
         print("stopped")
 
