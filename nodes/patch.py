@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..taca.patch import patch_model
 from ..taca.schedule import Schedule, TimestepWindow
-from .schedule import TACASchedule, float_input, gamma_input
+from .schedule import TACASchedule, gamma_input, widget
 
 
 class TACAPatchModel(io.ComfyNode):
@@ -36,7 +36,7 @@ class TACAPatchModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.1, SD3 or SD3.5 model."),
                 gamma_input(),
-                *(float_input(setting) for setting in fields(TimestepWindow)),
+                widget(fields(TimestepWindow)[0]),
                 TACASchedule.Input(
                     "schedule",
                     optional=True,

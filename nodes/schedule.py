@@ -1,6 +1,8 @@
 """TACA Schedule: when TACA acts and how strongly, as one socket."""
 
-from dataclasses import Field, fields
+from __future__ import annotations
+
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -26,9 +28,24 @@ def gamma_input() -> io.Input:
     )
 
 
-def float_input(setting: "Field[float]") -> io.Input:
-    """The widget of one number of a window."""
-    return io.Float.Input(setting.name, default=setting.default, **setting.metadata)
+def widget(setting: Any) -> io.Input:
+    """The widget of one setting of a window."""
+    look = dict(setting.metadata)
+    if look.pop("curve", False):
+        return io.Curve.Input(setting.name, default=list(setting.default), socketless=False, **look)
+    if "options" in look:
+        return io.Combo.Input(setting.name, default=setting.default, **look)
+    kind = io.Int if isinstance(setting.default, int) else io.Float
+    return kind.Input(setting.name, default=setting.default, **look)
+
+
+def windows() -> list[io.DynamicCombo.Option]:
+    """Every kind of window that this ComfyUI has the widgets for."""
+    return [
+        io.DynamicCombo.Option(name, [widget(setting) for setting in fields(window)])
+        for name, window in WINDOWS.items()
+        if name != "curve" or hasattr(io, "Curve")
+    ]
 
 
 class TACAScheduleNode(io.ComfyNode):
@@ -49,11 +66,12 @@ class TACAScheduleNode(io.ComfyNode):
                 gamma_input(),
                 io.DynamicCombo.Input(
                     "window",
-                    options=[
-                        io.DynamicCombo.Option(name, [float_input(f) for f in fields(window)])
-                        for name, window in WINDOWS.items()
-                    ],
-                    tooltip="How you want to say which steps TACA acts on.",
+                    options=windows(),
+                    tooltip=(
+                        "How you want to say when TACA acts: by the timestep (the paper), by "
+                        "percent of the sampling (ComfyUI), by the first steps (the authors' "
+                        "code), or by a curve you draw in Curve Editor."
+                    ),
                 ),
             ],
             outputs=[TACASchedule.Output("schedule", tooltip="gamma over the timesteps.")],
@@ -61,8 +79,12 @@ class TACAScheduleNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, gamma: float, window: dict[str, Any]) -> io.NodeOutput:
-        settings = dict(window)
+        settings = {name: value for name, value in window.items() if value is not None}
         kind = WINDOWS[settings.pop("window")]
+        if "curve" in settings:
+            from comfy_api.input import CurveInput
+
+            settings["curve"] = CurveInput.from_raw(settings["curve"])
         return io.NodeOutput(Schedule(gamma, kind(**settings)))
 
 

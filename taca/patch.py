@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .attention import Tokens, temperature_adjusted_attention
 from .families import Locate, Seen, family_of, uncompiled
 from .lora import LoRA, Wrap, lora_forwards, patcher_of
-from .schedule import Schedule
+from .schedule import Resolved, Sampling, Schedule
 
 KEY = "taca"
 LORA_KEY = "taca_lora"
@@ -42,11 +42,14 @@ class Run:
         Whether a joint attention reached TACA.
     eager : bool
         Whether the model's blocks turned out not to compile in one piece.
+    schedule : Resolved, optional
+        gamma over t in this run.
     """
 
     ran: bool = False
     attended: bool = False
     eager: bool = False
+    schedule: Resolved | None = None
 
 
 def patch_model(model: Any, schedule: Schedule) -> Any:
@@ -133,18 +136,34 @@ def timestep(model_sampling: Any, sigma: Tensor) -> Tensor:
     return model_sampling.timestep(sigma)
 
 
+def resolve(schedule: Schedule, model_sampling: Any, sigmas: Tensor | None = None) -> Resolved:
+    """A schedule's gamma(t) for a model's sampling and, of a run, its sigmas."""
+    # Not what Training Window makes of it.
+    to_sigma = getattr(model_sampling, "taca_percent_to_sigma", model_sampling.percent_to_sigma)
+
+    def percent_to_t(percent: float) -> float:
+        return float(timestep(model_sampling, torch.tensor([to_sigma(percent)]).float()))
+
+    steps = None if sigmas is None else timestep(model_sampling, sigmas)
+    return schedule.resolve(Sampling(percent_to_t, steps))
+
+
 def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one sampling run: say what TACA will do, and make sure that it did it."""
     guider = executor.class_obj
     patcher = guider.model_patcher
     sigmas = args[3] if len(args) > 3 else kwargs["sigmas"]
-    _log_run(schedule, patcher, sigmas)
+    if comfy.model_management.in_training:
+        sigmas = None
+    model_sampling = patcher.get_model_object("model_sampling")
+    resolved = resolve(schedule, model_sampling, sigmas)
+    run = Run(schedule=resolved)
+    _log_run(schedule, resolved, patcher, sigmas)
     wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
     _check_compiler(patcher.model.diffusion_model, wrappers)
     # This run's record goes to its calls inside their wrapper, not as an entry of
     # transformer_options: code that torch.compile made for a model fails without the entries it
     # was made with. The guider's options are this run's own copy.
-    run = Run()
     wrappers[KEY] = [partial(_adjust_call, schedule, run)]
     result = executor(*args, **kwargs)
     if run.ran and not run.attended:
@@ -156,18 +175,19 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     return result
 
 
-def _log_run(schedule: Schedule, patcher: Any, sigmas: Tensor) -> None:
+def _log_run(schedule: Schedule, resolved: Resolved, patcher: Any,
+             sigmas: Tensor | None) -> None:  # fmt: skip
     """One line a run: gamma, how many steps are inside the window, how many blocks."""
     family = family_of(patcher.get_model_object("diffusion_model"))
     blocks = len(list(family.joint_blocks(uncompiled(patcher.model.diffusion_model))))
-    if comfy.model_management.in_training:
+    if sigmas is None:
         log.info(
             "TACA: training with gamma %g at %s, %d joint blocks of %s.",
             schedule.gamma, schedule.window, blocks, family.name,
         )  # fmt: skip
         return
     t = timestep(patcher.get_model_object("model_sampling"), sigmas[:-1])
-    inside = int(schedule.window.contains(t).sum())
+    inside = int(resolved.contains(t).sum())
     log.log(
         logging.INFO if inside else logging.WARNING,
         "TACA: gamma %g at %s acts on %d of %d steps, %d joint blocks of %s%s.%s",
@@ -198,14 +218,15 @@ def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t_model
     """Around one call of the model: TACA and its LoRAs, if a row of the batch is inside."""
     base_model = executor.class_obj
     t = timestep(base_model.model_sampling, t_model)
-    inside = schedule.window.contains(t)
+    resolved = run.schedule or resolve(schedule, base_model.model_sampling)
     if comfy.model_management.in_training:
-        return _adjust_training_call(schedule, run, t, executor, x, t_model, *args, **kwargs)
+        return _adjust_training_call(resolved, run, t, executor, x, t_model, *args, **kwargs)
+    inside = resolved.contains(t)
     if not bool(inside.any()):
         return executor(x, t_model, *args, **kwargs)
     patcher = base_model.current_patcher  # of this device, in a run over several
     loras = loras_of(patcher) if patcher is not None else []
-    gamma = schedule.gamma_at(t)
+    gamma = resolved.gamma_at(t)
     rows = set(gamma.tolist())
     seen = Seen()
     forwards: list[tuple[nn.Module, Wrap]] = []
@@ -223,7 +244,7 @@ def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t_model
     return result
 
 
-def _adjust_training_call(schedule: Schedule, run: Run, t: Tensor, executor: Any, x: Tensor,
+def _adjust_training_call(schedule: Resolved, run: Run, t: Tensor, executor: Any, x: Tensor,
                           t_model: Tensor, c_concat: Any, c_crossattn: Any, control: Any,
                           transformer_options: dict[str, Any], **kwargs: Any) -> Any:  # fmt: skip
     """Around one call of a model in training, to blocks that ``training_window`` prepared.
@@ -238,7 +259,7 @@ def _adjust_training_call(schedule: Schedule, run: Run, t: Tensor, executor: Any
             "Training Window between TACA Patch Model and the trainer, or, to train without TACA, "
             "take TACA Patch Model out."
         )
-    if not bool(schedule.window.contains(t).all()):
+    if not bool(schedule.contains(t).all()):
         raise RuntimeError(
             "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "
             "behind TACA Patch Model and behind every node that changes the model's sampling."

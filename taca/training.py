@@ -20,7 +20,7 @@ from torch import nn
 
 from .families import family_of, uncompiled
 from .lora import Wrap
-from .patch import TRAINING_KEY, schedule_of, timestep, training_forward
+from .patch import TRAINING_KEY, resolve, schedule_of, timestep, training_forward
 from .schedule import Schedule
 
 DRAWS = 2**14
@@ -38,7 +38,8 @@ def training_window(model: Any) -> Any:
     Raises
     ------
     ValueError
-        If the model has no TACA, or its window no timestep that the trainer would draw.
+        If the model has no TACA, or its window no timestep that the trainer would draw, or none
+        without a run.
     """
     schedule = schedule_of(model)
     if schedule is None:
@@ -57,7 +58,8 @@ def _inside_window(model_sampling: Any, schedule: Schedule) -> Any:
     """A model sampling whose draws, in training, are those of the original inside the window."""
     percents = (torch.arange(DRAWS) + 0.5) / DRAWS
     sigmas = torch.tensor([model_sampling.percent_to_sigma(p) for p in percents.tolist()])
-    inside = percents[schedule.window.contains(timestep(model_sampling, sigmas))].tolist()
+    resolved = resolve(schedule, model_sampling)
+    inside = percents[resolved.contains(timestep(model_sampling, sigmas))].tolist()
     if not inside:
         raise ValueError(
             f"The TACA window {schedule.window} holds no timestep to train on: widen it."
@@ -71,6 +73,7 @@ def _inside_window(model_sampling: Any, schedule: Schedule) -> Any:
 
     sampling = copy.copy(model_sampling)
     sampling.percent_to_sigma = percent_to_sigma
+    sampling.taca_percent_to_sigma = original
     return sampling
 
 

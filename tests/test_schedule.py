@@ -7,12 +7,15 @@ import comfy.model_sampling
 import pytest
 import torch
 from comfy.samplers import calculate_sigmas
+from comfy_api.input import CurveInput
 from hypothesis import given
 from hypothesis import strategies as st
 
 schedule = sys.modules["taca_pack.taca.schedule"]
 timestep = sys.modules["taca_pack.taca.patch"].timestep
 Schedule, TimestepWindow = schedule.Schedule, schedule.TimestepWindow
+resolve = sys.modules["taca_pack.taca.patch"].resolve
+ANY = schedule.Sampling(lambda percent: 1000 * (1 - percent))
 
 
 @given(
@@ -21,7 +24,7 @@ Schedule, TimestepWindow = schedule.Schedule, schedule.TimestepWindow
     t=st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=5),
 )
 def test_gamma_inside_one_outside(gamma, threshold, t):
-    result = Schedule(gamma, TimestepWindow(threshold)).gamma_at(torch.tensor(t))
+    result = Schedule(gamma, TimestepWindow(threshold)).resolve(ANY).gamma_at(torch.tensor(t))
     assert result.dtype == torch.float32
     for value, at in zip(result.tolist(), t, strict=True):
         if at >= threshold:
@@ -34,7 +37,7 @@ def test_gamma_inside_one_outside(gamma, threshold, t):
 def test_a_step_on_the_threshold_is_inside(thousandths):
     """sigma = threshold / 1000, rounded as a sampler rounds it, is inside; the next is not."""
     sigma = torch.tensor([thousandths, thousandths - 1], dtype=torch.float32) / 1000
-    inside = TimestepWindow(float(thousandths)).contains(sigma * 1000)
+    inside = Schedule(1.2, TimestepWindow(float(thousandths))).resolve(ANY).contains(sigma * 1000)
     assert inside.tolist() == [True, False]
 
 
@@ -54,7 +57,7 @@ def test_steps_of_the_papers_window(kind, steps, at_970):
     """The paper's t >= 970 is the authors' first 3 of 30 steps, through core's own scheduler."""
     model_sampling = sampling(kind)
     sigmas = calculate_sigmas(model_sampling, "simple", steps)
-    gamma = Schedule().gamma_at(timestep(model_sampling, sigmas[:-1]))
+    gamma = resolve(Schedule(), model_sampling).gamma_at(timestep(model_sampling, sigmas[:-1]))
     assert int((gamma != 1).sum()) == at_970
 
 
@@ -82,3 +85,73 @@ def test_bad_gamma_is_refused(gamma):
 def test_bad_threshold_is_refused(threshold):
     with pytest.raises(ValueError, match="between 0 and 1000"):
         TimestepWindow(threshold)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+@pytest.mark.parametrize("shape", ["step", "linear", "cosine"])
+def test_percent_is_comfyuis(kind, shape):
+    """The steps between core's own sigmas of the two percentages, and gamma falling over them."""
+    model_sampling = sampling(kind)
+    sigmas = calculate_sigmas(model_sampling, "simple", 40)[:-1]
+    plan = resolve(Schedule(1.4, schedule.PercentWindow(0.1, 0.5, shape)), model_sampling)
+    t = timestep(model_sampling, sigmas)
+    high, low = (model_sampling.percent_to_sigma(p) for p in (0.1, 0.5))
+    inside = (sigmas <= high) & (sigmas >= low)
+    assert plan.contains(t).equal(inside)
+    gamma = plan.gamma_at(t)
+    assert (gamma[~inside] == 1).all()
+    x = (high - sigmas[inside]) / (high - low)
+    share = {"step": 1 + 0 * x, "linear": 1 - x, "cosine": (1 + (math.pi * x).cos()) / 2}[shape]
+    torch.testing.assert_close(gamma[inside], 1 + 0.4 * share, atol=1e-4, rtol=1e-4)
+
+
+@given(steps=st.integers(1, 30), first=st.integers(1, 35), kind=st.sampled_from(["flux", "sd3"]))
+def test_first_steps_are_the_authors(steps, first, kind):
+    """Every call above the noise of the following step is inside: several calls a step too."""
+    model_sampling = sampling(kind)
+    sigmas = calculate_sigmas(model_sampling, "simple", steps)
+    plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
+    for i in range(steps):
+        calls = torch.stack([sigmas[i], (sigmas[i] + sigmas[i + 1]) / 2])
+        assert plan.contains(timestep(model_sampling, calls)).tolist() == [i < first] * 2
+
+
+def test_first_steps_need_a_run():
+    with pytest.raises(ValueError, match="training has none"):
+        resolve(Schedule(1.2, schedule.FirstStepsWindow(3)), sampling("flux"))
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_drawn_curve(kind):
+    curve = CurveInput.from_raw({"points": [[0, 1], [0.2, 0.5], [0.4, 0], [1, 0]],
+                                 "interpolation": "linear"})  # fmt: skip
+    model_sampling = sampling(kind)
+    plan = resolve(Schedule(1.4, schedule.CurveWindow(curve)), model_sampling)
+    for percent in (0.0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.39, 0.41, 0.5, 0.9):
+        t = timestep(model_sampling, torch.tensor([model_sampling.percent_to_sigma(percent)]))
+        expected = 1 + 0.4 * curve.interp(percent)
+        assert plan.gamma_at(t.float()).item() == pytest.approx(expected, abs=2e-3)
+        assert bool(plan.contains(t.float())) == (percent < 0.4)
+
+
+@pytest.mark.parametrize(("low", "high", "says"), [(0, 0, "0 throughout"), (0, 1.5, "between 0")])
+def test_a_bad_curve_is_refused(low, high, says):
+    curve = CurveInput.from_raw([[0, high], [1, low]])
+    with pytest.raises(ValueError, match=says):
+        resolve(Schedule(1.2, schedule.CurveWindow(curve)), sampling("flux"))
+
+
+@pytest.mark.parametrize(
+    ("window", "values", "says"),
+    [
+        ("TimestepWindow", (1001.0,), "between 0 and 1000"),
+        ("TimestepWindow", (900.0, "round"), "step, linear, cosine"),
+        ("PercentWindow", (0.5, 0.2), "swap them"),
+        ("PercentWindow", (-0.1, 0.2), "start_percent"),
+        ("PercentWindow", (0.1, float("nan")), "end_percent"),
+        ("FirstStepsWindow", (0,), "at least 1"),
+    ],
+)
+def test_bad_windows_are_refused(window, values, says):
+    with pytest.raises(ValueError, match=says):
+        getattr(schedule, window)(*values)
