@@ -1,0 +1,181 @@
+"""ComfyUI's page in a headless Chromium.
+
+As a script (``python dev.py run tests/page.py demo/workflows/*.json``) it opens workflows, saves
+them as the page does, runs those of the demo, and draws the pictures that lie beside them.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from workflow import DEMO, ROOT, TITLE, place_files, read
+
+sys.path.append(str(ROOT / "demo"))
+
+from comfy_server import serving
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+# Errors of the page itself:
+ABSENT = ("/user.css", "/api/userdata")  # what a new user has not got
+EARLY = "ComfyApp graph accessed before initialization"  # as it starts
+OUTSIDE = "Content Security Policy"  # it may not look for models in the net
+SCREENSHOTS = ROOT / ".dev" / "screenshots"
+LEFT, TOP, RIGHT = 80, 110, 450  # the page's own bars, and what it says at the right of a run
+
+
+def chromium():
+    """The browser's path, from CHROMIUM or its usual names; None if there is none."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+class Page:
+    """A server's page, cut off from the rest of the world.
+
+    Attributes
+    ----------
+    errors : list of str
+        The console's errors since the last workflow was opened.
+    """
+
+    def __init__(self, page, server):
+        self._page, self._server = page, server
+        self.errors = []
+        page.set_default_timeout(60_000)
+        page.on("console", self._listen)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.route("**/*", self._stay_home)
+        page.request.post(f"{server.address}/settings", data=SETTINGS)
+        page.goto(server.address)
+        page.wait_for_function(
+            "!!(window.app?.graph && window.LiteGraph?.registered_node_types.TACAPatchModel)"
+        )
+
+    def _listen(self, message):
+        text, url = message.text, message.location["url"]
+        foreign = text == EARLY or OUTSIDE in text or urlsplit(url).path.startswith(ABSENT)
+        if message.type == "error" and not foreign:
+            self.errors.append(f"{text} ({url})")
+
+    def _stay_home(self, route):
+        url = route.request.url
+        outside = url.startswith("http") and not url.startswith(self._server.address)
+        route.abort() if outside else route.continue_()
+
+    def open(self, workflow):
+        """Open a workflow as the menu does, with the models that are there by now."""
+        self.errors.clear()
+        self._page.evaluate(
+            "async workflow => {"
+            " await app.refreshComboInNodes(); await app.loadGraphData(workflow) }",
+            workflow,
+        )
+        self._page.wait_for_timeout(500)  # it looks for missing models and nodes meanwhile
+
+    def marked(self):
+        """Types of the nodes that the page does not know or frames in red."""
+        return self._page.evaluate(
+            "() => app.graph.nodes"
+            ".filter(node => node.has_errors || !LiteGraph.registered_node_types[node.type])"
+            ".map(node => node.type)"
+        )
+
+    def api_form(self):
+        """What the Run button sends: node id -> class_type and inputs."""
+        return self._page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def saved(self):
+        """What the page saves, less where the user looks and in which language."""
+        workflow = json.loads(self._page.evaluate("() => JSON.stringify(app.graph.serialize())"))
+        workflow["extra"].pop("ds", None)
+        for node in workflow["nodes"]:
+            for socket in (*node.get("inputs", []), *node.get("outputs", [])):
+                socket.pop("localized_name", None)
+        return workflow
+
+    def run(self, limit=180):
+        """Press the Run button and wait; the run's entry in the history."""
+        before = self._server.get("/history").keys()
+        refused = self._page.evaluate(
+            "async () => { await app.queuePrompt(0, 1); return app.lastNodeErrors }"
+        )
+        if refused:
+            raise RuntimeError(json.dumps(refused, indent=1))
+        deadline = time.monotonic() + limit
+        while not (new := self._server.get("/history").keys() - before):
+            if time.monotonic() > deadline:
+                raise self._server.failure("The run did not end")
+            self._page.wait_for_timeout(200)
+        return self._server.get("/history")[new.pop()]
+
+    def wait_for_pictures(self, nodes):
+        """Wait until each of these nodes, by id, shows a picture."""
+        self._page.wait_for_function(
+            "nodes => nodes.every(id => app.graph.getNodeById(id).imgs?.length)", arg=nodes
+        )
+
+    def draw(self):
+        """The whole graph as a picture."""
+        workflow = self.saved()
+        boxes = [group["bounding"] for group in workflow["groups"]]
+        for (x, y), (w, h) in ((node["pos"], node["size"]) for node in workflow["nodes"]):
+            boxes.append((x, y - TITLE, w, h + TITLE))
+        left, top = (min(box[i] for box in boxes) - 20 for i in (0, 1))
+        right, bottom = (max(box[i] + box[i + 2] for box in boxes) + 20 for i in (0, 1))
+        clip = {"x": LEFT, "y": TOP, "width": right - left, "height": bottom - top}
+        self._page.set_viewport_size(
+            {"width": int(clip["width"]) + LEFT + RIGHT, "height": int(clip["height"]) + 2 * TOP}
+        )
+        self._page.evaluate(
+            "offset => { app.canvas.deselectAll(); app.canvas.ds.scale = 1;"
+            " app.canvas.ds.offset = offset; app.canvas.setDirty(true, true) }",
+            [LEFT - left, TOP - top],
+        )
+        self._page.wait_for_timeout(700)
+        return Image.open(io.BytesIO(self._page.screenshot(clip=clip))).convert("RGB")
+
+
+@contextmanager
+def browsing(server):
+    """A page of this server for the length of this context."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        try:
+            yield Page(browser.new_page(), server)
+        finally:
+            browser.close()
+
+
+def main():
+    paths = [Path(argument).resolve() for argument in sys.argv[1:]]
+    users = [read(path) for path in paths if path not in DEMO]
+    with tempfile.TemporaryDirectory() as folder:
+        base, log = Path(folder, "base"), Path(folder, "log")
+        with serving(base, log, place_files(base, users)) as server, browsing(server) as page:
+            for path in paths:
+                page.open(read(path))
+                text = json.dumps(page.saved(), indent=1, ensure_ascii=False)
+                path.write_text(text + "\n", "utf-8")
+                if path in DEMO:
+                    page.run()
+                picture = page.draw()
+                SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+                picture.save(SCREENSHOTS / f"{path.stem}.png")
+                picture.resize((800, 800 * picture.height // picture.width), Image.LANCZOS).save(
+                    path.with_suffix(".jpg"), quality=85
+                )
+                print(path.stem, picture.size, page.marked(), page.errors)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
