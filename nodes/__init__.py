@@ -1,5 +1,6 @@
 """What users can drag onto the canvas."""
 
-from . import lora, patch, schedule, training
+from . import lora, options, patch, preview, report, schedule, sweep, training
 
-NODES = [*patch.NODES, *schedule.NODES, *lora.NODES, *training.NODES]
+NODES = [node for module in (patch, schedule, options, preview, report, sweep, lora, training)
+         for node in module.NODES]  # fmt: skip

@@ -5,8 +5,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
 from ..taca.schedule import Schedule, TimestepWindow
+from .options import TACAOptionsSocket
 from .schedule import TACASchedule, gamma_input, widget
 
 
@@ -42,16 +44,21 @@ class TACAPatchModel(io.ComfyNode):
                     optional=True,
                     tooltip="From TACA Schedule; when connected, it replaces the two widgets.",
                 ),
+                TACAOptionsSocket.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From TACA Options, for experiments: limits where gamma acts.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model with TACA; the input stays as it was.")],
         )
 
     @classmethod
-    def execute(
-        cls, model: Any, gamma: float, timestep_threshold: float, schedule: Schedule | None = None
-    ) -> io.NodeOutput:
+    def execute(cls, model: Any, gamma: float, timestep_threshold: float,
+                schedule: Schedule | None = None,
+                options: Options | None = None) -> io.NodeOutput:  # fmt: skip
         chosen = schedule or Schedule(gamma, TimestepWindow(timestep_threshold))
-        return io.NodeOutput(patch_model(model, chosen))
+        return io.NodeOutput(patch_model(model, chosen, options or NO_OPTIONS))
 
 
 NODES = [TACAPatchModel]

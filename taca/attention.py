@@ -58,7 +58,8 @@ def temperature_adjusted_attention(
         ``(B, heads, N, D)`` with ``dim=2`` or ``(B, N, heads * D)`` with ``dim=1``, after QK-norm
         and RoPE; k and v may have fewer heads (grouped queries).
     gamma : Tensor
-        ``(1,)`` or ``(B,)``, float32: one factor for all rows of the batch, or one for each.
+        ``(1,)`` or ``(B,)``, float32: one factor for all rows of the batch, or one for each; or
+        ``(1, T)`` or ``(B, T)``: one for each of the T text tokens too.
     tokens : Tokens
         What the N tokens are.
     mask : Tensor, optional
@@ -74,15 +75,17 @@ def temperature_adjusted_attention(
     Raises
     ------
     ValueError
-        If gamma has neither one entry nor one per row of k.
+        If gamma has neither one entry nor one per row of k, or not one per text token.
     """
-    if gamma.shape[0] not in (1, k.shape[0]):
+    text = sum(span.length for span in tokens if span.kind == "text")
+    if gamma.shape[0] not in (1, k.shape[0]) or gamma.shape[1:] not in ((), (text,)):
         raise ValueError(
-            f"TACA has {gamma.shape[0]} values of gamma for the {k.shape[0]} rows of this attention"
+            f"TACA has gamma of shape {tuple(gamma.shape)} for an attention of {k.shape[0]} rows "
+            f"and {text} text tokens."
         )
     lengths = [span.length for span in tokens]
     is_image = [span.kind == "image" for span in tokens]
-    k_adjusted = _scale_text(k, gamma, tokens, dim)
+    k_adjusted = scale_text(k, gamma, tokens, dim)
     queries = q.split(lengths, dim)
     masks = _split_queries(mask, lengths)
 
@@ -100,21 +103,22 @@ def temperature_adjusted_attention(
     return torch.cat(outputs, out_dim)
 
 
-def _scale_text(k: Tensor, gamma: Tensor, tokens: Tokens, dim: int) -> Tensor:
+def scale_text(k: Tensor, gamma: Tensor, tokens: Tokens, dim: int) -> Tensor:
     """K with its text keys multiplied by gamma, in one copy.
 
     1.2 is 1.203 in bfloat16: a float32 gamma that has axes makes torch multiply in float32, and
     the product alone is rounded to K's dtype.
     """
-    factor = gamma.view(-1, *(1,) * (k.ndim - 1))
     pieces = k.split([span.length for span in tokens], dim)
-    return torch.cat(
-        [
-            (piece * factor).to(k.dtype) if span.kind == "text" else piece
-            for span, piece in zip(tokens, pieces, strict=True)
-        ],
-        dim,
-    )
+    scaled, done = [], 0
+    for span, piece in zip(tokens, pieces, strict=True):
+        if span.kind == "text":
+            factor = gamma[:, done : done + span.length] if gamma.ndim == 2 else gamma[:, None]
+            done += span.length
+            factor = factor.view(factor.shape[0], *(1,) * (dim - 1), factor.shape[1], 1)
+            piece = (piece * factor).to(k.dtype)
+        scaled.append(piece)
+    return torch.cat(scaled, dim)
 
 
 def _split_queries(mask: Tensor | None, lengths: list[int]) -> Sequence[Tensor] | None:

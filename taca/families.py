@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from .attention import Span, Tokens
+from .options import parse_blocks
 
 
 @dataclass
@@ -81,17 +82,26 @@ class Family:
         Class names of the ``diffusion_model``.
     joint : dict
         For each list of blocks with a joint attention, where its tokens are.
+    text : tuple, optional
+        The parts of its conditioning in their order, each the names by which ComfyUI's tokenizer
+        calls the encoders whose outputs lie over each other in it.
     """
 
     name: str
     models: tuple[str, ...]
     joint: dict[str, Locate] = field(hash=False)
+    text: tuple[tuple[str, ...], ...] = ()
 
-    def joint_blocks(self, diffusion_model: nn.Module) -> Iterator[tuple[nn.Module, Locate]]:
-        """Each joint block of this model, with where its tokens are."""
+    def joint_blocks(
+        self, diffusion_model: nn.Module, limit: str = ""
+    ) -> Iterator[tuple[nn.Module, Locate]]:
+        """Each joint block of this model, or those a line names, with where its tokens are."""
+        lists = {name: getattr(diffusion_model, name) for name in self.joint}
+        chosen = parse_blocks(limit, {name: len(blocks) for name, blocks in lists.items()})
         for name, locate in self.joint.items():
-            for block in getattr(diffusion_model, name):
-                yield uncompiled(block), locate
+            for i, block in enumerate(lists[name]):
+                if (name, i) in chosen:
+                    yield uncompiled(block), locate
 
 
 FAMILIES = (
@@ -102,12 +112,14 @@ FAMILIES = (
             "double_blocks": two_streams(text=(1, "txt"), image=(0, "img")),
             "single_blocks": one_stream((0, "x")),
         },
+        text=(("t5xxl",),),
     ),
     Family(
         # SD3.5-Medium's attn2, image to image only, is told from the joint attention by its length.
         "SD3 and SD3.5",
         ("MMDiT",),
         {"joint_blocks": two_streams(text=(0, "context"), image=(1, "x"))},
+        text=(("l", "g"), ("t5xxl",)),
     ),
 )
 

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import Tokens, temperature_adjusted_attention
 from .families import Locate, Seen, family_of, uncompiled
 from .lora import LoRA, Wrap, lora_forwards, patcher_of
+from .options import NO_OPTIONS, Options
 from .schedule import Resolved, Sampling, Schedule
 
 KEY = "taca"
@@ -28,6 +29,14 @@ TRAINING_KEY = "taca_training"
 OVERRIDE = "optimized_attention_override"
 
 log = logging.getLogger("taca")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model is patched with: when and how strongly, and what limits it."""
+
+    schedule: Schedule
+    options: Options = NO_OPTIONS
 
 
 @dataclass
@@ -52,7 +61,7 @@ class Run:
     schedule: Resolved | None = None
 
 
-def patch_model(model: Any, schedule: Schedule) -> Any:
+def patch_model(model: Any, schedule: Schedule, options: Options = NO_OPTIONS) -> Any:
     """A clone of the model that samples with TACA.
 
     Parameters
@@ -61,17 +70,20 @@ def patch_model(model: Any, schedule: Schedule) -> Any:
         Left as it is.
     schedule : Schedule
         gamma over t. A model that already has TACA gets this one instead.
+    options : Options
+        Limits of gamma.
 
     Raises
     ------
     ValueError
-        If the model has no joint attention that TACA can reach.
+        If the model has no joint attention that TACA can reach, or no such blocks.
     """
-    family_of(model.get_model_object("diffusion_model"))
+    list(joint_blocks(model.get_model_object("diffusion_model"), options))
     patched = model.clone()
+    settings = Settings(schedule, options)
     for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, partial(_watch_run, schedule)),
-        (WrappersMP.APPLY_MODEL, partial(_adjust_call, schedule, Run())),
+        (WrappersMP.OUTER_SAMPLE, partial(_watch_run, settings)),
+        (WrappersMP.APPLY_MODEL, partial(_adjust_call, settings, Run())),
     ):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
@@ -97,8 +109,8 @@ def patch_lora(model: Any, lora: LoRA) -> Any:
     return patched
 
 
-def schedule_of(patcher: Any) -> Schedule | None:
-    """The schedule of a model that has TACA."""
+def settings_of(patcher: Any) -> Settings | None:
+    """What a model that has TACA is patched with."""
     wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
     return wrappers[0].args[0] if wrappers else None
 
@@ -112,7 +124,7 @@ def _require_taca(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one sampling run of a model with a TACA LoRA."""
     patcher = executor.class_obj.model_patcher
     names = ", ".join(lora.name for lora in loras_of(patcher))
-    if schedule_of(patcher) is None:
+    if settings_of(patcher) is None:
         raise RuntimeError(
             f"The TACA LoRA {names} is active inside the window of TACA, and this model has none: "
             f"add the node TACA Patch Model, before or after Load TACA LoRA. (gamma 1 there is the "
@@ -148,7 +160,7 @@ def resolve(schedule: Schedule, model_sampling: Any, sigmas: Tensor | None = Non
     return schedule.resolve(Sampling(percent_to_t, steps))
 
 
-def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> Any:
+def _watch_run(settings: Settings, executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one sampling run: say what TACA will do, and make sure that it did it."""
     guider = executor.class_obj
     patcher = guider.model_patcher
@@ -156,15 +168,15 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     if comfy.model_management.in_training:
         sigmas = None
     model_sampling = patcher.get_model_object("model_sampling")
-    resolved = resolve(schedule, model_sampling, sigmas)
+    resolved = resolve(settings.schedule, model_sampling, sigmas)
     run = Run(schedule=resolved)
-    _log_run(schedule, resolved, patcher, sigmas)
+    _log_run(settings, resolved, patcher, sigmas)
     wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
     _check_compiler(patcher.model.diffusion_model, wrappers)
     # This run's record goes to its calls inside their wrapper, not as an entry of
     # transformer_options: code that torch.compile made for a model fails without the entries it
     # was made with. The guider's options are this run's own copy.
-    wrappers[KEY] = [partial(_adjust_call, schedule, run)]
+    wrappers[KEY] = [partial(_adjust_call, settings, run)]
     result = executor(*args, **kwargs)
     if run.ran and not run.attended:
         raise RuntimeError(
@@ -175,11 +187,12 @@ def _watch_run(schedule: Schedule, executor: Any, *args: Any, **kwargs: Any) -> 
     return result
 
 
-def _log_run(schedule: Schedule, resolved: Resolved, patcher: Any,
+def _log_run(settings: Settings, resolved: Resolved, patcher: Any,
              sigmas: Tensor | None) -> None:  # fmt: skip
     """One line a run: gamma, how many steps are inside the window, how many blocks."""
+    schedule = settings.schedule
     family = family_of(patcher.get_model_object("diffusion_model"))
-    blocks = len(list(family.joint_blocks(uncompiled(patcher.model.diffusion_model))))
+    blocks = len(list(joint_blocks(patcher.model.diffusion_model, settings.options)))
     if sigmas is None:
         log.info(
             "TACA: training with gamma %g at %s, %d joint blocks of %s.",
@@ -213,40 +226,61 @@ def _check_compiler(diffusion_model: nn.Module, wrappers: Mapping[str, Any]) -> 
         )
 
 
-def _adjust_call(schedule: Schedule, run: Run, executor: Any, x: Tensor, t_model: Tensor,
+def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model: Tensor,
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
     """Around one call of the model: TACA and its LoRAs, if a row of the batch is inside."""
     base_model = executor.class_obj
     t = timestep(base_model.model_sampling, t_model)
-    resolved = run.schedule or resolve(schedule, base_model.model_sampling)
+    resolved = run.schedule or resolve(settings.schedule, base_model.model_sampling)
     if comfy.model_management.in_training:
-        return _adjust_training_call(resolved, run, t, executor, x, t_model, *args, **kwargs)
+        return _adjust_training_call(
+            settings.options, resolved, run, t, executor, x, t_model, *args, **kwargs
+        )
     inside = resolved.contains(t)
     if not bool(inside.any()):
         return executor(x, t_model, *args, **kwargs)
     patcher = base_model.current_patcher  # of this device, in a run over several
     loras = loras_of(patcher) if patcher is not None else []
-    gamma = resolved.gamma_at(t)
-    rows = set(gamma.tolist())
+    gamma = gamma_of_rows(settings.options, resolved, t, *args, **kwargs)
     seen = Seen()
     forwards: list[tuple[nn.Module, Wrap]] = []
-    if rows != {1.0}:
-        forwards += _joint_forwards(
-            base_model.diffusion_model, gamma if len(rows) > 1 else gamma[:1], seen
-        )
+    if bool((gamma != 1).any()):
+        # One factor for all rows, where they have the same: then no graph depends on the batch.
+        gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
+        blocks = joint_blocks(base_model.diffusion_model, settings.options)
+        forwards += [
+            (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
+            for block, locate in blocks
+        ]
     forwards += lora_forwards(loras, base_model, inside)
     if not forwards:
         return executor(x, t_model, *args, **kwargs)
-    with _installed(forwards):
+    with installed(forwards):
         result = _without_graph_breaks(run, partial(executor, x, t_model, *args, **kwargs))
     run.ran |= seen.ran
     run.attended |= seen.attended
     return result
 
 
-def _adjust_training_call(schedule: Resolved, run: Run, t: Tensor, executor: Any, x: Tensor,
-                          t_model: Tensor, c_concat: Any, c_crossattn: Any, control: Any,
-                          transformer_options: dict[str, Any], **kwargs: Any) -> Any:  # fmt: skip
+def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any,
+                   c_crossattn: Any, control: Any, transformer_options: dict[str, Any],
+                   **kwargs: Any) -> Tensor:  # fmt: skip
+    """Gamma for each row of a call, and for each text token if the options limit those."""
+    text = 0 if c_crossattn is None else c_crossattn.shape[1]
+    chunks = transformer_options.get("cond_or_uncond", [0])
+    return options.gamma_of_rows(schedule.gamma_at(t), chunks, text)
+
+
+def joint_blocks(diffusion_model: Any, options: Options) -> Iterator[tuple[nn.Module, Locate]]:
+    """The joint blocks that TACA acts in."""
+    diffusion_model = uncompiled(diffusion_model)
+    return family_of(diffusion_model).joint_blocks(diffusion_model, options.blocks)
+
+
+def _adjust_training_call(options: Options, schedule: Resolved, run: Run, t: Tensor,
+                          executor: Any, x: Tensor, t_model: Tensor, c_concat: Any,
+                          c_crossattn: Any, control: Any, transformer_options: dict[str, Any],
+                          **kwargs: Any) -> Any:  # fmt: skip
     """Around one call of a model in training, to blocks that ``training_window`` prepared.
 
     The backward pass may compute the blocks again after this call. Core keeps the call's options
@@ -265,8 +299,10 @@ def _adjust_training_call(schedule: Resolved, run: Run, t: Tensor, executor: Any
             "behind TACA Patch Model and behind every node that changes the model's sampling."
         )
     seen = Seen()
-    options = {**transformer_options, KEY: (schedule.gamma_at(t), seen)}
-    result = executor(x, t_model, c_concat, c_crossattn, control, options, **kwargs)
+    call = (c_concat, c_crossattn, control, transformer_options)
+    adjustment = (gamma_of_rows(options, schedule, t, *call), seen)
+    with_taca = {**transformer_options, KEY: adjustment}
+    result = executor(x, t_model, c_concat, c_crossattn, control, with_taca, **kwargs)
     run.ran |= seen.ran
     run.attended |= seen.attended
     return result
@@ -304,7 +340,7 @@ def _without_graph_breaks(run: Run, call: Callable[[], Any]) -> Any:
                 "(%s)", str(error).strip().partition("\n")[0],
             )  # fmt: skip
             run.eager = True
-    with _uncompiled_calls:
+    with uncompiled_calls:
         return call()
 
 
@@ -312,30 +348,33 @@ class _Uncompiled:
     """The length of calls that run uncompiled, on however many threads (a device each).
 
     torch's stance is one for all threads: whoever comes first sets it, the last one resets it.
+    Where nothing has loaded torch's compiler, there is nothing to do.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
+        self._stance: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside:
+            if not self._inside and "torch._dynamo" in sys.modules:
                 self._stance = torch.compiler.set_stance("force_eager")
                 self._stance.__enter__()
             self._inside += 1
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
                 self._stance.__exit__(*error)
+                self._stance = nullcontext()
 
 
-_uncompiled_calls = _Uncompiled()
+uncompiled_calls = _Uncompiled()
 
 
 @contextmanager
-def _installed(forwards: list[tuple[nn.Module, Wrap]]) -> Iterator[None]:
+def installed(forwards: list[tuple[nn.Module, Wrap]]) -> Iterator[None]:
     """For the length of this context, modules run what their forward was wrapped into.
 
     It is ``forward`` that is replaced, and not an entry of the model's ``transformer_options``:
@@ -354,16 +393,6 @@ def _installed(forwards: list[tuple[nn.Module, Wrap]]) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = forward
-
-
-def _joint_forwards(diffusion_model: nn.Module, gamma: Tensor,
-                    seen: Seen) -> list[tuple[nn.Module, Wrap]]:  # fmt: skip
-    """Every joint block, and TACA around it."""
-    diffusion_model = uncompiled(diffusion_model)
-    return [
-        (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
-        for block, locate in family_of(diffusion_model).joint_blocks(diffusion_model)
-    ]
 
 
 def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,

@@ -18,9 +18,9 @@ import torch
 from comfy.patcher_extension import PatcherInjection
 from torch import nn
 
-from .families import family_of, uncompiled
 from .lora import Wrap
-from .patch import TRAINING_KEY, resolve, schedule_of, timestep, training_forward
+from .options import NO_OPTIONS
+from .patch import TRAINING_KEY, joint_blocks, resolve, settings_of, timestep, training_forward
 from .schedule import Schedule
 
 DRAWS = 2**14
@@ -41,14 +41,14 @@ def training_window(model: Any) -> Any:
         If the model has no TACA, or its window no timestep that the trainer would draw, or none
         without a run.
     """
-    schedule = schedule_of(model)
-    if schedule is None:
+    settings = settings_of(model)
+    if settings is None:
         raise ValueError(
             "TACA Training Window trains inside the window of TACA, and this model has none: put "
             "TACA Patch Model before it."
         )
     patched = model.clone()
-    sampling = _inside_window(model.get_model_object("model_sampling"), schedule)
+    sampling = _inside_window(model.get_model_object("model_sampling"), settings.schedule)
     patched.add_object_patch("model_sampling", sampling)
     patched.set_injections(TRAINING_KEY, [PatcherInjection(_install, _remove)])
     return patched
@@ -96,8 +96,9 @@ def _remove(patcher: Any) -> None:
 
 
 def _forwards(patcher: Any) -> list[tuple[nn.Module, Wrap]]:
-    diffusion_model = uncompiled(patcher.model.diffusion_model)
+    settings = settings_of(patcher)
+    options = settings.options if settings else NO_OPTIONS
     return [
         (block, partial(training_forward, locate=locate))
-        for block, locate in family_of(diffusion_model).joint_blocks(diffusion_model)
+        for block, locate in joint_blocks(patcher.model.diffusion_model, options)
     ]

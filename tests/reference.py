@@ -90,7 +90,8 @@ def image_tokens(latent):
 
 
 def euler(model, noise, sigmas, positive, negative, cfg, gamma, first_steps, extra):
-    """A whole Euler run with the authors' gate: gamma in the first steps, for both halves of CFG.
+    """A whole Euler run with the authors' gate: gamma in the first steps, for both halves of CFG,
+    or one gamma each.
 
     Returns latents as core's sampler does, in float64.
     """
@@ -99,9 +100,10 @@ def euler(model, noise, sigmas, positive, negative, cfg, gamma, first_steps, ext
     for i in range(len(sigmas) - 1):
         sigma, following = sigmas[i].double(), sigmas[i + 1].double()
         outputs = []
-        for text, more in zip((positive, negative), extra, strict=True):
+        gammas = gamma if isinstance(gamma, tuple) else (gamma, gamma)
+        for text, more, factor in zip((positive, negative), extra, gammas, strict=True):
             length = text.shape[1] + image_tokens(x)
-            override = dense_override(gamma if i < first_steps else 1.0, text.shape[1], length)
+            override = dense_override(factor if i < first_steps else 1.0, text.shape[1], length)
             outputs.append(velocity(transformer, model, x, sigma[None], text, override, more))
         v = outputs[1] + cfg * (outputs[0] - outputs[1])
         x = x + (following - sigma) * v

@@ -101,5 +101,5 @@ def test_inputs_are_left_alone():
 
 def test_wrong_number_of_gammas_is_an_error():
     q = random(3, 2, 6, 8)
-    with pytest.raises(ValueError, match="2 values of gamma for the 3 rows"):
+    with pytest.raises(ValueError, match=r"shape \(2,\) for an attention of 3 rows"):
         adjusted(sdpa, q, q, q, torch.ones(2), (Span("text", 4), Span("image", 2)))

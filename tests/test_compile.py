@@ -144,7 +144,7 @@ def test_past_dynamos_limit_of_recompilations(folder, apply_taca, whole):
 
 def test_the_uncompiled_stance_is_reset_by_the_last(folder):
     """Two devices' threads inside at once: compilation is off for both, and on again after."""
-    uncompiled = patch._uncompiled_calls
+    uncompiled = patch.uncompiled_calls
     is_on = torch.compile(lambda x: x * torch.compiler.is_compiling(), backend="eager")
     entered, leave = threading.Event(), threading.Event()
 

@@ -1,0 +1,260 @@
+"""TACA Attention Report against dense softmaxes, and the other nodes that show things."""
+
+import math
+import sys
+
+import comfy.samplers
+import pytest
+import tiny
+import torch
+from comfy_extras.nodes_custom_sampler import (
+    BasicGuider,
+    CFGGuider,
+    KSamplerSelect,
+    Noise_RandomNoise,
+    SamplerCustomAdvanced,
+)
+from reference import factor_matrix, to_float64, velocity
+from test_lora import replaced
+from test_model import KINDS, sample
+
+report_module = sys.modules["taca_pack.taca.report"]
+options_module = sys.modules["taca_pack.taca.options"]
+preview = sys.modules["taca_pack.nodes.preview"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def sigmas_of(model, steps):
+    return comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", steps
+    )
+
+
+def run(node, model, kind, steps=4, cfg=1.0, size=(16, 16), text=7, sampler="euler", **more):
+    """The node, or core's SamplerCustomAdvanced, on seeded inputs; its results."""
+    positive, negative = tiny.conditioning(kind, text), tiny.conditioning(kind, text, seed=5)
+    guider = (
+        BasicGuider.execute(model, positive) if cfg == 1
+        else CFGGuider.execute(model, positive, negative, cfg)
+    ).result[0]  # fmt: skip
+    return node.execute(
+        Noise_RandomNoise(3), guider, KSamplerSelect.execute(sampler).result[0],
+        sigmas_of(model, steps), {"samples": torch.zeros(1, 16, *size)}, **more
+    ).result  # fmt: skip
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports that nodes make, and not only what they draw of them."""
+    made = []
+
+    class Kept(report_module.Report):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(sys.modules["taca_pack.nodes.report"], "Report", Kept)
+    return made
+
+
+def dense_shares(model, kind, gamma, text=7, size=(16, 16), words=()):
+    """By block: the share of text without TACA and with, and maps of the words, in float64."""
+    x = torch.randn(1, 16, *size, generator=torch.manual_seed(3))
+    cond = tiny.conditioning(kind, text)[0]
+    extra = {"y": cond[1]["pooled_output"]}
+    if kind == "flux":
+        extra["guidance"] = torch.tensor([3.5])
+    length = text + (size[0] // 2) * (size[1] // 2)
+    found, maps = [], []
+
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
+                 **kwargs):  # fmt: skip
+        if not skip_reshape:
+            q, k, v = (y.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+        logits = q.double() @ k.double().transpose(-2, -1) / q.shape[-1] ** 0.5
+        if k.shape[2] != length:
+            out = logits.softmax(-1) @ v
+            return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+        plain = logits.softmax(-1)
+        taca = (logits * factor_matrix(length, slice(text), gamma)).softmax(-1)
+        found.append([p[:, :, text:, :text].sum(-1).mean().item() for p in (plain, taca)])
+        maps.append([taca[0, :, text:, word].sum(-1).mean(0) for word in words])
+        out = taca @ v
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    velocity(to_float64(model), model, x, torch.ones(1), cond[0], override, extra)
+    return torch.tensor(found), maps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_and_maps_are_the_dense_ones(folder, apply_taca, pack, reports, kind):
+    model = tiny.load(folder, kind)
+    node = pack["TACAAttentionReport"]
+    run(node, apply_taca(model, 1.5, 1000.0), kind, words="a=1, bc=2-4", steps=3)
+    report = reports[0]
+    table = report.table()
+    expected, maps = dense_shares(model, kind, 1.5, words=([1], [2, 3, 4]))
+    assert table.shape == (2, 3, len(report.blocks))
+    torch.testing.assert_close(table[:, 0].T, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(table[0, 1:], table[1, 1:])  # outside the window nothing differs
+    run(node, apply_taca(model, 1.5, 1000.0), kind, words="a=1, bc=2-4", steps=1)
+    expected = torch.stack([torch.stack(m) for m in maps]).mean(0)
+    ours = (reports[1].maps / reports[1].calls).flatten(1)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_samples_as_core_does(folder, apply_taca, pack, kind, cfg, sampler):
+    """The very latents of SamplerCustomAdvanced, and nothing left behind."""
+    model = tiny.load(folder, kind)
+    patched = apply_taca(model)
+    settings = {"cfg": cfg, "sampler": sampler, "text": 9}
+    expected = run(SamplerCustomAdvanced, patched, kind, **settings)[0]["samples"]
+    output, shares, maps, text = run(
+        pack["TACAAttentionReport"], patched, kind, words="x=2", **settings
+    )
+    assert torch.equal(output["samples"], expected)
+    assert shares.shape[-1] == maps.shape[-1] == 3
+    assert "Where TACA acts, text gets" in text
+    assert not replaced(model)
+    assert torch.equal(
+        run(SamplerCustomAdvanced, patched, kind, **settings)[0]["samples"], expected
+    )
+
+
+def test_only_the_positive_prompts_rows(folder, apply_taca, pack, reports):
+    """With CFG in one call the share is the positive prompt's, as without CFG."""
+    model = apply_taca(tiny.load(folder, "sd3"))
+    for cfg in (1.0, 3.0):
+        run(pack["TACAAttentionReport"], model, "sd3", steps=1, cfg=cfg, words="")
+    torch.testing.assert_close(reports[0].table(), reports[1].table(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_without_taca(folder, pack):
+    text = run(pack["TACAAttentionReport"], tiny.load(folder, "flux"), "flux", words="")[3]
+    assert text.startswith("TACA acts on no step")
+
+
+def test_the_cost(folder, apply_taca, pack, monkeypatch):
+    """At 1024 x 1024 a run's attention is asked for half of itself again, at most."""
+    model = apply_taca(tiny.load(folder, "flux"), 1.2, 0.0)
+    queries = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counting(q, *args, **kwargs):
+        queries.append(q.shape[-2])
+        return plain(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    settings = {"steps": 1, "size": (128, 128), "text": 512}
+    run(SamplerCustomAdvanced, model, "flux", **settings)
+    own = sum(queries)
+    assert own == 4 * (4096 + 512)
+    queries.clear()
+    run(pack["TACAAttentionReport"], model, "flux", words="", **settings)
+    assert own < sum(queries) < 1.5 * own
+
+
+def test_places_lie_on_a_grid():
+    def places(latent, image):
+        probe = report_module.Probe(report_module.Report({}), torch.zeros(1), 0, latent)
+        return probe.places(image)
+
+    numbers, grid = places((128, 128), 4096)
+    assert grid == (32, 32)
+    assert numbers[:3].tolist() == [0, 2, 4]
+    assert numbers[32] == 128
+    numbers, grid = places((13, 21), 77)
+    assert grid == (7, 11)
+    assert numbers.tolist() == list(range(77))
+    assert places((16, 16), 2 * 64)[1] == (8, 8)  # the picture's own, before a reference's
+
+
+def test_words_by_the_tokenizer():
+    prompt = [[[49406, 5, 6, 7, 6, 49407, 49407], [49406, 5, 6, 7, 6, 49407, 0]],
+              [[15, 16, 17, 1, 0, 0]]]  # fmt: skip
+    own = {"six": [[[6], [6]], [[16]]], "six seven": [[[6, 7], [6, 7]], [[16, 17]]],
+           "ten": [[[10], [10]], [[20]]]}  # fmt: skip
+    find = options_module.find_words
+    assert find("six, six seven", prompt, own.get) == {
+        "six": [2, 4, 8], "six seven": [2, 3, 8, 9]
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="does not find 'ten'"):
+        find("ten", prompt, own.get)
+    assert find("x=3, y=4-6", [], None) == {"x": [3], "y": [4, 5, 6]}
+    with pytest.raises(ValueError, match="needs clip and prompt"):
+        find("six", [], None)
+    with pytest.raises(ValueError, match="cannot read"):
+        find("six=a", [], None)
+    assert options_module.without_ends([49406, 5, 49407, 49407]) == [5]
+    assert options_module.without_ends([15, 16, 1, 0, 0]) == [15, 16]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_preview_says_what_the_run_does(folder, apply_taca, pack, kind, caplog):
+    caplog.set_level("INFO", logger="taca")
+    model = apply_taca(tiny.load(folder, kind), 1.3, 900.0)
+    output = pack["TACASchedulePreview"].execute(sigmas_of(model, 10), model)
+    plot, text = output.result
+    assert plot.shape[0] == 1
+    assert set(output.ui) == {"images", "animated", "text"}
+    sample(model, kind, steps=10)
+    said = next(r.message for r in caplog.records if "acts on" in r.message)
+    count = int(said.split("acts on ")[1].split(" ")[0])
+    assert f"TACA acts on {count} of 10 steps" in text
+    assert text.count("1.300") == count
+
+
+@pytest.mark.parametrize(
+    ("inside", "says"),
+    [([False] * 10, "No step is inside"), ([True] * 3 + [False] * 27, ""),
+     ([True] + [False] * 3, "single one is a quarter"), ([True] * 5 + [False] * 5, "quarter of")],
+)  # fmt: skip
+def test_advice(inside, says):
+    lines = preview.advise(inside, 1.2)
+    assert len(lines) == (2 if says else 1)
+    assert says in lines[-1]
+
+
+def test_preview_errors(folder, pack):
+    node, model = pack["TACASchedulePreview"], tiny.load(folder, "flux")
+    with pytest.raises(ValueError, match="no schedule"):
+        node.execute(sigmas_of(model, 4), model)
+    schedule = pack["TACASchedule"].execute(1.2, {"window": "timestep", "timestep_threshold": 970})
+    with pytest.raises(ValueError, match="without a step"):
+        node.execute(torch.tensor([]), model, schedule.result[0])
+
+
+def test_sweep(folder, pack):
+    """One model for each setting; gamma 1 is the plain model's bits, and only once."""
+    model = tiny.load(folder, "flux")
+    models, labels = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
+    assert labels == [
+        "gamma 1 (plain)", "gamma 1.2, t >= 970", "gamma 1.2, t >= 900", "gamma 1.5, t >= 970",
+        "gamma 1.5, t >= 900",
+    ]  # fmt: skip
+    assert torch.equal(sample(models[0], "flux"), sample(model, "flux"))
+    assert not torch.equal(sample(models[1], "flux"), sample(models[3], "flux"))
+    for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
+        with pytest.raises(ValueError, match=says):
+            pack["TACASweep"].execute(model, bad, "970")
+
+
+def test_contact_sheet(pack):
+    node = pack["TACAContactSheet"]
+    images = [torch.rand(1, 64, 48, 3), torch.rand(2, 64, 48, 3)]
+    sheet = node.execute(images, ["one", "two"], [0], ["title"]).result[0]
+    assert sheet.shape[0] == 1
+    assert sheet.shape[2] < 3 * 64
+    wide = node.execute(images, ["one", "two"], [3], [""]).result[0]
+    assert wide.shape[2] > sheet.shape[2]
+    assert wide.shape[1] < sheet.shape[1]
+    with pytest.raises(ValueError, match="2 pictures and 3 labels"):
+        node.execute(images, ["a", "b", "c"], [0])
+    assert math.isfinite(sheet.sum().item())
