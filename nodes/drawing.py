@@ -55,16 +55,16 @@ class Axes:
         return left + along * (right - left), bottom - up * (bottom - top)
 
     def frame(self, x_label: str, y_label: str, y_ticks: Sequence[float],
-              x_ticks: Sequence[float]) -> None:  # fmt: skip
+              x_ticks: dict[float, str]) -> None:  # fmt: skip
         """Grid, ticks and labels."""
         left, top, right, bottom = self.box
         for tick in y_ticks:
             _, at = self.at(self.x[0], tick)
             self.draw.line((left, at, right, at), fill=GRID)
             self.draw.text((left - 8, at), f"{tick:.4g}", fill=INK, font=font(13), anchor="rm")
-        for tick in x_ticks:
+        for tick, name in x_ticks.items():
             at, _ = self.at(tick, self.y[0])
-            self.draw.text((at, bottom + 6), f"{tick:g}", fill=INK, font=font(13), anchor="mt")
+            self.draw.text((at, bottom + 6), name, fill=INK, font=font(13), anchor="mt")
         self.draw.rectangle(self.box, outline=INK)
         self.draw.text(
             ((left + right) / 2, bottom + 26), x_label, fill=INK, font=font(14), anchor="mt"
@@ -84,11 +84,22 @@ class Axes:
         _, top, _, bottom = self.box
         self.draw.rectangle((self.at(low, 0)[0], top, self.at(high, 0)[0], bottom), fill=colour)
 
+    def steps(self, values: Sequence[float], colour: str) -> None:
+        """A line that holds the i-th value from i - 0.5 to i + 0.5, counted from 1."""
+        points = [(i + at, value) for i, value in enumerate(values, 1) for at in (-0.5, 0.5)]
+        self.draw.line([self.at(*point) for point in points], fill=colour, width=2)
 
-def ticks(count: int, most: int = 16) -> list[float]:
-    """Whole numbers from 1 to count, thinned out."""
-    step = max(1, -(-count // most))
-    return [float(i) for i in range(1, count + 1, step)]
+
+def ticks(names: Sequence[str], most: int = 16) -> dict[float, str]:
+    """Names at 1, 2, 3 ..., thinned out."""
+    step = max(1, -(-len(names) // most))
+    return {float(i + 1): names[i] for i in range(0, len(names), step)}
+
+
+def round_up(value: float) -> float:
+    """The next 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** np.floor(np.log10(max(value, 1e-9)))
+    return float(next(power * m for m in (1, 2, 5, 10) if power * m >= value * (1 - 1e-9)))
 
 
 def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int,

@@ -111,7 +111,8 @@ def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str
     steps = len(gamma)
     low, high = min(1.0, *gamma), max(1.0, *gamma)
     margin = max(0.05, 0.15 * (high - low))
-    x, marks = (0.5, steps + 0.5), drawing.ticks(steps)
+    x = (0.5, steps + 0.5)
+    marks = drawing.ticks([str(i + 1) for i in range(steps)])
     places = list(range(1, steps + 1))
     upper = drawing.Axes(picture, (70, 40, 690, 200), x, (low - margin, high + margin))
     lower = drawing.Axes(picture, (70, 270, 690, 420), x, (0.0, max(sigmas) * 1.05))
@@ -121,7 +122,7 @@ def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str
                 axes.band(i - 0.5, i + 0.5, "#fde8d7")
     upper.frame("", title, sorted({low, 1.0, high}), marks)
     lower.frame("step", "sigma", [0, max(sigmas) / 2, max(sigmas)], marks)
-    upper.line(list(zip(places, gamma, strict=True)), drawing.COLOURS[0], dots=True)
+    upper.steps(gamma, drawing.COLOURS[0])
     lower.line(list(zip(places, sigmas, strict=True)), drawing.COLOURS[1], dots=True)
     return picture
 

@@ -113,24 +113,23 @@ def plot(table: Tensor, blocks: list[str]) -> Image.Image:
     by_step = 100 * table.nanmean(2)
     seen = [i for i in range(by_step.shape[1]) if not bool(by_step[0, i].isnan())]
     by_block = 100 * table[:, seen[0]]
-    names = ("without TACA", "as sampled")
-    for box, values, x_label, places in (
-        ((70, 60, 730, 280), by_step, "step", seen),
-        ((70, 370, 730, 590), by_block, "block", list(range(len(blocks)))),
+    steps = [str(i + 1) for i in range(table.shape[1])]
+    for box, values, x_label, marks in (
+        ((70, 80, 730, 290), by_step, "step", drawing.ticks(steps)),
+        ((70, 370, 730, 590), by_block, "block", drawing.ticks(blocks, 8)),
     ):
-        top = 1.1 * max(values.nan_to_num(0).max().item(), 1e-3)
+        top = drawing.round_up(values.nan_to_num(0).max().item())
         axes = drawing.Axes(picture, box, (0.5, values.shape[1] + 0.5), (0.0, top))
-        title = "% of the image's attention that goes to text" + (
-            "" if x_label == "step" else f", by block, in step {seen[0] + 1}"
-        )
-        axes.frame(x_label, title, [0, top / 2, top], drawing.ticks(values.shape[1]))
-        for which, name in enumerate(names):
-            colour = drawing.COLOURS[1 - which]
-            points = [(i + 1, values[which, i].item()) for i in places
-                      if not bool(values[which, i].isnan())]  # fmt: skip
-            axes.line(points, colour, dots=True)
-            left = box[2] - 260 + 140 * which
-            axes.draw.text((left, box[1] - 30), name, fill=colour, font=drawing.font(14))
+        title = "% of the image's attention that goes to text"
+        if x_label == "block":
+            title += f", by block, in step {seen[0] + 1}"
+        axes.frame(x_label, title, [0, top / 2, top], marks)
+        for which, colour in enumerate(reversed(drawing.COLOURS[:2])):
+            line = list(enumerate(values[which].tolist(), 1))
+            axes.line([point for point in line if point[1] == point[1]], colour, dots=True)
+    for which, name in enumerate(("without TACA", "as sampled")):
+        axes.draw.text((70 + 140 * which, 20), name, fill=drawing.COLOURS[1 - which],
+                       font=drawing.font(16))  # fmt: skip
     return picture
 
 
