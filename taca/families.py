@@ -121,6 +121,15 @@ FAMILIES = (
         {"joint_blocks": two_streams(text=(0, "context"), image=(1, "x"))},
         text=(("l", "g"), ("t5xxl",)),
     ),
+    Family(
+        "Qwen-Image and Qwen-Image-Edit",
+        ("QwenImageTransformer2DModel",),
+        {
+            "transformer_blocks": two_streams(
+                text=(1, "encoder_hidden_states"), image=(0, "hidden_states")
+            )
+        },
+    ),
 )
 
 OWN_KERNELS = {"ComfyFluxWrapper": "nunchaku", "NunchakuFluxTransformer2dModel": "nunchaku"}

@@ -1,0 +1,144 @@
+"""One tiny model for each family, in its published key layout, read by core's own loader.
+
+What the tests know of a family is written here once more, from its source and not from the pack:
+how its joint sequence is made up. To add one, add a ``Case``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_detection
+import comfy.ops
+import comfy.sd
+import torch
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and a call of it.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    transformer : str
+        ``module:Class`` below ``comfy.ldm``; ComfyUI versions without it are skipped.
+    config : dict
+        Sizes for the class, which core's detection cannot make this small by itself.
+    latent : tuple
+        Shape of the latents, without the batch.
+    text : tuple
+        Tokens and width of the conditioning.
+    spans : list
+        The joint sequence in its order: (kind, length), image, text or other.
+    joint : int
+        How many of the model's attentions are over that sequence.
+    conds : callable
+        What else the conditioning holds, seeded; given the number of text tokens.
+    detected : dict
+        What detection is to say beside ``config``; None takes a key out.
+    """
+
+    name: str
+    transformer: str
+    config: dict[str, Any]
+    latent: tuple[int, ...]
+    text: tuple[int, int]
+    spans: list[tuple[str, int]]
+    joint: int
+    conds: Callable[[int], dict[str, Any]] = field(default=lambda text: {})
+    detected: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def load(case, folder, monkeypatch, seed=0):
+    """The model as core's UNETLoader reads it from a file."""
+    module, _, name = case.transformer.partition(":")
+    transformer = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
+    path = folder / f"{case.name}-{seed}.safetensors"
+    if not path.exists():
+        model = transformer(
+            **case.config, dtype=torch.float32, device="cpu",
+            operations=comfy.ops.disable_weight_init,
+        )  # fmt: skip
+        save_file(seeded(model, seed), path)
+    detect = comfy.model_detection.detect_unet_config
+
+    def detect_tiny(*args, **kwargs):
+        found = detect(*args, **kwargs) | case.config | case.detected
+        return {key: value for key, value in found.items() if value is not None}
+
+    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect_tiny)
+    loaded = comfy.sd.load_diffusion_model(str(path))
+    assert type(loaded.model.diffusion_model) is transformer
+    return loaded
+
+
+def seeded(model, seed):
+    """Weights large enough for attention to be uneven, so that gamma shows."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if tensor.ndim >= 2:
+            value = torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5
+        elif "norm" in key and key.endswith(("weight", "scale")):
+            value = 1.7 + 0.2 * torch.randn(tensor.shape, generator=generator)
+        else:
+            value = 0.1 * torch.randn(tensor.shape, generator=generator)
+        state[key] = value.contiguous()
+    return state
+
+
+def conditioning(case, seed=1):
+    """A seeded CONDITIONING for the case."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, width = case.text
+    return [[torch.randn(1, tokens, width, generator=generator), case.conds(tokens)]]
+
+
+def pooled(width):
+    """``conds`` with a pooled vector."""
+    return lambda text: {"pooled_output": torch.randn(1, width, generator=torch.manual_seed(4))}
+
+
+def masked(last):
+    """``conds`` with an attention mask that takes out the last text tokens."""
+
+    def conds(text):
+        mask = torch.ones(1, text, dtype=torch.long)
+        mask[:, -last:] = 0
+        return {"attention_mask": mask}
+
+    return conds
+
+
+def references(*shapes):
+    """``conds`` with reference latents of these shapes."""
+
+    def conds(text):
+        generator = torch.manual_seed(6)
+        return {"reference_latents": [torch.randn(1, *s, generator=generator) for s in shapes]}
+
+    return conds
+
+
+QWEN = {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+        "joint_attention_dim": 48, "axes_dims_rope": (8, 12, 12)}  # fmt: skip
+QWEN_CLASS = "qwen_image.model:QwenImageTransformer2DModel"
+
+QWEN_CASES = [
+    Case("Qwen-Image", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48), [("text", 9), ("image", 12)], 2),
+    Case("Qwen-Image, masked", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48),
+         [("text", 9), ("image", 12)], 2, masked(3)),
+    Case("Qwen-Image-Edit", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48),
+         [("text", 9), ("image", 12 + 16 + 4)], 2, references((16, 1, 8, 8), (16, 1, 4, 4))),
+]  # fmt: skip
+
+CASES = [*QWEN_CASES]
