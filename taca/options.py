@@ -73,7 +73,7 @@ class Options:
             )
         weights = torch.tensor(self.prompt, device=gamma.device)
         weights = weights.where(positive[:, None], 1.0)
-        return 1 + (gamma[:, None] - 1) * weights
+        return torch.lerp(torch.ones_like(weights), gamma[:, None].expand_as(weights), weights)
 
 
 NO_OPTIONS = Options()

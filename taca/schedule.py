@@ -89,8 +89,9 @@ class Resolved:
             float32, of t's shape and device.
         """
         x = ((self.begin - t.float()) / max(self.begin - self.end, ROUNDING)).clamp(0, 1)
-        gamma = torch.full_like(x, self.gamma)
-        return (1 + (gamma - 1) * self.weight(x)).where(self.contains(t), 1.0)
+        # lerp gives gamma_0 itself at weight 1
+        gamma = torch.lerp(torch.ones_like(x), torch.full_like(x, self.gamma), self.weight(x))
+        return gamma.where(self.contains(t), 1.0)
 
 
 class Window(Protocol):
