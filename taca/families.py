@@ -40,15 +40,17 @@ Locate = Callable[[tuple[Any, ...], Mapping[str, Any], Seen], Tokens]
 """The tokens of a block's joint sequence, from the block's arguments and what the call showed."""
 
 
-def two_streams(text: tuple[int, str], image: tuple[int, str]) -> Locate:
+def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool = False) -> Locate:
     """A block called with text and image apart, that attends to ``[text | image]``.
 
-    ``text`` and ``image`` are the position and the name of those arguments, ``(B, tokens, C)``.
+    ``text`` and ``image`` are the position and the name of those arguments, ``(B, tokens, C)``;
+    with ``image_first`` it attends to ``[image | text]``.
     """
 
     def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
         seen.text = _argument(args, kwargs, *text).shape[1]
-        return Span("text", seen.text), Span("image", _argument(args, kwargs, *image).shape[1])
+        spans = Span("text", seen.text), Span("image", _argument(args, kwargs, *image).shape[1])
+        return spans[::-1] if image_first else spans
 
     return locate
 
@@ -129,6 +131,35 @@ FAMILIES = (
                 text=(1, "encoder_hidden_states"), image=(0, "hidden_states")
             )
         },
+    ),
+    Family(
+        "JoyImage-Edit",
+        ("JoyImageTransformer3DModel",),
+        {
+            "double_blocks": two_streams(
+                text=(1, "encoder_hidden_states"), image=(0, "hidden_states"), image_first=True
+            )
+        },
+    ),
+    Family(
+        "Mage-Flow",
+        ("MageFlowTransformer2DModel",),
+        {
+            "transformer_blocks": two_streams(
+                text=(1, "encoder_hidden_states"), image=(0, "hidden_states")
+            )
+        },
+    ),
+    Family(
+        "CogVideoX",
+        ("CogVideoXTransformer3DModel",),
+        {"blocks": two_streams(text=(1, "encoder_hidden_states"), image=(0, "hidden_states"))},
+    ),
+    Family(
+        # Its pixel blocks attend to the image alone.
+        "PixelDiT and PiD",
+        ("PixDiT_T2I",),
+        {"patch_blocks": two_streams(text=(1, "y"), image=(0, "x"))},
     ),
 )
 

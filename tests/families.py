@@ -42,6 +42,8 @@ class Case:
         What else the conditioning holds, seeded; given the number of text tokens.
     detected : dict
         What detection is to say beside ``config``; None takes a key out.
+    published : callable
+        The state dict of the class -> as the checkpoint has it, where core renames.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Case:
     joint: int
     conds: Callable[[int], dict[str, Any]] = field(default=lambda text: {})
     detected: dict[str, Any] = field(default_factory=dict)
+    published: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda state: state)
 
     def __str__(self) -> str:
         return self.name
@@ -68,7 +71,7 @@ def load(case, folder, monkeypatch, seed=0):
             **case.config, dtype=torch.float32, device="cpu",
             operations=comfy.ops.disable_weight_init,
         )  # fmt: skip
-        save_file(seeded(model, seed), path)
+        save_file(case.published(seeded(model, seed)), path)
     detect = comfy.model_detection.detect_unet_config
 
     def detect_tiny(*args, **kwargs):
@@ -141,4 +144,66 @@ QWEN_CASES = [
          [("text", 9), ("image", 12 + 16 + 4)], 2, references((16, 1, 8, 8), (16, 1, 4, 4))),
 ]  # fmt: skip
 
-CASES = [*QWEN_CASES]
+
+def also(**more):
+    """``conds`` with these."""
+    return lambda text: more
+
+
+def pixeldit_checkpoint(prefix):
+    """Core splits the pixel blocks' modulation in two."""
+
+    def published(state):
+        result = {}
+        for key, value in state.items():
+            if "modulation_msa." in key:
+                halves = value, state[key.replace("_msa.", "_mlp.")]
+                parts = [x.unflatten(0, (-1, 3, PIXELDIT["pixel_hidden_size"])) for x in halves]
+                key, value = key.replace("_msa.", ".0."), torch.cat(parts, 1).flatten(0, 2)
+            if "modulation_mlp." not in key:
+                result[prefix + key] = value
+        return result
+
+    return published
+
+
+MAGE_FLOW = {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+             "joint_attention_dim": 2560, "axes_dims_rope": (8, 12, 12)}  # fmt: skip
+JOYIMAGE = {"hidden_size": 256, "num_attention_heads": 2, "text_dim": 48, "num_layers": 2}
+COGVIDEO = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32,
+            "time_embed_dim": 64, "text_embed_dim": 48,
+            "use_rotary_positional_embeddings": True,
+            "use_learned_positional_embeddings": False}  # fmt: skip
+COGVIDEO_CLASS = "cogvideo.model:CogVideoXTransformer3DModel"
+PIXELDIT = {"num_groups": 2, "hidden_size": 64, "pixel_hidden_size": 8, "patch_depth": 2,
+            "pixel_attn_hidden_size": 64, "pixel_num_groups": 2, "pixel_depth": 1,
+            "txt_embed_dim": 48, "txt_max_length": 7}  # fmt: skip
+PID = {"lq_hidden_dim": 16, "lq_num_res_blocks": 1}
+
+OTHER_CASES = [
+    Case("JoyImage", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6), (9, 48),
+         [("image", 12), ("text", 9)], 2),
+    Case("JoyImage-Edit", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6),
+         (9, 48), [("image", 12 + 16 + 4), ("text", 9)], 2,
+         references((16, 1, 8, 8), (16, 1, 4, 4))),
+    Case("Mage-Flow", "mage_flow.model:MageFlowTransformer2DModel", MAGE_FLOW, (128, 4, 3),
+         (9, 2560), [("text", 9), ("image", 12)], 2, masked(3)),
+    Case("Mage-Flow-Edit", "mage_flow.model:MageFlowTransformer2DModel", MAGE_FLOW, (128, 4, 3),
+         (9, 2560), [("text", 9), ("image", 12 + 16 + 4)], 2,
+         references((128, 4, 4), (128, 2, 2))),
+    Case("CogVideoX", COGVIDEO_CLASS, COGVIDEO, (16, 3, 8, 6), (9, 48),
+         [("text", 9), ("image", 3 * 12)], 2),
+    # Two frames a token, of which the last is padded; the first frame is given in 16 channels more.
+    Case("CogVideoX 1.5 I2V", COGVIDEO_CLASS,
+         COGVIDEO | {"patch_size_t": 2, "in_channels": 32, "ofs_embed_dim": 64}, (16, 3, 8, 6),
+         (9, 48), [("text", 9), ("image", 2 * 12)], 2),
+    # The model takes no more than its longest prompt.
+    Case("PixelDiT", "pixeldit.model:PixDiT_T2I", PIXELDIT, (3, 64, 48), (9, 48),
+         [("text", 7), ("image", 12)], 2, published=pixeldit_checkpoint("core.")),
+    Case("PiD", "pixeldit.pid:PidNet", PIXELDIT | PID, (3, 64, 48), (5, 48),
+         [("text", 5), ("image", 12)], 2,
+         also(lq_latent=torch.ones(1, 16, 2, 2), degrade_sigma=torch.zeros(1)),
+         published=pixeldit_checkpoint("")),
+]  # fmt: skip
+
+CASES = [*OTHER_CASES, *QWEN_CASES]
