@@ -30,6 +30,14 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
 ABSENT = ("/user.css", "/api/userdata")  # what a new user has not got
 EARLY = "ComfyApp graph accessed before initialization"  # as it starts
 OUTSIDE = "Content Security Policy"  # it may not look for models in the net
+# Each node has as many pictures as it put out, and a widget with its text; spaces may be others.
+SHOWN = r"""outputs => Object.entries(outputs).every(([id, { images = [], text = [] }]) => {
+    const node = app.graph.getNodeById(id), plain = text => String(text).replace(/\s+/g, " ");
+    const shown = (node.widgets ?? []).map(widget => plain(widget.value));
+    return (node.imgs ?? []).length >= images.length
+        && (node.imgs ?? []).every(image => image.complete && image.naturalWidth)
+        && text.every(line => shown.includes(plain(line)));
+})"""
 SCREENSHOTS = ROOT / ".dev" / "screenshots"
 LEFT, TOP, RIGHT = 80, 110, 450  # the page's own bars, and what it says at the right of a run
 
@@ -118,11 +126,9 @@ class Page:
             self._page.wait_for_timeout(200)
         return self._server.get("/history")[new.pop()]
 
-    def wait_for_pictures(self, nodes):
-        """Wait until each of these nodes, by id, shows a picture."""
-        self._page.wait_for_function(
-            "nodes => nodes.every(id => app.graph.getNodeById(id).imgs?.length)", arg=nodes
-        )
+    def wait_for(self, outputs):
+        """Wait until nodes show what they put out: node id -> ``images``, ``text``."""
+        self._page.wait_for_function(SHOWN, arg=outputs)
 
     def draw(self):
         """The whole graph as a picture."""
@@ -167,7 +173,7 @@ def main():
                 text = json.dumps(page.saved(), indent=1, ensure_ascii=False)
                 path.write_text(text + "\n", "utf-8")
                 if path in DEMO:
-                    page.run()
+                    page.wait_for(page.run()["outputs"])
                 picture = page.draw()
                 SCREENSHOTS.mkdir(parents=True, exist_ok=True)
                 picture.save(SCREENSHOTS / f"{path.stem}.png")

@@ -152,6 +152,8 @@ def test_with_a_controlnet(folder, apply_taca, kind):
 def test_multi_gpu_clones_each_see_their_own_blocks(folder, apply_taca, kind):
     """Core's deep clones, one thread each as for one device each, at the same time."""
     model = apply_taca(tiny.load(folder, kind), 1.5, 900.0)
+    if not hasattr(model, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI runs on one device")
     clone = model.deepclone_multigpu()
     assert clone.model is not model.model
     x, cond = tiny.latent(24, 24), tiny.conditioning(kind, 9)[0]
@@ -217,7 +219,7 @@ def test_blocks_without_text_are_no_error(folder, apply_taca, kind, monkeypatch)
     def no_text(args, kwargs, seen):
         return (families.Span("text", 0), families.Span("image", 999))
 
-    def blocks(self, diffusion_model):
+    def blocks(self, diffusion_model, limit=""):
         return [(b, no_text) for name in self.joint for b in getattr(diffusion_model, name)]
 
     monkeypatch.setattr(families.Family, "joint_blocks", blocks)

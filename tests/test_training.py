@@ -4,6 +4,7 @@ Gradients are compared by what the trainer makes of them: two steps of SGD from 
 and with the dense float64 attention in TACA's place.
 """
 
+import inspect
 import sys
 
 import comfy.model_management
@@ -18,8 +19,14 @@ from comfy_extras.nodes_train import TrainLoraNode
 from conftest import ROOT, load_pack
 from reference import dense_override
 from safetensors.torch import save_file
-from test_lora import replaced
 from test_model import KINDS, sample
+
+
+def left_of_ours(model):
+    """Modules that still run a forward of the pack. (Older trainers leave some of core's own.)"""
+    forwards = (module.__dict__.get("forward") for module in model.model.modules())
+    return [f for f in forwards if "taca" in getattr(f, "__name__", "")]
+
 
 patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
 fit_lora = sys.modules["taca_pack.taca.lora"].fit_lora
@@ -52,6 +59,12 @@ def train(model, kind, steps=2, batch=1, accumulate=1, checkpointing=True, depth
         "offloading": False, "existing_lora": "[None]", "bucket_mode": False,
         "bypass_mode": bypass,
     }  # fmt: skip
+    known = inspect.signature(TrainLoraNode.execute).parameters
+    if not (checkpointing and depth == 1) and "checkpoint_depth" not in known:
+        pytest.skip("this ComfyUI's trainer has no choice of checkpointing depth")
+    if bypass and "bypass_mode" not in known:
+        pytest.skip("this ComfyUI's trainer has no bypass mode")
+    settings = {name: value for name, value in settings.items() if name in known}
     torch.manual_seed(seed)  # the trainer draws weights, images and timesteps from here
     lora, losses, _ = TrainLoraNode.execute(
         model=[model], latents=latents, positive=positive, **{k: [v] for k, v in settings.items()}
@@ -106,7 +119,7 @@ def test_gradients_are_the_dense_ones(folder, apply_taca, window, kind, checkpoi
     effect = (change(plain) - change(expected)).norm()
     assert (change(ours) - change(expected)).norm() < 0.01 * effect
     comfy.model_management.unload_all_models()
-    assert not replaced(model)
+    assert not left_of_ours(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,7 +209,7 @@ def test_sampling_is_as_before(folder, apply_taca, window, kind):
     assert torch.equal(sample(window(patched), kind), before)
     assert torch.equal(sample(patched, kind), before)
     comfy.model_management.unload_all_models()
-    assert not replaced(patched)
+    assert not left_of_ours(patched)
 
 
 @pytest.mark.slow
