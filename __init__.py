@@ -4,6 +4,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .nodes import NODES
 
+WEB_DIRECTORY = "./web"  # the help pages
+
 
 class TACAExtension(ComfyExtension):
     """What ComfyUI asks the pack for."""
