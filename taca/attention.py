@@ -12,6 +12,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """Plain attention of any backend: ``(q, k, v, mask) -> output``."""
 
 
+Kind = Literal["text", "image", "other"]
+
+
 class Span(NamedTuple):
     """Consecutive tokens of one kind in a joint sequence.
 
@@ -24,7 +27,7 @@ class Span(NamedTuple):
         How many tokens.
     """
 
-    kind: Literal["text", "image", "other"]
+    kind: Kind
     length: int
 
 
