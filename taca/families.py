@@ -24,7 +24,10 @@ class Seen:
     Parameters
     ----------
     text : int
-        Text tokens of the last two-stream block; a single-stream block is not told its own.
+        Text tokens of the conditioning, until a block shows how many the model made of them. A
+        single-stream block is not told.
+    other : int
+        Tokens between text and image that are neither.
     ran : bool
         Whether a joint block with text ran.
     attended : bool
@@ -32,6 +35,7 @@ class Seen:
     """
 
     text: int = 0
+    other: int = 0
     ran: bool = False
     attended: bool = False
 
@@ -55,17 +59,40 @@ def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool
     return locate
 
 
-def one_stream(sequence: tuple[int, str]) -> Locate:
-    """A block called with ``[text | image]`` in one tensor, after two-stream blocks."""
+def one_stream(sequence: tuple[int, str], image_first: bool = False) -> Locate:
+    """A block called with ``[text | other | image]`` in one tensor, or in the opposite order."""
 
     def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
         length = _argument(args, kwargs, *sequence).shape[1]
-        # Where a pack skips the two-stream blocks (a cache), core still says where images begin.
+        # Some models say where images begin, and also when a cache skips their two-stream blocks.
         options = kwargs.get("transformer_options") or {}
-        text = seen.text or options.get("img_slice", (0,))[0]
-        return Span("text", text), Span("image", length - text)
+        text = options["img_slice"][0] if "img_slice" in options else seen.text
+        image = Span("image", length - text - seen.other)
+        other = (Span("other", seen.other),) if seen.other else ()
+        spans = Span("text", text), *other, image
+        return spans[::-1] if image_first else spans
 
     return locate
+
+
+def shows(what: str, sequence: tuple[int, str] = (0, "x")) -> Locate:
+    """A block that is not joint, called with nothing but what ``Seen`` calls ``what``."""
+
+    def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+        setattr(seen, what, _argument(args, kwargs, *sequence).shape[1])
+        return ()
+
+    return locate
+
+
+def _without_tokens(locate: Locate) -> Locate:
+    """What a block shows, where the block itself is left alone."""
+
+    def locate_nothing(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+        locate(args, kwargs, seen)
+        return ()
+
+    return locate_nothing
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
@@ -84,6 +111,8 @@ class Family:
         Class names of the ``diffusion_model``.
     joint : dict
         For each list of blocks with a joint attention, where its tokens are.
+    before : dict
+        For each list of blocks that show what joint blocks are not told, what is seen there.
     text : tuple, optional
         The parts of its conditioning in their order, each the names by which ComfyUI's tokenizer
         calls the encoders whose outputs lie over each other in it.
@@ -92,6 +121,7 @@ class Family:
     name: str
     models: tuple[str, ...]
     joint: dict[str, Locate] = field(hash=False)
+    before: dict[str, Locate] = field(default_factory=dict, hash=False)
     text: tuple[tuple[str, ...], ...] = ()
 
     def joint_blocks(
@@ -104,6 +134,15 @@ class Family:
             for i, block in enumerate(lists[name]):
                 if (name, i) in chosen:
                     yield uncompiled(block), locate
+
+    def blocks(self, diffusion_model: nn.Module, limit: str = "") -> dict[nn.Module, Locate]:
+        """These joint blocks, and all that come before them and show where their tokens are."""
+        others = {
+            uncompiled(block): _without_tokens(locate)
+            for name, locate in {**self.before, **self.joint}.items()
+            for block in getattr(diffusion_model, name) or ()
+        }
+        return {**others, **dict(self.joint_blocks(diffusion_model, limit))}
 
 
 FAMILIES = (
@@ -122,6 +161,62 @@ FAMILIES = (
         ("MMDiT",),
         {"joint_blocks": two_streams(text=(0, "context"), image=(1, "x"))},
         text=(("l", "g"), ("t5xxl",)),
+    ),
+    Family(
+        # Padding that the model learned (Z-Image) counts as what it pads. Z-Image Omni: [text |
+        # SigLIP | references and image]; SigLIP's tokens show what to draw from, and are neither.
+        "Lumina 2, Neta-Lumina, NewBie and Z-Image (Turbo, Omni, pixel space)",
+        ("NextDiT",),
+        {"layers": one_stream((0, "x"))},
+        before={"context_refiner": shows("text"), "siglip_refiner": shows("other")},
+    ),
+    Family(
+        # In a single block [image | text | the block's own Llama tokens], as many in every block.
+        "HiDream-I1 and HiDream-E1",
+        ("HiDreamImageTransformer2DModel",),
+        {
+            "double_stream_blocks": two_streams(
+                text=(2, "text_tokens"), image=(0, "image_tokens"), image_first=True
+            ),
+            "single_stream_blocks": one_stream((0, "image_tokens"), image_first=True),
+        },
+    ),
+    Family(
+        # References come before the image, in this family and the next.
+        "OmniGen2",
+        ("OmniGen2Transformer2DModel",),
+        {"layers": one_stream((0, "hidden_states"))},
+    ),
+    Family(
+        # The second attention of a double block, image to image, is told by its length.
+        "Boogu-Image",
+        ("BooguTransformer2DModel",),
+        {
+            "double_stream_layers": two_streams(
+                text=(1, "instruct_hidden_states"), image=(0, "img_hidden_states")
+            ),
+            "single_stream_layers": one_stream((0, "hidden_states")),
+        },
+    ),
+    Family(
+        # Without a prompt (its unconditional pass) the sequence is the image alone.
+        "Ideogram 4",
+        ("Ideogram4Transformer2DModel",),
+        {"layers": one_stream((0, "x"))},
+    ),
+    Family(
+        "Krea 2",
+        ("SingleStreamDiT",),
+        {"blocks": one_stream((0, "x"))},
+    ),
+    Family(
+        "Lens",
+        ("LensTransformer2DModel",),
+        {
+            "transformer_blocks": two_streams(
+                text=(1, "encoder_hidden_states"), image=(0, "hidden_states"), image_first=True
+            )
+        },
     ),
     Family(
         "Qwen-Image and Qwen-Image-Edit",

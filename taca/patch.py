@@ -242,15 +242,15 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
     patcher = base_model.current_patcher  # of this device, in a run over several
     loras = loras_of(patcher) if patcher is not None else []
     gamma = gamma_of_rows(settings.options, resolved, t, *args, **kwargs)
-    seen = Seen()
+    seen = first_seen(*args, **kwargs)
     forwards: list[tuple[nn.Module, Wrap]] = []
     if bool((gamma != 1).any()):
         # One factor for all rows, where they have the same: then no graph depends on the batch.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
-        blocks = joint_blocks(base_model.diffusion_model, settings.options)
+        blocks = located_blocks(base_model.diffusion_model, settings.options)
         forwards += [
             (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
-            for block, locate in blocks
+            for block, locate in blocks.items()
         ]
     forwards += lora_forwards(loras, base_model, inside)
     if not forwards:
@@ -271,10 +271,21 @@ def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any
     return options.gamma_of_rows(schedule.gamma_at(t), chunks, text)
 
 
+def first_seen(c_concat: Any, c_crossattn: Any, *args: Any, **kwargs: Any) -> Seen:
+    """What a call shows before any of its blocks."""
+    return Seen(text=0 if c_crossattn is None else c_crossattn.shape[1])
+
+
 def joint_blocks(diffusion_model: Any, options: Options) -> Iterator[tuple[nn.Module, Locate]]:
     """The joint blocks that TACA acts in."""
     diffusion_model = uncompiled(diffusion_model)
     return family_of(diffusion_model).joint_blocks(diffusion_model, options.blocks)
+
+
+def located_blocks(diffusion_model: Any, options: Options) -> dict[nn.Module, Locate]:
+    """The joint blocks that TACA acts in, and those that show where tokens are."""
+    diffusion_model = uncompiled(diffusion_model)
+    return family_of(diffusion_model).blocks(diffusion_model, options.blocks)
 
 
 def _adjust_training_call(options: Options, schedule: Resolved, run: Run, t: Tensor,
@@ -298,8 +309,8 @@ def _adjust_training_call(options: Options, schedule: Resolved, run: Run, t: Ten
             "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "
             "behind TACA Patch Model and behind every node that changes the model's sampling."
         )
-    seen = Seen()
     call = (c_concat, c_crossattn, control, transformer_options)
+    seen = first_seen(*call)
     adjustment = (gamma_of_rows(options, schedule, t, *call), seen)
     with_taca = {**transformer_options, KEY: adjustment}
     result = executor(x, t_model, c_concat, c_crossattn, control, with_taca, **kwargs)

@@ -23,9 +23,11 @@ from .options import NO_OPTIONS
 from .patch import (
     OVERRIDE,
     Settings,
+    first_seen,
     gamma_of_rows,
     installed,
     joint_blocks,
+    located_blocks,
     resolve,
     settings_of,
     timestep,
@@ -127,7 +129,7 @@ def _watch_call(settings: Settings, report: Report, executor: Any, x: Tensor, t_
     positive = [chunk == 0 for chunk in chunks for _ in range(len(t) // len(chunks))]
     if not any(positive):
         return executor(x, t_model, *args, **kwargs)
-    seen = Seen()
+    seen = first_seen(*args)
     probe = Probe(
         report=report,
         rows=torch.tensor(positive).nonzero().flatten().to(x.device),
@@ -135,8 +137,10 @@ def _watch_call(settings: Settings, report: Report, executor: Any, x: Tensor, t_
         latent=tuple(x.shape[-2:]),
     )
     forwards: list[tuple[nn.Module, Wrap]] = []
-    for i, (block, locate) in enumerate(joint_blocks(base_model.diffusion_model, NO_OPTIONS)):
+    joint = [block for block, _ in joint_blocks(base_model.diffusion_model, NO_OPTIONS)]
+    for block, locate in located_blocks(base_model.diffusion_model, NO_OPTIONS).items():
         own = gamma if id(block) in limited else torch.ones_like(gamma)
+        i = joint.index(block) if block in joint else -1  # has no joint attention to measure
         forwards.append(
             (block, partial(_measured, locate=locate, gamma=own, seen=seen, probe=probe, block=i))
         )

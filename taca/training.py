@@ -20,7 +20,7 @@ from torch import nn
 
 from .lora import Wrap
 from .options import NO_OPTIONS
-from .patch import TRAINING_KEY, joint_blocks, resolve, settings_of, timestep, training_forward
+from .patch import TRAINING_KEY, located_blocks, resolve, settings_of, timestep, training_forward
 from .schedule import Schedule
 
 DRAWS = 2**14
@@ -100,5 +100,5 @@ def _forwards(patcher: Any) -> list[tuple[nn.Module, Wrap]]:
     options = settings.options if settings else NO_OPTIONS
     return [
         (block, partial(training_forward, locate=locate))
-        for block, locate in joint_blocks(patcher.model.diffusion_model, options)
+        for block, locate in located_blocks(patcher.model.diffusion_model, options).items()
     ]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_detection
 import comfy.ops
 import comfy.sd
+import comfy.supported_models
 import torch
 from safetensors.torch import save_file
 
@@ -79,6 +81,9 @@ def load(case, folder, monkeypatch, seed=0):
         return {key: value for key, value in found.items() if value is not None}
 
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect_tiny)
+    for config in comfy.supported_models.models:  # what core does not detect but knows
+        known = {k: v for k, v in config.unet_extra_config.items() if k not in case.config}
+        monkeypatch.setattr(config, "unet_extra_config", known)
     loaded = comfy.sd.load_diffusion_model(str(path))
     assert type(loaded.model.diffusion_model) is transformer
     return loaded
@@ -206,4 +211,100 @@ OTHER_CASES = [
          published=pixeldit_checkpoint("")),
 ]  # fmt: skip
 
-CASES = [*OTHER_CASES, *QWEN_CASES]
+LUMINA = {"patch_size": 2, "in_channels": 16, "dim": 64, "n_layers": 2, "n_refiner_layers": 2,
+          "n_heads": 2, "n_kv_heads": 1, "multiple_of": 32, "qk_norm": True, "cap_feat_dim": 48,
+          "axes_dims": [8, 12, 12]}  # fmt: skip
+LUMINA_CLASS = "lumina.model:NextDiT"
+Z_IMAGE = LUMINA | {"dim": 256, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "rope_theta": 256.0,
+                    "z_image_modulation": True, "time_scale": 1000.0,
+                    "pad_tokens_multiple": 8}  # fmt: skip
+Z_IMAGE_PIXEL = Z_IMAGE | {"patch_size": 8, "in_channels": 3, "decoder_hidden_size": 32,
+                           "decoder_num_res_blocks": 1, "decoder_in_channels": 192}  # fmt: skip
+HIDREAM = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2,
+           "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+           "caption_channels": [48, 40], "text_emb_dim": 24, "num_routed_experts": 2,
+           "num_activated_experts": 1, "axes_dims_rope": [16, 8, 8], "max_resolution": [16, 16],
+           "llama_layers": [0, 1, 2, 2]}  # fmt: skip
+OMNIGEN = {"hidden_size": 64, "num_layers": 2, "num_refiner_layers": 2, "num_attention_heads": 2,
+           "num_kv_heads": 1, "multiple_of": 32, "axes_dim_rope": [8, 12, 12],
+           "timestep_scale": 1000.0}  # fmt: skip
+OMNIGEN_CLASS = "omnigen.omnigen2:OmniGen2Transformer2DModel"
+BOOGU_CLASS = "boogu.model:BooguTransformer2DModel"
+IDEOGRAM = {"in_channels": 128, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32,
+            "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 48,
+            "mrope_section": [6, 5, 5]}  # fmt: skip
+IDEOGRAM_CLASS = "ideogram4.model:Ideogram4Transformer2DModel"
+KREA = {"features": 64, "tdim": 32, "txtdim": 24, "heads": 2, "kvheads": 1, "layers": 2,
+        "txtlayers": 3, "txtheads": 2, "txtkvheads": 2}  # fmt: skip
+KREA_CLASS = "krea2.model:SingleStreamDiT"
+LENS = {"in_channels": 128, "out_channels": 32, "num_layers": 2, "attention_head_dim": 32,
+        "num_attention_heads": 2, "enc_hidden_dim": 16, "axes_dims_rope": (8, 12, 12),
+        "selected_layer_index": (0, 1, 2)}  # fmt: skip
+
+
+def llama(text):
+    """``conds`` with HiDream's Llama tokens, of every layer, and its pooled vector."""
+    tokens = torch.randn(1, 3, 5, 40, generator=torch.manual_seed(7))
+    return {"conditioning_llama3": tokens, **pooled(24)(text)}
+
+
+def whole(*shapes):
+    """``conds`` with a mask that takes out nothing, and reference latents of these shapes."""
+    refs = references(*shapes) if shapes else also()
+    return lambda text: {"attention_mask": torch.ones(1, text, dtype=torch.long), **refs(text)}
+
+
+def omni(text):
+    """``conds`` of Z-Image Omni: two references with a text each, one looked at by SigLIP."""
+    generator = torch.manual_seed(8)
+    look = SimpleNamespace(
+        image_sizes=[(3, 32, 48)], last_hidden_state=torch.randn(1, 6, 24, generator=generator)
+    )
+    return {
+        "clip_vision_outputs": [look],
+        "reference_latents_text_embeds": [
+            torch.randn(1, tokens, 48, generator=generator) for tokens in (5, 3)
+        ],
+        **references((16, 8, 8), (16, 4, 4))(text),
+    }
+
+
+SINGLE_STREAM_CASES = [
+    Case("Lumina 2", LUMINA_CLASS, LUMINA, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 2),
+    # Text and image are filled up to a multiple of pad_tokens_multiple with learned tokens.
+    Case("Z-Image", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48), [("text", 16), ("image", 16)], 2),
+    Case("Z-Image, masked", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48),
+         [("text", 16), ("image", 16)], 2, masked(3)),
+    # Texts of 5, 3 and 9 tokens; SigLIP's 6, and padding for the reference and the image without.
+    Case("Z-Image Omni", LUMINA_CLASS, Z_IMAGE | {"siglip_feat_dim": 24}, (16, 8, 6), (9, 48),
+         [("text", 8 + 8 + 16), ("other", 8 + 8 + 8), ("image", 16 + 8 + 16)], 2, omni),
+    Case("Z-Image with references and no SigLIP", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48),
+         [("text", 8 + 8 + 16), ("image", 16 + 8 + 16)], 2, omni),
+    Case("Z-Image, pixel space", "lumina.model:NextDiTPixelSpace", Z_IMAGE_PIXEL, (3, 32, 24),
+         (9, 48), [("text", 16), ("image", 16)], 2, detected={"image_model": "zimage_pixel"}),
+    Case("HiDream-I1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
+         [("image", 12), ("text", 9 + 5 + 5)], 4, llama),
+    Case("OmniGen2", OMNIGEN_CLASS, OMNIGEN | {"text_feat_dim": 48}, (16, 8, 6), (9, 48),
+         [("text", 9), ("image", 12)], 2, whole()),
+    Case("OmniGen2, editing", OMNIGEN_CLASS, OMNIGEN | {"text_feat_dim": 48}, (16, 8, 6), (9, 48),
+         [("text", 9), ("image", 16 + 4 + 12)], 2, whole((16, 8, 8), (16, 4, 4))),
+    Case("Boogu", BOOGU_CLASS,
+         OMNIGEN | {"num_double_stream_layers": 2, "instruction_feat_dim": 48}, (16, 8, 6), (9, 48),
+         [("text", 9), ("image", 12)], 4, whole()),
+    Case("Boogu, editing", BOOGU_CLASS,
+         OMNIGEN | {"num_double_stream_layers": 2, "instruction_feat_dim": 48}, (16, 8, 6), (9, 48),
+         [("text", 9), ("image", 16 + 4 + 12)], 4, whole((16, 8, 8), (16, 4, 4))),
+    Case("Ideogram 4", IDEOGRAM_CLASS, IDEOGRAM, (128, 4, 3), (9, 48),
+         [("text", 9), ("image", 12)], 2),
+    Case("Ideogram 4, masked", IDEOGRAM_CLASS, IDEOGRAM, (128, 4, 3), (9, 48),
+         [("text", 9), ("image", 12)], 2, masked(3)),
+    Case("Krea 2", KREA_CLASS, KREA, (16, 1, 8, 6), (9, 72), [("text", 9), ("image", 12)], 2),
+    Case("Krea 2, editing", KREA_CLASS, KREA, (16, 1, 8, 6), (9, 72),
+         [("text", 9), ("image", 12 + 16 + 4)], 2,
+         lambda text: {"reference_latents_method": "index_timestep_zero",
+                       **references((16, 1, 8, 8), (16, 1, 4, 4))(text)}),
+    Case("Lens", "lens.model:LensTransformer2DModel", LENS, (128, 4, 3), (9, 48),
+         [("image", 12), ("text", 9)], 2, masked(3)),
+]  # fmt: skip
+
+CASES = [*OTHER_CASES, *QWEN_CASES, *SINGLE_STREAM_CASES]
