@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -68,8 +70,20 @@ class TACASchedulePreview(io.ComfyNode):
         advice = advise(inside, chosen.gamma)
         text = "\n".join([*advice, "", *table(t.tolist(), gamma, inside, bool(loras_of(model)))])
         image = drawing.to_tensor(picture)
+        say(text)
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
         return io.NodeOutput(image, text, ui=shown)
+
+
+def say(text: str) -> None:
+    """Show a text in the node that is running, which its ``ui`` alone does not do."""
+    context = get_executing_context()
+    if context:
+        from server import PromptServer
+
+        # The page folds spaces; those as wide as a digit keep columns apart.
+        wide = re.sub(" {2,}", lambda spaces: "\u2007" * len(spaces[0]), text)
+        PromptServer.instance.send_progress_text(wide, context.node_id)
 
 
 def advise(inside: list[bool], gamma: float) -> list[str]:

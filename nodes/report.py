@@ -13,6 +13,7 @@ from ..taca.options import find_words, without_ends
 from ..taca.report import Report, watched
 from . import drawing
 from .options import tokens_of
+from .preview import say
 
 
 class TACAAttentionReport(io.ComfyNode):
@@ -89,6 +90,7 @@ class TACAAttentionReport(io.ComfyNode):
         maps = heat_maps(report, decoded)
         text = summary(table, report)
         images = [drawing.to_tensor(picture) for picture in (shares, maps)]
+        say(text)
         shown: dict[str, Any] = {"images": []}
         for image in images:
             shown["images"] += ui.PreviewImage(image, cls=cls).as_dict()["images"]
