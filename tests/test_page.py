@@ -43,7 +43,7 @@ def page(server):
     ids=lambda path: path.stem,
 )
 def test_workflow_in_the_page(path, page, server, object_info):
-    """It opens with all its nodes and values and no error; the demo's run and show what they put out."""
+    """It opens with all its nodes and values and no error; the demo's run and are shown."""
     workflow = read(path)
     page.open(workflow)
     assert page.marked() == []
