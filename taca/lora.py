@@ -195,15 +195,22 @@ def fit_lora(state: dict[str, Tensor], model: Any, name: str, strength: float) -
     Raises
     ------
     ValueError
-        If nothing of it fits. What fits in part is a warning with counts.
+        If nothing of it fits, or a part is missing. What fits in part is a warning with counts.
     """
-    state = comfy.lora_convert.convert_lora(state)
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    state = {_without_peft_prefix(key, keys): tensor for key, tensor in state.items()}
+    try:
+        state = comfy.lora_convert.convert_lora(state)
+        state = {_without_peft_prefix(key, keys): tensor for key, tensor in state.items()}
+        loaded = comfy.lora.load_lora(state, keys, log_missing=False)
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} is no whole LoRA: a part of it is missing or has an impossible shape "
+            f"({error}). Get it again."
+        ) from error
     dora = {id(t) for key, t in state.items() if key.endswith(".dora_scale")}
     patches: dict[str, list[Patch]] = {}
     used: set[int] = set()
-    for key, value in comfy.lora.load_lora(state, keys, log_missing=False).items():
+    for key, value in loaded.items():
         target, rows, permute = (*key, None)[:3] if isinstance(key, tuple) else (key, None, None)
         module_name, _, parameter = target.rpartition(".")
         parts = value.weights if isinstance(value, WeightAdapterBase) else value[1]
@@ -251,8 +258,8 @@ def _fits(patch: Patch, module: Any) -> bool:
         if own is None:
             return False
         if isinstance(value, LoRAAdapter):
-            up, down = value.weights[:2]
-            return (up.shape[0], down[0].numel()) == (own.shape[0], own[0].numel())
+            up, down = (part.flatten(1) for part in value.weights[:2])
+            return (up.shape[0], down.shape[1]) == (own.shape[0], own[0].numel())
         return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
     # A quantised weight's own shape may be another.
     rows = patch.rows[2] if patch.rows else module.out_features
