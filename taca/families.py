@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .attention import Span, Tokens
+from .attention import Kind, Span, Tokens
 from .options import parse_blocks
 
 
@@ -26,6 +26,8 @@ class Seen:
     text : int
         Text tokens of the conditioning, until a block shows how many the model made of them. A
         single-stream block is not told.
+    lead : int
+        Tokens before the text that are neither text nor image: registers, a vision encoder's.
     other : int
         Tokens between text and image that are neither.
     ran : bool
@@ -35,6 +37,7 @@ class Seen:
     """
 
     text: int = 0
+    lead: int = 0
     other: int = 0
     ran: bool = False
     attended: bool = False
@@ -45,34 +48,46 @@ Locate = Callable[[tuple[Any, ...], Mapping[str, Any], Seen], Tokens]
 
 
 def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool = False) -> Locate:
-    """A block called with text and image apart, that attends to ``[text | image]``.
+    """A block called with text and image apart, that attends to ``[lead | text | image]``.
 
     ``text`` and ``image`` are the position and the name of those arguments, ``(B, tokens, C)``;
     with ``image_first`` it attends to ``[image | text]``.
     """
 
     def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
-        seen.text = _argument(args, kwargs, *text).shape[1]
-        spans = Span("text", seen.text), Span("image", _argument(args, kwargs, *image).shape[1])
+        seen.text = _argument(args, kwargs, *text).shape[1] - seen.lead
+        lead = (Span("other", seen.lead),) if seen.lead else ()
+        images = Span("image", _argument(args, kwargs, *image).shape[1])
+        spans = *lead, Span("text", seen.text), images
         return spans[::-1] if image_first else spans
 
     return locate
 
 
 def one_stream(sequence: tuple[int, str], image_first: bool = False) -> Locate:
-    """A block called with ``[text | other | image]`` in one tensor, or in the opposite order."""
+    """A block called with ``[lead | text | other | image]`` in one tensor, or the reverse."""
 
     def locate(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
         length = _argument(args, kwargs, *sequence).shape[1]
         # Some models say where images begin, and also when a cache skips their two-stream blocks.
         options = kwargs.get("transformer_options") or {}
-        text = options["img_slice"][0] if "img_slice" in options else seen.text
-        image = Span("image", length - text - seen.other)
-        other = (Span("other", seen.other),) if seen.other else ()
-        spans = Span("text", text), *other, image
+        text = options["img_slice"][0] - seen.lead if "img_slice" in options else seen.text
+        image = Span("image", length - seen.lead - text - seen.other)
+        lead, other = ((Span("other", n),) if n else () for n in (seen.lead, seen.other))
+        spans = *lead, Span("text", text), *other, image
         return spans[::-1] if image_first else spans
 
     return locate
+
+
+def with_lead(count: int, locate: Locate) -> Locate:
+    """A block whose text begins with so many tokens that are not text."""
+
+    def locate_with_lead(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+        seen.lead = count
+        return locate(args, kwargs, seen)
+
+    return locate_with_lead
 
 
 def shows(what: str, sequence: tuple[int, str] = (0, "x")) -> Locate:
@@ -95,6 +110,22 @@ def _without_tokens(locate: Locate) -> Locate:
     return locate_nothing
 
 
+def mochi(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+    """``[image | text]``: the block itself leaves out the padding of its text."""
+    text = min(_argument(args, kwargs, 2, "y").shape[1], kwargs["crop_y"])
+    return Span("image", _argument(args, kwargs, 0, "x").shape[1]), Span("text", text)
+
+
+def minimax(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+    """As the model modulates its tokens, by a row for each time and, of that, each kind.
+
+    Pictures in the prompt count as image, for they are modulated as such. Sound is neither.
+    """
+    kinds: tuple[Kind, ...] = ("image", "text", "other")
+    segments = _argument(args, kwargs, 2, "mod_segments")
+    return tuple(Span(kinds[row % 3], stop - start) for start, stop, row in segments)
+
+
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
     return kwargs[name] if name in kwargs else args[position]
 
@@ -113,16 +144,28 @@ class Family:
         For each list of blocks with a joint attention, where its tokens are.
     before : dict
         For each list of blocks that show what joint blocks are not told, what is seen there.
+    attention : str
+        Which attribute of a block attends, where blocks are not handed ``transformer_options``.
     text : tuple, optional
         The parts of its conditioning in their order, each the names by which ComfyUI's tokenizer
         calls the encoders whose outputs lie over each other in it.
+    has : tuple of str
+        Parts that tell it from another family whose class has the same name.
     """
 
     name: str
     models: tuple[str, ...]
     joint: dict[str, Locate] = field(hash=False)
     before: dict[str, Locate] = field(default_factory=dict, hash=False)
+    attention: str = ""
     text: tuple[tuple[str, ...], ...] = ()
+    has: tuple[str, ...] = ()
+
+    def includes(self, diffusion_model: nn.Module) -> bool:
+        """Whether a model, not compiled, is of this family."""
+        names = {cls.__name__ for cls in type(diffusion_model).__mro__}
+        parts = (getattr(diffusion_model, name, None) for name in (*self.joint, *self.has))
+        return not names.isdisjoint(self.models) and all(part is not None for part in parts)
 
     def joint_blocks(
         self, diffusion_model: nn.Module, limit: str = ""
@@ -133,27 +176,63 @@ class Family:
         for name, locate in self.joint.items():
             for i, block in enumerate(lists[name]):
                 if (name, i) in chosen:
-                    yield uncompiled(block), locate
+                    yield self._attends(block), locate
+
+    def _attends(self, block: nn.Module) -> nn.Module:
+        block = uncompiled(block)
+        return getattr(block, self.attention) if self.attention else block
 
     def blocks(self, diffusion_model: nn.Module, limit: str = "") -> dict[nn.Module, Locate]:
         """These joint blocks, and all that come before them and show where their tokens are."""
         others = {
-            uncompiled(block): _without_tokens(locate)
+            self._attends(block): _without_tokens(locate)
             for name, locate in {**self.before, **self.joint}.items()
             for block in getattr(diffusion_model, name) or ()
         }
         return {**others, **dict(self.joint_blocks(diffusion_model, limit))}
 
 
+FLUX_BLOCKS = {
+    "double_blocks": two_streams(text=(1, "txt"), image=(0, "img")),
+    "single_blocks": one_stream((0, "x")),
+}
+
 FAMILIES = (
     Family(
-        "FLUX (dev, schnell, Fill, Kontext)",
+        "FLUX.1 (dev, schnell, Fill, Kontext)",
         ("Flux",),
-        {
-            "double_blocks": two_streams(text=(1, "txt"), image=(0, "img")),
-            "single_blocks": one_stream((0, "x")),
-        },
+        FLUX_BLOCKS,
         text=(("t5xxl",),),
+        has=("vector_in",),  # of CLIP-L's pooled output
+    ),
+    Family(
+        # FLUX.2's text is filled up to 512 tokens in front, which count, as FLUX.1's padding does.
+        "FLUX.2 (dev, Klein), LongCat-Image and Ovis-Image",
+        ("Flux",),
+        FLUX_BLOCKS,
+    ),
+    Family(
+        "Chroma and Chroma Radiance",
+        ("Chroma",),
+        FLUX_BLOCKS,
+        text=(("t5xxl",),),
+    ),
+    Family(
+        # Its 8 registers are the same for every prompt: they are not text.
+        "AuraFlow",
+        ("MMDiT",),
+        {
+            "double_layers": with_lead(8, two_streams(text=(0, "c"), image=(1, "x"))),
+            "single_layers": with_lead(8, one_stream((0, "cx"))),
+        },
+    ),
+    Family(
+        # ByT5's tokens, of what is to be written in the picture, are text. Those of a vision
+        # encoder are not: they show the picture to begin with. (In HunyuanVideo 1.0 that one can
+        # lie within what the text encoder returns, where it cannot be told from text.)
+        "HunyuanVideo 1.0 and 1.5, HunyuanImage 2.1",
+        ("HunyuanVideo",),
+        FLUX_BLOCKS,
     ),
     Family(
         # SD3.5-Medium's attn2, image to image only, is told from the joint attention by its length.
@@ -256,10 +335,56 @@ FAMILIES = (
         ("PixDiT_T2I",),
         {"patch_blocks": two_streams(text=(1, "y"), image=(0, "x"))},
     ),
+    Family("Mochi", ("AsymmDiTJoint",), {"blocks": mochi}),
+    Family("MiniMax-H3", ("MiniMaxH3Model",), {"blocks": minimax}),
+    Family(
+        "Ernie-Image",
+        ("ErnieImageModel",),
+        {"layers": one_stream((0, "x"), image_first=True)},
+        attention="self_attention",
+    ),
 )
 
-OWN_KERNELS = {"ComfyFluxWrapper": "nunchaku", "NunchakuFluxTransformer2dModel": "nunchaku"}
-"""Models that attend in kernels of their own, out of any patch's reach, and whose they are."""
+CROSS_ATTENTION = (
+    "its image attends to the text apart from itself (cross-attention), so the two do not compete "
+    "in one softmax, which is what TACA adjusts."
+)
+OWN_KERNELS = (
+    "nunchaku runs attention in kernels of its own, which no patch reaches. Load the model with "
+    "one of ComfyUI's own loaders or as GGUF."
+)
+REFUSED = {
+    "ComfyFluxWrapper": ("nunchaku's FLUX", OWN_KERNELS),
+    "NunchakuFluxTransformer2dModel": ("nunchaku's FLUX", OWN_KERNELS),
+    "UNetModel": ("Stable Diffusion 1, 2 and XL", CROSS_ATTENTION),
+    "PixArtMS": ("PixArt", CROSS_ATTENTION),
+    "HunYuanDiT": ("Hunyuan-DiT", CROSS_ATTENTION),
+    "WanModel": ("Wan", CROSS_ATTENTION),
+    "LTXVModel": ("LTX-Video", CROSS_ATTENTION),
+    "GeneralDIT": ("Cosmos", CROSS_ATTENTION),
+    "Anima": ("Anima", CROSS_ATTENTION),
+    "MiniTrainDIT": ("Cosmos Predict2", CROSS_ATTENTION),
+    "Kandinsky5": ("Kandinsky 5", CROSS_ATTENTION),
+    **dict.fromkeys(
+        ("StageB", "StageC"),
+        (
+            "Stable Cascade",
+            "only its image attends, to text and to itself; TACA needs text and image in one "
+            "sequence.",
+        ),
+    ),
+    "HiDreamO1Transformer": (
+        "HiDream-O1",
+        "it reads the prompt as a language model does, in a pass of its own, and keeps that from "
+        "step to step; TACA needs text and image in one sequence.",
+    ),
+    "NaDiT": (
+        "SeedVR2",
+        "it restores what it is given and takes no prompt; it attends in windows that no patch "
+        "reaches.",
+    ),
+}
+"""Models that TACA cannot act on, by class: what users call them, and why."""
 
 
 def family_of(diffusion_model: nn.Module) -> Family:
@@ -270,17 +395,16 @@ def family_of(diffusion_model: nn.Module) -> Family:
     ValueError
         If the model has no joint attention that TACA can reach; names the families that do.
     """
-    names = [cls.__name__ for cls in type(uncompiled(diffusion_model)).__mro__]
     for family in FAMILIES:
-        if any(name in family.models for name in names):
+        if family.includes(uncompiled(diffusion_model)):
             return family
+    names = [cls.__name__ for cls in type(uncompiled(diffusion_model)).__mro__]
     works = "; ".join(family.name for family in FAMILIES)
     for name in names:
-        if name in OWN_KERNELS:
+        if name in REFUSED:
+            called, reason = REFUSED[name]
             raise ValueError(
-                f"TACA cannot act on this model: {OWN_KERNELS[name]} runs attention in kernels of "
-                f"its own, which no patch reaches. Load the model with one of ComfyUI's own "
-                f"loaders or as GGUF. TACA works on: {works}."
+                f"TACA cannot act on {called} ({names[0]}): {reason} TACA works on: {works}."
             )
     raise ValueError(
         f"TACA cannot act on this model ({names[0]}): it needs a transformer that runs one joint "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import comfy.model_management
@@ -271,9 +272,11 @@ def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any
     return options.gamma_of_rows(schedule.gamma_at(t), chunks, text)
 
 
-def first_seen(c_concat: Any, c_crossattn: Any, *args: Any, **kwargs: Any) -> Seen:
-    """What a call shows before any of its blocks."""
-    return Seen(text=0 if c_crossattn is None else c_crossattn.shape[1])
+def first_seen(c_concat: Any, c_crossattn: Any, *args: Any, clip_fea: Any = None,
+               **kwargs: Any) -> Seen:  # fmt: skip
+    """What a call shows before any of its blocks: its text, and a picture a vision encoder saw."""
+    text, lead = (0 if tokens is None else tokens.shape[1] for tokens in (c_crossattn, clip_fea))
+    return Seen(text=text, lead=lead)
 
 
 def joint_blocks(diffusion_model: Any, options: Options) -> Iterator[tuple[nn.Module, Locate]]:
@@ -310,7 +313,7 @@ def _adjust_training_call(options: Options, schedule: Resolved, run: Run, t: Ten
             "behind TACA Patch Model and behind every node that changes the model's sampling."
         )
     call = (c_concat, c_crossattn, control, transformer_options)
-    seen = first_seen(*call)
+    seen = first_seen(*call, **kwargs)
     adjustment = (gamma_of_rows(options, schedule, t, *call), seen)
     with_taca = {**transformer_options, KEY: adjustment}
     result = executor(x, t_model, c_concat, c_crossattn, control, with_taca, **kwargs)
@@ -406,9 +409,31 @@ def installed(forwards: list[tuple[nn.Module, Wrap]]) -> Iterator[None]:
                 module.forward = forward
 
 
+def taking_options(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's forward; of one that calls core's attention without options, a copy that has them.
+
+    Core asks for an override in the options alone. So the copy's ``optimized_attention`` is one
+    that is given them; the module's code is its own.
+    """
+    if not isinstance(forward, MethodType):
+        return forward
+    code, names = forward.__func__.__code__, forward.__func__.__globals__
+    if "optimized_attention" not in code.co_names or "transformer_options" in code.co_varnames:
+        return forward
+
+    def forward_taking_options(*args: Any, transformer_options: Any, **kwargs: Any) -> Any:
+        attend = partial(names["optimized_attention"], transformer_options=transformer_options)
+        with_options = {**names, "optimized_attention": attend}
+        copy = FunctionType(code, with_options, code.co_name, forward.__func__.__defaults__)
+        return copy(forward.__self__, *args, **kwargs)
+
+    return forward_taking_options
+
+
 def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
                    seen: Seen) -> Callable[..., Any]:  # fmt: skip
     """A block's forward, with TACA as the attention override of this one block."""
+    with_options = taking_options(forward)
 
     def taca_forward(*args: Any, **kwargs: Any) -> Any:
         tokens = locate(args, kwargs, seen)
@@ -420,12 +445,12 @@ def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
         kwargs = {**kwargs, "transformer_options": {**options, OVERRIDE: override}}
         if torch.compiler.is_compiling():
             with torch._dynamo.error_on_graph_break(True):  # see _without_graph_breaks
-                return forward(*args, **kwargs)
+                return with_options(*args, **kwargs)
         if "torch._dynamo" in sys.modules:
             # Past its limit of recompilations dynamo runs this function as it is; what it compiled
             # for the plain block, without guards on transformer_options, must not run inside.
-            return torch.compiler.disable(forward)(*args, **kwargs)
-        return forward(*args, **kwargs)
+            return torch.compiler.disable(with_options)(*args, **kwargs)
+        return with_options(*args, **kwargs)
 
     return taca_forward
 

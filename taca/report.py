@@ -30,6 +30,7 @@ from .patch import (
     located_blocks,
     resolve,
     settings_of,
+    taking_options,
     timestep,
     uncompiled_calls,
 )
@@ -109,7 +110,8 @@ def _names(blocks: Any, transformer: Any) -> list[tuple[str, int]]:
     for path, module in transformer.named_modules():
         if id(module) in chosen:
             parts = [part for part in path.split(".") if part != "_orig_mod"]
-            names.append((parts[-2], int(parts[-1])))
+            number = max(i for i, part in enumerate(parts) if part.isdecimal())
+            names.append((parts[number - 1], int(parts[number])))
     return names
 
 
@@ -129,7 +131,7 @@ def _watch_call(settings: Settings, report: Report, executor: Any, x: Tensor, t_
     positive = [chunk == 0 for chunk in chunks for _ in range(len(t) // len(chunks))]
     if not any(positive):
         return executor(x, t_model, *args, **kwargs)
-    seen = first_seen(*args)
+    seen = first_seen(*args, **kwargs)
     probe = Probe(
         report=report,
         rows=torch.tensor(positive).nonzero().flatten().to(x.device),
@@ -191,12 +193,16 @@ def grid_of(latent: Sequence[int], image: int) -> tuple[int, int]:
 def _measured(forward: Callable[..., Any], locate: Locate, gamma: Tensor, seen: Seen, probe: Probe,
               block: int) -> Callable[..., Any]:  # fmt: skip
     """A block's forward, with its attention asked before it goes on as it would."""
+    with_options = taking_options(forward)
 
     def measured_forward(*args: Any, **kwargs: Any) -> Any:
         tokens = locate(args, kwargs, seen)
+        if not tokens:
+            return forward(*args, **kwargs)
         options = kwargs.get("transformer_options") or {}
         override = _measuring(gamma, tokens, probe, block, options.get(OVERRIDE))
-        return forward(*args, **{**kwargs, "transformer_options": {**options, OVERRIDE: override}})
+        kwargs = {**kwargs, "transformer_options": {**options, OVERRIDE: override}}
+        return with_options(*args, **kwargs)
 
     return measured_forward
 

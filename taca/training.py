@@ -18,6 +18,7 @@ import torch
 from comfy.patcher_extension import PatcherInjection
 from torch import nn
 
+from .families import family_of
 from .lora import Wrap
 from .options import NO_OPTIONS
 from .patch import TRAINING_KEY, located_blocks, resolve, settings_of, timestep, training_forward
@@ -39,13 +40,21 @@ def training_window(model: Any) -> Any:
     ------
     ValueError
         If the model has no TACA, or its window no timestep that the trainer would draw, or none
-        without a run.
+        without a run; or if TACA cannot act on such a model in training.
     """
     settings = settings_of(model)
     if settings is None:
         raise ValueError(
             "TACA Training Window trains inside the window of TACA, and this model has none: put "
             "TACA Patch Model before it."
+        )
+    family = family_of(model.get_model_object("diffusion_model"))
+    if family.attention:
+        # Nothing would tell its blocks of TACA when the backward pass computes them again.
+        raise ValueError(
+            f"TACA cannot act on {family.name} in training, for this model hands no options to its "
+            f"attention. To train it without TACA, take TACA Patch Model and TACA Training Window "
+            f"out."
         )
     patched = model.clone()
     sampling = _inside_window(model.get_model_object("model_sampling"), settings.schedule)

@@ -17,6 +17,7 @@ import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
 from safetensors.torch import save_file
 
 
@@ -33,7 +34,7 @@ class Case:
     config : dict
         Sizes for the class, which core's detection cannot make this small by itself.
     latent : tuple
-        Shape of the latents, without the batch.
+        Shape of the latents, without the batch; or a shape for each of nested latents.
     text : tuple
         Tokens and width of the conditioning.
     spans : list
@@ -46,18 +47,27 @@ class Case:
         What detection is to say beside ``config``; None takes a key out.
     published : callable
         The state dict of the class -> as the checkpoint has it, where core renames.
+    cfg : float
+        1 where core cannot take both prompts together: HunyuanVideo's masks, references.
+    options : bool
+        Whether core hands its attention ``transformer_options``.
+    needs : str
+        A method of the class; ComfyUI versions without it are skipped.
     """
 
     name: str
     transformer: str
     config: dict[str, Any]
-    latent: tuple[int, ...]
+    latent: tuple[Any, ...]
     text: tuple[int, int]
     spans: list[tuple[str, int]]
     joint: int
     conds: Callable[[int], dict[str, Any]] = field(default=lambda text: {})
     detected: dict[str, Any] = field(default_factory=dict)
     published: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda state: state)
+    cfg: float = 3.0
+    options: bool = True
+    needs: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -78,7 +88,7 @@ def load(case, folder, monkeypatch, seed=0):
 
     def detect_tiny(*args, **kwargs):
         found = detect(*args, **kwargs) | case.config | case.detected
-        return {key: value for key, value in found.items() if value is not None}
+        return {k: v for k, v in found.items() if case.detected.get(k, True) is not None}
 
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect_tiny)
     for config in comfy.supported_models.models:  # what core does not detect but knows
@@ -108,7 +118,17 @@ def conditioning(case, seed=1):
     """A seeded CONDITIONING for the case."""
     generator = torch.Generator().manual_seed(seed)
     tokens, width = case.text
-    return [[torch.randn(1, tokens, width, generator=generator), case.conds(tokens)]]
+    conds = {"pooled_output": None, **case.conds(tokens)}
+    return [[torch.randn(1, tokens, width, generator=generator), conds]]
+
+
+def empty(case):
+    """An empty LATENT for the case."""
+    if isinstance(case.latent[0], int):
+        return {"samples": torch.zeros(1, *case.latent)}
+    from comfy.nested_tensor import NestedTensor  # not in every ComfyUI
+
+    return {"samples": NestedTensor([torch.zeros(1, *shape) for shape in case.latent])}
 
 
 def pooled(width):
@@ -184,6 +204,16 @@ PIXELDIT = {"num_groups": 2, "hidden_size": 64, "pixel_hidden_size": 8, "patch_d
             "pixel_attn_hidden_size": 64, "pixel_num_groups": 2, "pixel_depth": 1,
             "txt_embed_dim": 48, "txt_max_length": 7}  # fmt: skip
 PID = {"lq_hidden_dim": 16, "lq_num_res_blocks": 1}
+# A block asserts the published size of its MLP.
+MOCHI = {"depth": 2, "num_heads": 2, "hidden_size_x": 48, "hidden_size_y": 32, "mlp_ratio_x": 256.0,
+         "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
+         "use_t5": True, "t5_feat_dim": 48, "timestep_scale": 1000.0}  # fmt: skip
+MINIMAX = {"hidden_size": 64, "num_layers": 2, "token_refiner_num_layers": 1,
+           "num_attention_heads": 2, "attention_head_dim": 32, "ffn_hidden_size": 128,
+           "text_dim": 48, "timestep_input_dim": 64, "time_embed_hidden_size": 64,
+           "time_embed_dim": 32, "rope_inv_freq_len": 4}  # fmt: skip
+ERNIE = {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 128,
+         "text_in_dim": 48, "rope_axes_dim": (8, 12, 12)}  # fmt: skip
 
 OTHER_CASES = [
     Case("JoyImage", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6), (9, 48),
@@ -209,6 +239,19 @@ OTHER_CASES = [
          [("text", 5), ("image", 12)], 2,
          also(lq_latent=torch.ones(1, 16, 2, 2), degrade_sigma=torch.zeros(1)),
          published=pixeldit_checkpoint("")),
+    Case("Mochi", "genmo.joint_model.asymm_models_joint:AsymmDiTJoint", MOCHI, (12, 2, 8, 6),
+         (9, 48), [("image", 24), ("text", 6)], 2, masked(3)),
+    # Video and audio, which has two channels.
+    Case("MiniMax-H3", "minimax.model:MiniMaxH3Model", MINIMAX, ((24, 2, 8, 6), (32, 2, 5)),
+         (9, 48), [("text", 9), ("other", 2 * 5), ("image", 24)], 2),
+    # The first frame is given, and the prompt holds a picture of two tokens.
+    Case("MiniMax-H3 I2V", "minimax.model:MiniMaxH3Model", MINIMAX, ((24, 2, 8, 6), (32, 2, 5)),
+         (9, 48), [("text", 2), ("image", 2), ("text", 5), ("image", 12), ("other", 2 * 5),
+                   ("image", 24)], 2,
+         also(minimax_keyframes=[{"resolved_frame_index": 0, "latent": torch.ones(1, 24, 1, 8, 6)}],
+              minimax_token_tags=torch.tensor([1, 1, 0, 0, 1, 1, 1, 1, 1]))),
+    Case("Ernie-Image", "ernie.model:ErnieImageModel", ERNIE, (128, 4, 3), (9, 48),
+         [("image", 12), ("text", 9)], 2, options=False),
 ]  # fmt: skip
 
 LUMINA = {"patch_size": 2, "in_channels": 16, "dim": 64, "n_layers": 2, "n_refiner_layers": 2,
@@ -302,9 +345,125 @@ SINGLE_STREAM_CASES = [
     Case("Krea 2, editing", KREA_CLASS, KREA, (16, 1, 8, 6), (9, 72),
          [("text", 9), ("image", 12 + 16 + 4)], 2,
          lambda text: {"reference_latents_method": "index_timestep_zero",
-                       **references((16, 1, 8, 8), (16, 1, 4, 4))(text)}),
+                       **references((16, 1, 8, 8), (16, 1, 4, 4))(text)},
+         needs="process_img"),
     Case("Lens", "lens.model:LensTransformer2DModel", LENS, (128, 4, 3), (9, 48),
          [("image", 12), ("text", 9)], 2, masked(3)),
 ]  # fmt: skip
 
-CASES = [*OTHER_CASES, *QWEN_CASES, *SINGLE_STREAM_CASES]
+
+def together(*conds):
+    """``conds`` with what each of these holds."""
+    return lambda text: {key: value for each in conds for key, value in each(text).items()}
+
+
+def regional(height, width):
+    """``conds`` with a mask over text and image, as core's Redux node and regional prompts make."""
+
+    def conds(text):
+        tokens = text + height * width
+        mask = 2 * torch.randn(1, tokens, tokens, generator=torch.manual_seed(7))
+        return {"attention_mask": mask, "attention_mask_img_shape": (height, width)}
+
+    return conds
+
+
+def glyphs(tokens):
+    """``conds`` with ByT5's tokens."""
+    return lambda text: {
+        "conditioning_byt5small": torch.randn(1, tokens, 1472, generator=torch.manual_seed(8))
+    }
+
+
+def vision(tokens):
+    """``conds`` with a picture as SigLIP sees it."""
+    states = torch.randn(1, tokens, 1152, generator=torch.manual_seed(9))
+    return lambda text: {"clip_vision_output": SimpleNamespace(last_hidden_state=states)}
+
+
+FLUX2 = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 48,
+         "hidden_size": 64, "mlp_ratio": 3.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
+         "axes_dim": [8, 8, 8, 8], "theta": 2000, "patch_size": 1, "qkv_bias": False,
+         "guidance_embed": True, "txt_ids_dims": [3], "global_modulation": True,
+         "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index",
+         "ref_index_scale": 10.0}  # fmt: skip
+LONGCAT = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_in_dim": 3584,
+           "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
+           "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
+           "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [1, 2]}  # fmt: skip
+OVIS = LONGCAT | {"context_in_dim": 48, "yak_mlp": True, "txt_norm": True}
+CHROMA = {"in_channels": 64, "out_channels": 64, "context_in_dim": 48, "hidden_size": 64,
+          "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
+          "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2, "qkv_bias": True, "in_dim": 64,
+          "out_dim": 64, "hidden_dim": 32, "n_layers": 2, "txt_ids_dims": [],
+          "vec_in_dim": None}  # fmt: skip
+RADIANCE = CHROMA | {"in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 8,
+                     "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 2,
+                     "nerf_tile_size": 512, "nerf_final_head_type": "conv",
+                     "nerf_embedder_dtype": torch.float32, "use_x0": True}  # fmt: skip
+if "use_sequential_txt_ids" in ChromaRadianceParams.__dataclass_fields__:  # from 0.26 on
+    RADIANCE["use_sequential_txt_ids"] = True
+AURA = {"dim": 64, "n_layers": 4, "n_double_layers": 2, "n_heads": 2, "global_conddim": 64,
+        "cond_seq_dim": 2048, "max_seq": 64}  # fmt: skip
+HUNYUAN = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 48,
+           "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
+           "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 256,
+           "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False,
+           "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
+           "meanflow_sum": False}  # fmt: skip
+HUNYUAN15 = HUNYUAN | {"in_channels": 65, "out_channels": 32, "vec_in_dim": None,
+                       "patch_size": [1, 1, 1], "guidance_embed": False, "byt5": True,
+                       "use_cond_type_embedding": True, "vision_in_dim": 1152,
+                       "meanflow_sum": True}  # fmt: skip
+HUNYUAN_IMAGE = HUNYUAN | {"in_channels": 64, "out_channels": 64, "vec_in_dim": None,
+                           "patch_size": [1, 1], "axes_dim": [16, 16], "byt5": True,
+                           "meanflow": True}  # fmt: skip
+REFINER = HUNYUAN_IMAGE | {"in_channels": 128, "patch_size": [1, 1, 1], "axes_dim": [8, 12, 12],
+                           "byt5": False}  # fmt: skip
+FLUX_CLASS, HUNYUAN_CLASS = "flux.model:Flux", "hunyuan_video.model:HunyuanVideo"
+CHROMA_CLASS = "chroma.model:Chroma"
+
+FLUX_LIKE_CASES = [
+    # Core fills up its text to 512 tokens.
+    Case("FLUX.2", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48), [("text", 512), ("image", 12)], 4),
+    Case("FLUX.2 with references", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48),
+         [("text", 512), ("image", 12 + 16 + 4)], 4, references((128, 4, 4), (128, 2, 2))),
+    Case("FLUX.2 Klein, references without noise", FLUX_CLASS, FLUX2 | {"guidance_embed": False},
+         (128, 4, 3), (9, 48), [("text", 512), ("image", 12 + 4)], 4,
+         together(references((128, 2, 2)),
+                  also(reference_latents_method="index_timestep_zero"))),
+    Case("LongCat-Image", FLUX_CLASS, LONGCAT, (16, 8, 6), (9, 3584),
+         [("text", 9), ("image", 12)], 4),
+    Case("Ovis-Image", FLUX_CLASS, OVIS, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 4),
+    Case("Chroma", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 4),
+    Case("Chroma, regional", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48),
+         [("text", 9), ("image", 12)], 4, regional(4, 3)),
+    Case("Chroma Radiance", "chroma_radiance.model:ChromaRadiance", RADIANCE, (3, 64, 48), (9, 48),
+         [("text", 9), ("image", 12)], 4),
+    Case("AuraFlow", "aura.mmdit:MMDiT", AURA, (4, 8, 6), (9, 2048),
+         [("other", 8), ("text", 9), ("image", 12)], 4),
+    Case("HunyuanVideo", HUNYUAN_CLASS, HUNYUAN, (16, 3, 8, 6), (9, 48),
+         [("text", 9), ("image", 3 * 12)], 4, together(pooled(768), masked(3)), cfg=1),
+    # The reference comes first.
+    Case("HunyuanVideo Custom", HUNYUAN_CLASS, HUNYUAN, (16, 3, 8, 6), (9, 48),
+         [("text", 9), ("image", 12 + 3 * 12)], 4,
+         together(pooled(768), also(ref_latent=torch.ones(1, 16, 1, 8, 6))), cfg=1),
+    Case("HunyuanVideo I2V", HUNYUAN_CLASS, HUNYUAN | {"in_channels": 33}, (16, 3, 8, 6), (9, 48),
+         [("text", 9), ("image", 3 * 12)], 4,
+         together(pooled(768), also(guiding_frame_index=0)), cfg=1),
+    Case("HunyuanVideo 1.5", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
+         [("text", 5 + 9), ("image", 3 * 12)], 4, glyphs(5)),
+    Case("HunyuanVideo 1.5, masked", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
+         [("text", 9), ("image", 3 * 12)], 4, masked(3), cfg=1),
+    Case("HunyuanVideo 1.5 I2V", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
+         [("other", 7), ("text", 5 + 9), ("image", 3 * 12)], 4,
+         together(glyphs(5), vision(7))),
+    Case("HunyuanImage 2.1", HUNYUAN_CLASS, HUNYUAN_IMAGE, (64, 4, 3), (9, 48),
+         [("text", 9 + 5), ("image", 12)], 4, glyphs(5)),
+    Case("HunyuanImage 2.1, masked", HUNYUAN_CLASS, HUNYUAN_IMAGE, (64, 4, 3), (9, 48),
+         [("text", 9), ("image", 12)], 4, masked(3), cfg=1),
+    Case("HunyuanImage 2.1 Refiner", HUNYUAN_CLASS, REFINER, (64, 1, 4, 3), (9, 48),
+         [("text", 9), ("image", 12)], 4),
+]  # fmt: skip
+
+CASES = [*FLUX_LIKE_CASES, *OTHER_CASES, *QWEN_CASES, *SINGLE_STREAM_CASES]

@@ -1,16 +1,24 @@
 """TACA on every family, against dense float64 attention in the same model."""
 
+import ast
 import importlib
+import inspect
 import sys
+from functools import partial, reduce
 
+import comfy.model_base
+import comfyui_version
 import families
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from reference import dense_attention
 
 import nodes
 
-FAMILIES = sys.modules["taca_pack.taca.families"].FAMILIES
+TABLE = sys.modules["taca_pack.taca.families"]
+FAMILIES = TABLE.FAMILIES
+REPORT = sys.modules["taca_pack.taca.report"]
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +29,31 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=families.CASES, ids=str)
 def case(request):
     """Each family that this ComfyUI has."""
-    module, _, name = request.param.transformer.partition(":")
-    try:
-        found = hasattr(importlib.import_module(f"comfy.ldm.{module}"), name)
-    except ImportError:
-        found = False
-    if not found:
+    if not exists(request.param):
         pytest.skip(f"this ComfyUI has no {request.param.name}")
     return request.param
+
+
+def exists(case):
+    module, _, name = case.transformer.partition(":")
+    try:
+        transformer = getattr(importlib.import_module(f"comfy.ldm.{module}"), name, None)
+    except ImportError:
+        return False
+    return transformer is not None and hasattr(transformer, case.needs or "forward")
+
+
+def named(*names):
+    return [case for case in families.CASES if case.name in names]
 
 
 def sample(model, case, steps=1, cfg=1.0, seed=3):
     """A run through core's KSampler function."""
     positive, negative = families.conditioning(case), families.conditioning(case, seed=5)
-    empty = {"samples": torch.zeros(1, *case.latent)}
-    return nodes.common_ksampler(
-        model, seed, steps, cfg, "euler", "simple", positive, negative, empty
+    samples = nodes.common_ksampler(
+        model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case)
     )[0]["samples"]  # fmt: skip
+    return torch.cat([s.flatten() for s in samples.unbind()]) if samples.is_nested else samples
 
 
 def dense(model, case, gamma, calls=None):
@@ -63,6 +79,15 @@ def dense(model, case, gamma, calls=None):
     model = model.clone()
     options = model.model_options.setdefault("transformer_options", {})
     options["optimized_attention_override"] = override
+
+    def around(executor, *args, **kwargs):
+        module = sys.modules[type(executor.class_obj.diffusion_model).__module__]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "optimized_attention", partial(override, None))
+            return executor(*args, **kwargs)
+
+    if not case.options:
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "dense", around)
     return model
 
 
@@ -82,8 +107,47 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch):
 def test_off_is_bit_identical(case, folder, apply_taca, monkeypatch):
     model = families.load(case, folder, monkeypatch)
     assert torch.equal(sample(apply_taca(model, 1.0), case), sample(model, case))
-    two = {"steps": 2, "cfg": 3.0}
+    two = {"steps": 2, "cfg": case.cfg}
     assert not torch.equal(sample(apply_taca(model, 1.4), case, **two), sample(model, case, **two))
+
+
+def test_is_reported(case, folder, apply_taca, monkeypatch):
+    """The Attention Report sees every joint block, and changes nothing."""
+    model = apply_taca(families.load(case, folder, monkeypatch), 1.4)
+    report = REPORT.Report({"word": [1]})
+    assert torch.equal(sample(REPORT.watched(model, report), case), sample(model, case))
+    table = report.table()
+    assert ((table > 0) & (table < 1)).all()
+    assert report.maps is not None
+
+
+@pytest.mark.parametrize("case", named("HiDream-I1", "Boogu"), ids=str, indirect=True)
+def test_blocks_left_out_still_show_the_text(case, folder, pack, apply_taca, monkeypatch):
+    """A single block is not told how much of its sequence is text."""
+    model = families.load(case, folder, monkeypatch)
+
+    def limited(blocks):
+        options = pack["TACAOptions"].execute(False, blocks).result[0]
+        node = pack["TACAPatchModel"]
+        return sample(node.execute(model, 1.4, 970.0, None, options).result[0], case)
+
+    plain, all_of_them, single = sample(model, case), limited("double, single"), limited("single")
+    assert torch.equal(all_of_them, sample(apply_taca(model, 1.4), case))
+    assert not torch.equal(single, plain)
+    assert not torch.equal(single, all_of_them)
+
+
+@pytest.mark.parametrize("case", named("Ideogram 4"), ids=str, indirect=True)
+def test_a_pass_without_text(case, folder, apply_taca, monkeypatch):
+    """Its unconditional half of CFG is the image alone."""
+    model = families.load(case, folder, monkeypatch)
+    prompts = iter([families.conditioning(case), [[None, {}]]] * 3)
+    monkeypatch.setattr(families, "conditioning", lambda *args, **kwargs: next(prompts))
+    expected, plain, ours = (
+        sample(m, case, cfg=3.0)
+        for m in (dense(model, case, 1.4), dense(model, case, 1.0), apply_taca(model, 1.4))
+    )
+    assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
 
 
 def test_every_family_has_a_case():
@@ -91,3 +155,82 @@ def test_every_family_has_a_case():
     elsewhere = {"Flux", "MMDiT"}  # test_model.py
     missing = [f.name for f in FAMILIES if not set(f.models) & (names | elsewhere)]
     assert not missing
+
+
+def core_models():
+    """Each class of ``diffusion_model`` that this ComfyUI can build."""
+    found = set()
+    for node in ast.walk(ast.parse(inspect.getsource(comfy.model_base))):
+        values = []
+        if isinstance(node, ast.keyword) and node.arg == "unet_model":
+            values.append(node.value)
+        if isinstance(node, ast.arguments):
+            named = node.args[len(node.args) - len(node.defaults) :]
+            pairs = zip(named, node.defaults, strict=True)
+            values += [default for arg, default in pairs if arg.arg == "unet_model"]
+        for value in values:
+            first, *rest = ast.unparse(value).split(".")
+            if (first, *rest) != ("unet_model",):
+                found.add(reduce(getattr, rest, vars(comfy.model_base)[first]))
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def with_any_blocks(cls):
+    """A model of this class that is not built."""
+
+    def blocks(self, name):
+        if name == "_orig_mod":
+            raise AttributeError(name)
+        return ()
+
+    model = type(cls.__name__, (cls,), {"__getattr__": blocks})
+    return model.__new__(model)
+
+
+NOT_IMAGE = {
+    "ACEStepTransformer2DModel", "AceStepConditionGenerationModel", "AudioDiffusionTransformer",
+    "HunYuanDiTPlain", "Hunyuan3Dv2", "LatentSeqMMFlowModel",  # 3D, from a picture
+    "DepthAnything3Net", "RTv4", "SAM3Model",  # look at pictures
+}  # fmt: skip
+
+
+on_newest = pytest.mark.skipif(
+    tuple(map(int, comfyui_version.__version__.split(".")[:2])) < (0, 30),
+    reason="the table is of the models of ComfyUI 0.30",
+)
+
+
+@on_newest
+def test_every_model_of_core_is_known_or_refused_with_the_reason():
+    unknown = []
+    for cls in core_models():
+        model = with_any_blocks(cls)
+        try:
+            TABLE.family_of(model)
+        except ValueError as error:
+            if cls.__name__ not in NOT_IMAGE and not any(
+                f"{name} ({cls.__name__}): {reason}" in str(error)
+                for name, reason in TABLE.REFUSED.values()
+            ):
+                unknown.append(cls.__name__)
+        else:
+            assert cls.__name__ not in NOT_IMAGE
+    assert not unknown, "add a Family, or the reason to REFUSED"
+
+
+@on_newest
+def test_every_refusal_is_of_a_class_that_core_has():
+    names = {base.__name__ for cls in core_models() for base in cls.__mro__}
+    nunchaku = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel"}
+    assert set(TABLE.REFUSED) <= names | nunchaku
+    assert names >= NOT_IMAGE
+
+
+def test_the_training_of_a_model_without_options_is_refused(pack, folder, apply_taca, monkeypatch):
+    """See ``Family.attention``: nothing would tell its blocks of TACA in the backward pass."""
+    (case,) = (case for case in families.CASES if not case.options)
+    if not exists(case):
+        pytest.skip(f"this ComfyUI has no {case.name}")
+    model = apply_taca(families.load(case, folder, monkeypatch))
+    with pytest.raises(ValueError, match="Ernie-Image in training"):
+        pack["TACATrainingWindow"].execute(model)
