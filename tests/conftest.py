@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Servers that tests start inherit it: on shared cores, threads that spin only take time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ["COMFYUI_PATH"])
 
