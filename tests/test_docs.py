@@ -69,13 +69,13 @@ def leaves(value, path=()):
 
 
 def named_in(page, language):
-    """The names in the first cells of the tables under the two headings of a help page."""
+    """Name and translation of what the lists under the two headings of a help page explain."""
     found, under = ([], []), None
     for line in page.splitlines():
         if line.startswith("## "):
             under = HEADINGS[language].index(line) if line in HEADINGS[language] else None
-        elif under is not None and (row := re.match(r"\|([^|`]*)`([^`]+)`([^|]*)\|", line)):
-            found[under].append((row[2], row[1].strip()))
+        elif under is not None and (item := re.match(r"- ([^`]*)`([^`]+)`(: |：)\S", line)):
+            found[under].append((item[2], item[1].strip()))
     return found
 
 
@@ -132,9 +132,9 @@ def test_every_node_has_a_help_page(pack, language):
         page = page_of(name, language).read_text("utf-8")
         assert page.startswith(f"# {texts[name]['display_name']}\n"), name
         inputs, outputs = named_in(page, language)
-        rows = [socket for socket, _ in inputs]
-        # The rows of different windows may be called alike.
-        assert set(rows) == {i.split(".")[-1] for i in inputs_of(node.GET_SCHEMA())}, name
+        explained = [socket for socket, _ in inputs]
+        # Inputs of different windows may be called alike.
+        assert set(explained) == {i.split(".")[-1] for i in inputs_of(node.GET_SCHEMA())}, name
         info = node.GET_NODE_INFO_V1()
         assert [socket for socket, _ in outputs] == info["output_name"], name
         if language != "en":
@@ -159,9 +159,7 @@ def test_pictures_of_the_help_pages():
 
 def test_a_missing_word_is_seen():
     """The checks above see what is missing."""
-    page = (
-        "# A\n\n## Inputs\n\n| a | b |\n|---|---|\n| `one` | text `other` |\n\n## Outputs\n\n`x`\n"
-    )
+    page = "# A\n\n## Inputs\n\n- `one`: as `other`\n- word `two`\n\n## Outputs\n\n`x`\n"
     assert named_in(page, "en") == ([("one", "")], [])
     assert leaves({"a": {"b": "c"}}) != leaves({"a": {"b": "c", "d": "e"}})
     assert not TRANSLATED.search("text")
