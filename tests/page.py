@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from workflow import DEMO, ROOT, TITLE, place_files, read
+from workflow import DEMO, ONE_THREAD, ROOT, TITLE, place_files, read
 
 sys.path.append(str(ROOT / "demo"))
 
@@ -39,6 +39,7 @@ SHOWN = r"""outputs => Object.entries(outputs).every(([id, { images = [], text =
         && text.every(line => shown.includes(plain(line)));
 })"""
 SCREENSHOTS = ROOT / ".dev" / "screenshots"
+SMALL = {"width": 1280, "height": 720}  # a large page is slow where there is no graphics card
 LEFT, TOP, RIGHT = 80, 110, 450  # the page's own bars, and what it says at the right of a run
 
 
@@ -148,7 +149,9 @@ class Page:
             [LEFT - left, TOP - top],
         )
         self._page.wait_for_timeout(700)
-        return Image.open(io.BytesIO(self._page.screenshot(clip=clip))).convert("RGB")
+        picture = self._page.screenshot(clip=clip)
+        self._page.set_viewport_size(SMALL)
+        return Image.open(io.BytesIO(picture)).convert("RGB")
 
 
 @contextmanager
@@ -157,12 +160,13 @@ def browsing(server):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         try:
-            yield Page(browser.new_page(), server)
+            yield Page(browser.new_page(viewport=SMALL), server)
         finally:
             browser.close()
 
 
 def main():
+    os.environ.update(ONE_THREAD)
     paths = [Path(argument).resolve() for argument in sys.argv[1:]]
     users = [read(path) for path in paths if path not in DEMO]
     with tempfile.TemporaryDirectory() as folder:

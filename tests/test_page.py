@@ -1,12 +1,14 @@
 """Every workflow in ComfyUI's real page; screenshots go to .dev/screenshots."""
 
 import io
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
 from page import SCREENSHOTS, browsing, chromium, serving
 from PIL import Image
-from workflow import DEMO, USERS, api_form, place_files, problems_of, read
+from workflow import DEMO, ONE_THREAD, USERS, api_form, place_files, problems_of, read
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,7 +22,10 @@ pytestmark = [
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     models = place_files(folder / "base", map(read, USERS))
-    with serving(folder / "base", folder / "log", models) as running:
+    with (
+        mock.patch.dict(os.environ, ONE_THREAD),
+        serving(folder / "base", folder / "log", models) as running,
+    ):
         yield running
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from workflow import DEMO, NOTES, ROOT, USERS, api_form, problems_of, read
+from workflow import DEMO, NOTES, ONE_THREAD, ROOT, USERS, api_form, problems_of, read
 
 SCHEMA = Path(__file__).parent / "schema.json"
 DEMO_MODEL = "taca_demo_mmdit.safetensors"
@@ -47,7 +48,10 @@ def server(tmp_path_factory):
     loras = folder / "base/output/loras"
     loras.mkdir(parents=True)
     save_lora(loras / LORA)
-    with load("comfy_server").serving(folder / "base", folder / "log") as running:
+    with (
+        mock.patch.dict(os.environ, ONE_THREAD),
+        load("comfy_server").serving(folder / "base", folder / "log") as running,
+    ):
         yield running
 
 

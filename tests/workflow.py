@@ -7,6 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))
+# Threads that wait for one another stand still on a busy machine, and the demo's model needs none.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NOTES = ("MarkdownNote", "Note")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "CURVE", "COMFY_DYNAMICCOMBO_V3")
 CONTROL = ("fixed", "increment", "decrement", "randomize")
