@@ -57,6 +57,7 @@ in_the_page = pytest.mark.skipif(
 
 @pytest.fixture
 def page(server):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with browsing(server) as page:
         yield page
 
