@@ -25,7 +25,8 @@ class TACAPatchModel(io.ComfyNode):
                 "Makes pictures follow the prompt more closely: in the first steps, the image "
                 "tokens pay more attention to the text tokens (TACA, ICCV 2025). Put it between "
                 "the model loader and the sampler; it works with any sampler and costs no time. "
-                "For FLUX.1 and SD3/SD3.5."
+                "For FLUX, SD3.5, Qwen-Image, Z-Image and every other model that attends to text and "
+                "image together."
             ),
             search_aliases=[
                 "taca",
@@ -36,7 +37,7 @@ class TACAPatchModel(io.ComfyNode):
                 "gamma",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1, SD3 or SD3.5 model."),
+                io.Model.Input("model", tooltip="FLUX, SD3.5, Qwen-Image, Z-Image, Chroma ..."),
                 gamma_input(),
                 widget(fields(TimestepWindow)[0]),
                 TACASchedule.Input(
