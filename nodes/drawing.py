@@ -125,6 +125,35 @@ def sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int,
     return page
 
 
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures over each other, as wide as the widest."""
+    page = Image.new(
+        "RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER
+    )
+    above = 0
+    for picture in pictures:
+        page.paste(picture, (0, above))
+        above += picture.height
+    return page
+
+
+def columns(lines: Sequence[str], width: int, rows: int = 14) -> Image.Image:
+    """A table's lines, the first of which heads every column of so many rows; cells by spaces."""
+    head, *body = [line.split() for line in lines]
+    cell, height, size = 56, 18, 13
+    count = max(1, -(-len(body) // rows))
+    across = max(width, count * (len(head) + 1) * cell)
+    page = Image.new("RGB", (across, (min(len(body), rows) + 2) * height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for i in range(count):
+        left = 20 + i * (len(head) + 1) * cell
+        for row, cells in enumerate([head, *body[i * rows : (i + 1) * rows]]):
+            for j, text in enumerate(cells):
+                at = (left + (j + 1) * cell, 4 + row * height)
+                draw.text(at, text, fill=INK, font=font(size), anchor="rt")
+    return page
+
+
 def _wrapped(text: str, width: int, size: int) -> str:
     """The text in lines of at most this many pixels."""
     measure, lines = font(size), [""]

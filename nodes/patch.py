@@ -25,8 +25,8 @@ class TACAPatchModel(io.ComfyNode):
                 "Makes pictures follow the prompt more closely: in the first steps, the image "
                 "tokens pay more attention to the text tokens (TACA, ICCV 2025). Put it between "
                 "the model loader and the sampler; it works with any sampler and costs no time. "
-                "For FLUX, SD3.5, Qwen-Image, Z-Image and every other model that attends to text and "
-                "image together."
+                "For FLUX, SD3.5, Qwen-Image, Z-Image and every other model that attends to text "
+                "and image together."
             ),
             search_aliases=[
                 "taca",

@@ -67,10 +67,12 @@ class TACASchedulePreview(io.ComfyNode):
         t = timestep(model_sampling, sigmas.float())[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
+        lines = table(t.tolist(), gamma, inside, bool(loras_of(model)))
         advice = advise(inside, chosen.gamma)
-        text = "\n".join([*advice, "", *table(t.tolist(), gamma, inside, bool(loras_of(model)))])
-        image = drawing.to_tensor(picture)
-        say(text)
+        text = "\n".join([*advice, "", *lines])
+        page = drawing.stack([picture, drawing.columns(lines, picture.width)])
+        image = drawing.to_tensor(page)
+        say(" ".join(advice))
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
         return io.NodeOutput(image, text, ui=shown)
 

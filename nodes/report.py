@@ -91,9 +91,8 @@ class TACAAttentionReport(io.ComfyNode):
         text = summary(table, report)
         images = [drawing.to_tensor(picture) for picture in (shares, maps)]
         say(text)
-        shown: dict[str, Any] = {"images": []}
-        for image in images:
-            shown["images"] += ui.PreviewImage(image, cls=cls).as_dict()["images"]
+        both = drawing.to_tensor(drawing.stack([shares, maps]))
+        shown = ui.PreviewImage(both, cls=cls).as_dict()
         shown |= ui.PreviewText(text).as_dict()
         return io.NodeOutput(output, *images, text, ui=shown)
 
@@ -153,7 +152,7 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
         heat = heat.resize(size, Image.Resampling.BILINEAR)
         pictures.append(Image.blend(decoded, heat, 0.6) if decoded else heat)
         labels.append(f"{word}: {100 * low:.3g} to {100 * high:.3g} %")
-    return drawing.sheet(pictures, labels, min(len(pictures), 4), "attention of each place to")
+    return drawing.sheet(pictures, labels, min(len(pictures), 2), "attention of each place to")
 
 
 def summary(table: Tensor, report: Report) -> str:
