@@ -159,13 +159,17 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
         "UNETLoader", {"unet_name": DEMO_MODEL, "weight_dtype": "default"}
     ),
     "ModelSamplingFlux": ("ModelSamplingSD3", {"shift": 3.0}),
+    "ModelSamplingAuraFlow": ("ModelSamplingSD3", {}),
     "TACASweep": ("TACASweep", {"gammas": "1, 1.2", "timestep_thresholds": "970"}),
     "TACAAttentionReport": (
         "TACAAttentionReport", {"words": "red=1", "clip": None, "prompt": None, "vae": None}
     ),
     "LoadTACALoRA": ("LoadTACALoRA", {"lora_name": LORA}),
     "CLIPTextEncode": ("TACADemoTextEncode", {"text": "a red circle left of a blue square"}),
+    "TextEncodeQwenImageEditPlus": ("TACADemoTextEncode", {"text": "a red circle"}),
     "EmptySD3LatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
+    "EmptyFlux2LatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
+    "VAEEncode": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
     "VAEDecode": ("TACADemoDecode", {"upscale": 1}),
     "MakeTrainingDataset": ("TACADemoDataset", {"count": 4, "seed": 0}),
     "TrainLoraNode": ("TrainLoraNode", {"steps": 1, "training_dtype": "fp32"}),

@@ -4,6 +4,8 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))
@@ -17,10 +19,13 @@ TITLE = 30  # the height of a node's title, which lies above its position
 # What a user must put there, by widget: the folder of models, or of pictures in input/.
 MODELS = {
     "unet_name": "diffusion_models", "ckpt_name": "checkpoints", "vae_name": "vae",
+    "clip_name": "text_encoders",
     "clip_name1": "text_encoders", "clip_name2": "text_encoders", "clip_name3": "text_encoders",
     "lora_name": "loras",
 }  # fmt: skip
 PICTURES = "folder"
+PICTURE_OF = ("LoadImage", "image")  # ... or one of those pictures, by node and widget
+UPLOAD = "image_upload"  # that widget's option
 
 
 def read(path):
@@ -62,6 +67,9 @@ def inputs_of(node, info):
         seed = name.split(".")[-1] in ("seed", "noise_seed")
         if kind == "INT" and options.get("control_after_generate", seed):
             yield None, "COMBO", {"options": CONTROL}, True, values.pop(0) if values else None
+        if options.get(UPLOAD):  # its button, whose value is not sent
+            del values[:1]
+            yield "upload", "IMAGEUPLOAD", {}, False, SOCKET
         if kind == "COMFY_DYNAMICCOMBO_V3":
             chosen = [option for option in options["options"] if option["key"] == value]
             todo[:0] = [s for o in chosen for s in specs_of(o["inputs"], prefix=name + ".")]
@@ -78,7 +86,8 @@ def fits(name, kind, options, value):
     if kind == "COMBO":
         if name in MODELS:
             return isinstance(value, str) and value.endswith(".safetensors")
-        return value in options["options"] or (name == PICTURES and isinstance(value, str))
+        picture = name == PICTURES or options.get(UPLOAD)
+        return value in options["options"] or (picture and isinstance(value, str))
     if kind == "COMFY_DYNAMICCOMBO_V3":
         return value in [option["key"] for option in options["options"]]
     return isinstance(value, {"STRING": str, "BOOLEAN": bool, "CURVE": dict}.get(kind, ()))
@@ -146,7 +155,7 @@ def api_form(workflow, object_info):
 
 
 def place_files(base, workflows):
-    """Empty files of the names that workflows ask for, so that the page offers them.
+    """Files of the names that workflows ask for, so that the page offers them; the models empty.
 
     Returns
     -------
@@ -160,6 +169,9 @@ def place_files(base, workflows):
             for name, value in zip(names, node.get("widgets_values", []), strict=False):
                 if name == PICTURES:
                     (base / "input" / value).mkdir(parents=True, exist_ok=True)
+                elif (node["type"], name) == PICTURE_OF:
+                    (base / "input").mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (64, 64), "gray").save(base / "input" / value)
                 elif name in MODELS:
                     folder = base / "stand_ins" / MODELS[name]
                     folder.mkdir(parents=True, exist_ok=True)
