@@ -72,8 +72,9 @@ class TACASchedulePreview(io.ComfyNode):
         text = "\n".join([*advice, "", *lines])
         page = drawing.stack([picture, drawing.columns(lines, picture.width)])
         image = drawing.to_tensor(page)
-        say(" ".join(advice))
-        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        words = " ".join(advice)
+        say(words)
+        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(words).as_dict()}
         return io.NodeOutput(image, text, ui=shown)
 
 

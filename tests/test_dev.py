@@ -211,8 +211,10 @@ with comfy_server.running([sys.executable, "-c", "import time; time.sleep(60)"])
     print(os.getpid(), process.pid, flush=True)
     process.wait()
 """)
-    main = f"""import runpy, sys
+    main = f"""import runpy, signal, sys
 from pathlib import Path
+# A shell that starts the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 dev = runpy.run_path({str(ROOT / "dev.py")!r})
 dev["main"].__globals__["setup"] = lambda *_: (Path(sys.executable), Path())
 dev["main"]()"""
