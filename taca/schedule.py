@@ -304,16 +304,16 @@ class Schedule:
     Raises
     ------
     ValueError
-        If gamma is negative or not finite.
+        If gamma is negative, not finite, or beyond 1000.
     """
 
     gamma: float = GAMMA
     window: Window = TimestepWindow()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+        if not 0 <= self.gamma <= 1000:
             raise ValueError(
-                f"TACA's gamma must be a finite number of at least 0, not {self.gamma}. "
+                f"TACA's gamma must be a finite number from 0 to 1000, not {self.gamma}. "
                 f"The paper uses {GAMMA}; 1 leaves attention as it is."
             )
 

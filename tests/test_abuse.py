@@ -102,7 +102,7 @@ def gamma_at(schedule, window, gamma, sigma, sigmas, sampling):
                      for p in ("start_percent", "end_percent"))  # fmt: skip
     else:
         n = window["steps"]
-        high, low = 1000 * sigmas[0], 1000 * sigmas[n] + 1e-3 if n < len(sigmas) - 1 else 0.0
+        high, low = 1000 * sigmas[0], 1000 * sigmas[n] + 5e-3 if n < len(sigmas) - 1 else 0.0
     if not low - 1e-3 <= t <= high + 1e-3:
         return 1.0
     x = min(max((high - t) / max(high - low, 1e-9), 0.0), 1.0)
