@@ -144,7 +144,7 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
         return note
     maps = report.maps / report.calls
     pictures, labels = [], []
-    for word, own in zip(report.words, maps, strict=False):
+    for word, own in zip(report.words, maps, strict=True):
         low, high = own.min(), own.max()
         heat = drawing.heat((own - low) / (high - low).clamp_min(1e-12))
         scale = max(1, 384 // max(heat.size))

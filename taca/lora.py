@@ -49,12 +49,12 @@ def read_lora(path: str) -> dict[str, Tensor]:
         )
     try:
         state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        return _with_alphas(state, metadata or {})
     except Exception as error:
         raise ValueError(
             f"{name} cannot be read: it is damaged, or its download was cut short. Get it again. "
             f"({error})"
         ) from error
-    return _with_alphas(state, metadata or {})
 
 
 def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def _summed(patches: list[Patch], rows: Tensor | None) -> Wrap:
 
     def wrap(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            y = forward(x, *args, **kwargs)
+            y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
             for patch in patches:
                 patch.add_to(y if patch.rows is None else y.narrow(-1, *patch.rows[1:]), x, rows)
             return y

@@ -51,7 +51,7 @@ class Report:
     blocks : list of str
         Names of the joint blocks.
     shares : dict
-        ``(step, block) -> `` for each call a pair of tensors: the share of the image queries'
+        ``(step, block)`` -> for each call a pair of tensors: the share of the image queries'
         attention that goes to text, without TACA and as the run had it.
     maps : Tensor, optional
         ``(words, rows, columns)``: the attention each place of the picture pays to each word,
@@ -240,12 +240,23 @@ def ask(func: Callable[..., Tensor], q: Tensor, k: Tensor, heads: int, gamma: Te
     q, k = q[rows].index_select(dim, queries), k[rows]
     gamma = gamma[rows] if len(gamma) > 1 else gamma
     head_dim = k.shape[-1] if dim == 2 else k.shape[-1] // heads
-    words = list(probe.report.words.values())[: head_dim - 1]
+    words = list(probe.report.words.values())
+    for word, numbers in probe.report.words.items():
+        if max(numbers) >= len(text):
+            raise ValueError(
+                f"TACA Attention Report: {word!r} is said to be text token {max(numbers)}, but the "
+                f"prompt has {len(text)} text tokens, counted from 0."
+            )
+    if len(words) >= head_dim:
+        raise ValueError(
+            f"TACA Attention Report asks for at most {head_dim - 1} words at once on this model, "
+            f"not {len(words)}: name fewer."
+        )
     # Column 0 is all of the text, column i the i-th word.
     columns = torch.zeros(is_text.shape[0], head_dim, device=k.device, dtype=k.dtype)
     columns[text, 0] = 1
     for i, numbers in enumerate(words, 1):
-        columns[text[[n for n in numbers if n < len(text)]], i] = 1
+        columns[text[numbers], i] = 1
     if dim == 2:
         indicator = columns.expand(*k.shape[:2], -1, -1).contiguous()
     else:

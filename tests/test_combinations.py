@@ -1,5 +1,6 @@
 """TACA beside what users combine it with: each equals the same combination done densely."""
 
+import gc
 import sys
 
 import comfy.hooks
@@ -294,8 +295,12 @@ def test_two_patched_clones_and_a_shared_model_in_turn(folder, apply_taca):
         residual(apply_taca(model, 0.8, 0.0), "flux"),
     ]  # fmt: skip
     expected = [sample(m, "flux", steps=3) for m in kinds]
+    gc.collect()
+    holders = sys.getrefcount(model.model)
     order = torch.randint(5, (50,), generator=torch.manual_seed(0)).tolist()
     for i in order:
         assert torch.equal(sample(kinds[i], "flux", steps=3), expected[i])
     assert not installed_on(model)
-    assert sys.getrefcount(model.model) < 40
+    gc.collect()
+    # Core holds on to the patcher that ran last; nothing grows with the runs.
+    assert sys.getrefcount(model.model) <= holders + 1

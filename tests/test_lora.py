@@ -531,6 +531,13 @@ def test_a_damaged_file(folder, load_lora, loras, damage):
         load_lora(model, "bad.safetensors")
 
 
+def test_damaged_metadata(folder, load_lora, loras):
+    model = tiny.load(folder, "flux")
+    save_file(random_lora(model), loras / "bad.safetensors", {"lora_adapter_metadata": "{not json"})
+    with pytest.raises(ValueError, match=r"bad\.safetensors cannot be read"):
+        load_lora(model, "bad.safetensors")
+
+
 def test_pickles_are_refused(folder, load_lora, loras):
     torch.save({"a": torch.zeros(1)}, loras / "lora.pt")
     with pytest.raises(ValueError, match="only safetensors"):

@@ -136,6 +136,18 @@ def test_only_the_positive_prompts_rows(folder, apply_taca, pack, reports):
     torch.testing.assert_close(reports[0].table(), reports[1].table(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [("x=7", "text token 7, but the prompt has 7"),
+     (", ".join(f"w{i}=1" for i in range(128)), "at most 127 words")],
+)  # fmt: skip
+def test_words_that_cannot_be_shown_are_told(folder, pack, words, says):
+    model = tiny.load(folder, "flux")
+    with pytest.raises(ValueError, match=says):
+        run(pack["TACAAttentionReport"], model, "flux", steps=1, words=words)
+    assert not replaced(model)
+
+
 def test_a_model_without_taca(folder, pack):
     text = run(pack["TACAAttentionReport"], tiny.load(folder, "flux"), "flux", words="")[3]
     assert text.startswith("TACA acts on no step")
