@@ -2,8 +2,9 @@
 
 ``python demo/train.py --comfyui DIR`` renders the pictures, fits the codec, trains by rectified
 flow and writes ``taca_demo_mmdit.safetensors`` and ``taca_demo.json`` to ``demo/models`` and
-``taca_demo_codec.safetensors`` beside it, where ComfyUI does not offer it as a model. A run that
-was stopped goes on where it last saved. On a machine that does other work too, set
+``taca_demo_codec.safetensors`` beside it, where ComfyUI does not offer it as a model. Other sizes,
+depths and texts make the models of ``benchmarks/alignment.py``. A run that was stopped goes on
+where it last saved. On a machine that does other work too, set
 ``OMP_WAIT_POLICY=passive``: OpenMP's waiting threads otherwise spin on the cores that the others
 need, and a step can take twenty times as long.
 """
@@ -29,8 +30,7 @@ from codec import CHANNELS, Codec, from_model, to_model
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
-DEPTH = 3  # blocks and heads; the width is 64 * DEPTH, from which ComfyUI reads the depth
-GRID = world.SIZE // 8  # image tokens per side: 4-pixel codec patches, 2x2 of them to a token
+TOKEN = 8  # pixels to the side of an image token: 2x2 codec patches of 4 pixels
 CONTEXT = 64
 
 
@@ -39,6 +39,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--models", type=Path, default=HERE / "models", help="where to write")
+    parser.add_argument("--name", default="taca_demo", help="of the files")
+    parser.add_argument("--codec", type=Path, default=HERE, help="where to write the codec")
+    parser.add_argument("--depth", type=int, default=3, help="blocks and heads; width / 64")
+    parser.add_argument("--size", type=int, default=world.SIZE, help="of the pictures, in pixels")
+    parser.add_argument("--text", choices=world.TEXTS, default="words")
     parser.add_argument("--work", type=Path, default=Path(".dev/train"), help="log, checkpoint")
     parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=64)
@@ -60,8 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def build_model() -> torch.nn.Module:
-    """Build ComfyUI's MMDiT as its loader will, and initialise it as the DiT paper does."""
+def build_model(depth: int, grid: int) -> torch.nn.Module:
+    """Build ComfyUI's MMDiT as its loader will, and initialise it as the DiT paper does.
+
+    The width is 64 * `depth`, from which ComfyUI reads the depth; `grid` image tokens a side.
+    """
     from comfy.cli_args import args
 
     args.cpu = args.use_pytorch_cross_attention = True
@@ -74,12 +82,12 @@ def build_model() -> torch.nn.Module:
     model = OpenAISignatureMMDITWrapper(
         input_size=None,
         in_channels=CHANNELS,
-        depth=DEPTH,
-        num_patches=GRID**2,
-        pos_embed_max_size=GRID,
+        depth=depth,
+        num_patches=grid**2,
+        pos_embed_max_size=grid,
         context_embedder_config={
             "target": "torch.nn.Linear",
-            "params": {"in_features": CONTEXT, "out_features": 64 * DEPTH},
+            "params": {"in_features": CONTEXT, "out_features": 64 * depth},
         },
         qk_norm="rms",
         operations=comfy.ops.disable_weight_init,
@@ -91,7 +99,7 @@ def build_model() -> torch.nn.Module:
             torch.nn.init.zeros_(weight)
         else:
             torch.nn.init.xavier_uniform_(weight.data.flatten(1))
-    position = get_2d_sincos_pos_embed(64 * DEPTH, GRID)
+    position = get_2d_sincos_pos_embed(64 * depth, grid)
     model.pos_embed.copy_(torch.from_numpy(position)[None])
     return model
 
@@ -122,11 +130,13 @@ def build_pool(arguments: argparse.Namespace) -> tuple[Codec, torch.Tensor, torc
     rng = np.random.default_rng(arguments.seed)
     codec, latents = None, []
     for start in range(0, len(captions), 5100):
-        chunk = [world.render(caption, rng) for caption in captions[start : start + 5100]]
-        pictures = torch.from_numpy(np.stack(chunk))
-        codec = codec or Codec.fit(pictures, len(world.VOCABULARY), world.TOKENS, CONTEXT)
+        chunk = captions[start : start + 5100]
+        drawn = np.stack([world.render(caption, rng, arguments.size) for caption in chunk])
+        pictures = torch.from_numpy(drawn)
+        words = len(world.PHRASES if arguments.text == "phrases" else world.VOCABULARY)
+        codec = codec or Codec.fit(pictures, words, world.TEXTS[arguments.text], CONTEXT)
         latents.append(to_model(codec.encode(pictures)).half())
-    tokens = torch.from_numpy(np.stack([world.encode(caption) for caption in captions]))
+    tokens = torch.from_numpy(np.stack([world.encode(c, arguments.text) for c in captions]))
     return codec, torch.cat(latents), tokens
 
 
@@ -145,16 +155,22 @@ def draw_batches(
 
 @torch.no_grad()
 def accuracy(
-    model: torch.nn.Module, codec: Codec, captions: list[str], steps: int = 16, cfg: float = 3.0
+    model: torch.nn.Module,
+    codec: Codec,
+    captions: list[str],
+    arguments: argparse.Namespace,
+    steps: int = 16,
+    cfg: float = 3.0,
 ) -> dict[str, float]:
     """Sample captions (Euler, shift 3) and return the share right per criterion.
 
     A quick look while training: `evaluate.py` measures the written file through ComfyUI.
     """
-    tokens = torch.from_numpy(np.stack([world.encode(caption) for caption in captions]))
+    tokens = torch.from_numpy(np.stack([world.encode(c, arguments.text) for c in captions]))
+    side = 2 * arguments.size // TOKEN
     context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(captions), CHANNELS, 2 * GRID, 2 * GRID, generator=generator)
+    x = torch.randn(len(captions), CHANNELS, side, side, generator=generator)
     times = torch.linspace(1, 0, steps + 1)
     times = 3 * times / (1 + 2 * times)
     for t, following in itertools.pairwise(times):
@@ -176,7 +192,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
-    model = build_model()
+    model = build_model(arguments.depth, arguments.size // TOKEN)
     optimisers = build_optimisers(model, arguments)
     average = {name: weight.clone() for name, weight in model.state_dict().items()}
     codec, pool, tokens = build_pool(arguments)
@@ -231,7 +247,7 @@ def main() -> None:
             loss_sum = 0.0
             if step % arguments.evaluate_every == 0:
                 evaluator.load_state_dict(average)
-                record["held-out"] = accuracy(evaluator, codec, held_out)
+                record["held-out"] = accuracy(evaluator, codec, held_out, arguments)
             print(json.dumps(record), flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -254,16 +270,18 @@ def write_files(
     """Write the averaged weights in fp16, the codec and the model's card."""
     arguments.models.mkdir(parents=True, exist_ok=True)
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
-    save_file(half, arguments.models / "taca_demo_mmdit.safetensors", {"format": "pt"})
-    codec.save(arguments.models.parent / "taca_demo_codec.safetensors")
+    name = arguments.name
+    save_file(half, arguments.models / f"{name}_mmdit.safetensors", {"format": "pt"})
+    codec.save(arguments.codec / f"{name}_codec.safetensors")
     # After a resumed run a step may have been logged twice: the last record of it counts.
     records = {r["step"]: r for r in map(json.loads, log.read_text().splitlines())}
     stride = math.ceil(len(records) / 100)
     import comfyui_version
 
-    places = ("comfyui", "models", "work", "evaluate_every")
+    places = ("comfyui", "models", "name", "codec", "work", "evaluate_every")
+    depth = arguments.depth
     card = {
-        "architecture": {"class": "MMDiT (SD3)", "depth": DEPTH, "width": 64 * DEPTH},
+        "architecture": {"class": "MMDiT (SD3)", "depth": depth, "width": 64 * depth},
         "training": {key: value for key, value in vars(arguments).items() if key not in places},
         "wall_time_minutes": round(seconds / 60, 1),
         "versions": {
@@ -272,7 +290,7 @@ def write_files(
         },
         "loss": {step: records[step]["loss"] for step in list(records)[::stride]},
     }
-    (arguments.models / "taca_demo.json").write_text(json.dumps(card, indent=1) + "\n")
+    (arguments.models / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,15 @@ VOCABULARY = (
     *dict.fromkeys(word for relation in RELATIONS for word in relation.split()),
 )  # fmt: skip
 
+TEXTS = {"words": TOKENS, "padded": 64, "phrases": 4}
+"""Ways to tell a caption, and their lengths in tokens: a token a word and some padding, as the
+demo's model reads it; the same with much more padding; a token a phrase ("a red circle")."""
+PHRASES = (
+    PADDING,
+    *(f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES),
+    *RELATIONS,
+)
+
 _SPLIT_SEED = 0
 _HELD_OUT_SCENES = 102
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -129,18 +138,20 @@ def parse(caption: str) -> Scene:
     )
 
 
-def encode(caption: str) -> np.ndarray:
+def encode(caption: str, text: str = "words") -> np.ndarray:
     """Turn a text into token ids; the empty text is all padding.
 
     Parameters
     ----------
     caption : str
         Any words of the vocabulary, not necessarily a whole caption.
+    text : str
+        A key of `TEXTS`. As ``"phrases"``, a whole caption or the empty text.
 
     Returns
     -------
     numpy.ndarray
-        int64 of shape ``(16,)``, indices into `VOCABULARY`, padded with 0.
+        int64 of shape ``(TEXTS[text],)``, indices into `VOCABULARY` or `PHRASES`, padded with 0.
 
     Raises
     ------
@@ -158,7 +169,11 @@ def encode(caption: str) -> np.ndarray:
     if len(words) > TOKENS:
         raise ValueError(f"The text has {len(words)} words; the demo's model reads {TOKENS}.")
     ids = [VOCABULARY.index(word) for word in words]
-    return np.array(ids + [0] * (TOKENS - len(ids)), dtype=np.int64)
+    if text == "phrases" and words:
+        scene = parse(caption)
+        phrases = (f"a {' '.join(scene.first)}", scene.relation, f"a {' '.join(scene.second)}")
+        ids = [PHRASES.index(phrase) for phrase in phrases]
+    return np.array(ids + [0] * (TEXTS[text] - len(ids)), dtype=np.int64)
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray:
@@ -170,22 +185,25 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarr
     return np.maximum(y - half, (2 * abs(x) - y - half) / 5**0.5)
 
 
-def render(caption: str, rng: np.random.Generator) -> np.ndarray:
+def render(caption: str, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
     """Draw one picture of a caption, with random sizes and places.
 
     Parameters
     ----------
     caption : str
     rng : numpy.random.Generator
+    size : int
+        Width and height in pixels; lengths below are in 64ths of it.
 
     Returns
     -------
     numpy.ndarray
-        float32 of shape ``(64, 64, 3)`` in [0, 1].
+        float32 of shape ``(size, size, 3)`` in [0, 1].
     """
     scene = parse(caption)
-    picture = np.full((SIZE, SIZE, 3), GROUND, dtype=np.float32)
-    grid = np.arange(SIZE, dtype=np.float32) + 0.5
+    picture = np.full((size, size, 3), GROUND, dtype=np.float32)
+    scale = size / SIZE
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / scale
     direction = np.array(RELATIONS[scene.relation])
     for item, side in ((scene.first, 1), (scene.second, -1)):
         half = rng.uniform(10, 13.5)
@@ -194,7 +212,7 @@ def render(caption: str, rng: np.random.Generator) -> np.ndarray:
         slack = np.where(direction != 0, SIZE / 4 - 2 - half, 8)
         centre = SIZE / 2 + side * direction * SIZE / 4 + rng.uniform(-slack, slack)
         distance = _distance(item.shape, grid - centre[0], grid[:, None] - centre[1], half)
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]
+        cover = np.clip(0.5 - scale * distance, 0, 1)[..., None]
         picture += cover * (np.array(COLOURS[item.colour], dtype=np.float32) - picture)
     return picture
 
@@ -246,7 +264,7 @@ def check(picture: np.ndarray, caption: str) -> dict[str, bool]:
     Parameters
     ----------
     picture : numpy.ndarray
-        Shape ``(64, 64, 3)``, in [0, 1].
+        Shape ``(64, 64, 3)``, in [0, 1]; a larger one is averaged down to that.
     caption : str
 
     Returns
@@ -256,6 +274,8 @@ def check(picture: np.ndarray, caption: str) -> dict[str, bool]:
         and ``"everything"`` (all of these) to bool. Fewer than two objects fail them all.
     """
     scene = parse(caption)
+    scale = len(picture) // SIZE
+    picture = picture.reshape(SIZE, scale, SIZE, scale, 3).mean((1, 3))
     blobs = _see(np.clip(picture, 0, 1))
     if len(blobs) < 2:
         return dict.fromkeys(CRITERIA, False)
