@@ -2,8 +2,11 @@
 
 ComfyUI compiles with a filter that drops every guard on ``transformer_options``; what a patch
 changes there is frozen at the first trace. Dynamo alone, without a backend, shows it.
+
+``TACA_ALL=1`` takes every family, in five minutes, and not only the most used.
 """
 
+import os
 import sys
 import threading
 
@@ -17,6 +20,9 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from test_model import KINDS, installed_on, sample
+from test_families import dense, exists, families, named
+from test_families import sample as sample_family
+from torch import nn
 from torch._dynamo.utils import counters
 
 patch = sys.modules["taca_pack.taca.patch"]
@@ -35,14 +41,14 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-def compiled(model, whole, backend="eager"):
+LISTS = ("double_blocks", "single_blocks", "joint_blocks")
+
+
+def compiled(model, whole, backend="eager", lists=LISTS):
     """As TorchCompileModel does for a whole model, and KJNodes for each block."""
     transformer = model.model.diffusion_model
-    lists = [
-        n for n in ("double_blocks", "single_blocks", "joint_blocks") if hasattr(transformer, n)
-    ]
     keys = ["diffusion_model"] if whole else [
-        f"diffusion_model.{n}.{i}" for n in lists for i in range(2)
+        f"diffusion_model.{n}.{i}" for n in lists for i in range(len(getattr(transformer, n, ())))
     ]  # fmt: skip
     model = model.clone()
     set_torch_compile_wrapper(
@@ -110,6 +116,35 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
         result = sample(m, kind, steps=6, text=(7, 7))
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     assert "cannot be compiled in one piece" in caplog.text
+    assert not installed_on(model)
+
+
+COMPILED = {  # FLUX.1 and SD3 are above; tracing a whole model takes longest
+    "whole": named("Qwen-Image", "Z-Image"),
+    "blocks": named("FLUX.2", "Chroma", "Qwen-Image", "Z-Image", "HunyuanVideo"),
+}
+if os.environ.get("TACA_ALL"):
+    COMPILED = dict.fromkeys(COMPILED, families.CASES)
+
+
+@pytest.mark.parametrize(
+    ("case", "whole"),
+    [pytest.param(case, what == "whole", id=f"{case}-{what}")
+     for what, cases in COMPILED.items() for case in cases],
+)  # fmt: skip
+def test_families(case, folder, apply_taca, monkeypatch, whole):
+    """Compiled, with TACA and without in turn, against dense attention; nothing is stale."""
+    if not exists(case):
+        pytest.skip(f"this ComfyUI has no {case.name}")
+    model = families.load(case, folder, monkeypatch)
+    plain, expected = (sample_family(dense(model, case, gamma), case) for gamma in (1.0, 1.4))
+    effect = (plain - expected).abs().max()
+    transformer = model.model.diffusion_model
+    lists = [name for name, child in transformer.named_children() if type(child) is nn.ModuleList]
+    fast = compiled(model, whole, lists=lists)
+    for m, wanted in [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2:
+        assert (sample_family(m, case) - wanted).abs().max() < 2e-3 * effect
+    assert counters["stats"]["unique_graphs"]
     assert not installed_on(model)
 
 
