@@ -19,9 +19,9 @@ import tiny
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from test_model import KINDS, installed_on, sample
 from test_families import dense, exists, families, named
 from test_families import sample as sample_family
+from test_model import KINDS, installed_on, sample
 from torch import nn
 from torch._dynamo.utils import counters
 
