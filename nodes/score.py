@@ -1,0 +1,150 @@
+"""TACA Alignment Score: IMAGE and text -> CLIP's cosine between them, to label a contact sheet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from safetensors import safe_open
+from torch import Tensor
+
+from .preview import say
+
+ADVICE = (
+    "Load CLIP-L by CLIPLoader with type stable_diffusion, from a file that has its text "
+    "projection (clip_l.safetensors as published with FLUX and SD3 has it)."
+)
+
+
+class TACAAlignmentScore(io.ComfyNode):
+    """How close a picture is to a text, by CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TACAAlignmentScore",
+            display_name="TACA Alignment Score",
+            category="TACA",
+            description=(
+                "The CLIP score of a picture and a text: the cosine between CLIP ViT-L's view of "
+                "the one and of the other, as a number and as a label for TACA Contact Sheet. "
+                "Good for comparing pictures of one prompt; papers mostly use another CLIP "
+                "(ViT-B/32), whose numbers are not comparable with these."
+            ),
+            search_aliases=["taca", "clip score", "clip similarity", "prompt alignment"],
+            inputs=[
+                io.Image.Input("image", tooltip="One picture, or a batch, whose mean is taken."),
+                io.String.Input(
+                    "text",
+                    default="",
+                    multiline=True,
+                    tooltip="The prompt. CLIP reads its first 75 tokens.",
+                ),
+                io.ClipVision.Input("clip_vision", tooltip="CLIP ViT-L/14, by Load CLIP Vision."),
+                io.Clip.Input("clip", tooltip="CLIP-L, by Load CLIP with type stable_diffusion."),
+                io.String.Input(
+                    "label",
+                    optional=True,
+                    force_input=True,
+                    tooltip="What the score is written behind, such as TACA Sweep's labels.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("score", tooltip="The cosine, -1 to 1; mostly 0.15 to 0.35."),
+                io.String.Output("label", tooltip="The label with the score, for a sheet."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, text: str, clip_vision: Any, clip: Any,
+                label: str | None = None) -> io.NodeOutput:  # fmt: skip
+        cosines = clip_cosines(image, text, clip_vision, clip)
+        score = cosines.mean().item()
+        shown = f"CLIP {score:.4f}"
+        if len(cosines) > 1:
+            low, high = cosines.min().item(), cosines.max().item()
+            shown += f" ({low:.4f} to {high:.4f})"
+        say(shown)
+        return io.NodeOutput(score, f"{label}: {shown}" if label else shown)
+
+
+def clip_cosines(image: Tensor, text: str, clip_vision: Any, clip: Any) -> Tensor:
+    """Cosine between each picture and the text (Radford et al. 2021, arXiv 2103.00020).
+
+    Parameters
+    ----------
+    image : torch.Tensor
+        ``(B, H, W, 3)`` in 0..1; the middle square is seen.
+    text : str
+    clip_vision : comfy.clip_vision.ClipVisionModel
+    clip : comfy.sd.CLIP
+
+    Returns
+    -------
+    torch.Tensor
+        ``(B,)``, float32.
+
+    Raises
+    ------
+    ValueError
+        If the text is empty, or one of the encoders is not CLIP ViT-L with its projection.
+    """
+    if not text.strip():
+        raise ValueError("TACA Alignment Score has no text to compare the picture with.")
+    of_text = text_embedding(clip, text)
+    of_image = clip_vision.encode_image(image)["image_embeds"]
+    is_clip = getattr(clip_vision, "model_type", "clip_vision_model") == "clip_vision_model"
+    if not is_clip or of_image.shape[-1] != of_text.shape[-1]:
+        raise ValueError(
+            "TACA Alignment Score compares within CLIP ViT-L, and this vision model is another: "
+            "load CLIP ViT-L/14's (clip_vision_l, or CLIP-ViT-L-14) by Load CLIP Vision."
+        )
+    of_image = of_image.to(of_text).float()
+    return torch.nn.functional.cosine_similarity(of_image, of_text.float(), dim=-1).cpu()
+
+
+def text_embedding(clip: Any, text: str) -> Tensor:
+    """The projected embedding of a text, ``(1, 768)``.
+
+    Raises
+    ------
+    ValueError
+        If `clip` is not CLIP-L alone, or its file has no text projection.
+    """
+    tokens = clip.tokenize(text)
+    encoder = getattr(clip.cond_stage_model, "clip_l", None)
+    if set(tokens) != {"l"} or encoder is None:
+        raise ValueError(
+            f"TACA Alignment Score needs CLIP-L by itself; these are FLUX's, SD3's or another "
+            f"model's text encoders, whose output is not in the space of pictures. {ADVICE}"
+        )
+    _, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    projection = encoder.transformer.text_projection
+    weight = projection.weight
+    # Where the file has none, core leaves the layer as the memory was.
+    usable = torch.isfinite(weight).all() and weight.count_nonzero() > 0
+    if not usable or not _projection_in_file(clip):
+        raise ValueError(
+            f"TACA Alignment Score: this CLIP-L was saved without its text projection, as in "
+            f"Stable Diffusion's checkpoints, and cannot be compared with pictures. {ADVICE}"
+        )
+    if encoder.return_projected_pooled:
+        return pooled
+    return projection(pooled.to(clip.patcher.load_device))
+
+
+def _projection_in_file(clip: Any) -> bool:
+    """Whether the file that the patcher was loaded from has a text projection, if core tells."""
+    made = getattr(clip.patcher, "cached_patcher_init", None)
+    paths = made[1][0] if made else []
+    for path in [paths] if isinstance(paths, str) else paths:
+        if str(path).endswith((".safetensors", ".sft")):
+            with safe_open(path, framework="pt") as file:
+                if not any("text_projection" in key for key in file.keys()):  # noqa: SIM118
+                    return False
+    return True
+
+
+NODES = [TACAAlignmentScore]
