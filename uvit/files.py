@@ -1,0 +1,141 @@
+"""What a file of a U-ViT says about it: all in its keys and metadata, nothing is asked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .network import PUBLISHED_TEXT_TOKENS, Sizes
+
+METADATA_KEY = "uvit"
+PUBLISHED_LATENT_SCALE = 0.23010
+"""Latents of Stable Diffusion's VAE times this are what the published U-ViT knows. (The scale of
+Stable Diffusion 1 is another, 0.18215.)"""
+
+
+def metadata_of(sizes: Sizes, latent_scale: float, **more: Any) -> dict[str, str]:
+    """Metadata for a safetensors file, for ``read_sizes``: what keys cannot say, and for people.
+
+    Parameters
+    ----------
+    sizes : Sizes
+    latent_scale : float
+        What latents are multiplied with on their way into the network.
+    more
+        What else is worth knowing, such as the steps of the training.
+    """
+    said = {
+        "text_tokens": sizes.text_tokens,
+        "latent_scale": latent_scale,
+        "conditioning": sizes.conditioning,
+        "fused_blocks": [sizes.first, sizes.last],
+        **more,
+    }
+    return {"format": "pt", METADATA_KEY: json.dumps(said)}
+
+
+def read_sizes(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None, name: str
+) -> tuple[Sizes, float]:
+    """The sizes and the latent scale of a U-ViT's weights.
+
+    Parameters
+    ----------
+    state : dict
+        The weights, by their published names.
+    metadata : dict, optional
+        Of a safetensors file. Without, text is CLIP's 77 tokens, and the latent scale is the
+        published one.
+    name : str
+        Of the file, for messages.
+
+    Raises
+    ------
+    ValueError
+        If these are not all weights of a U-ViT, or do not fit together.
+    """
+    wanted = ("pos_embed", "patch_embed.proj.weight", "context_embed.weight", "decoder_pred.weight")
+    found = [key for key in wanted if key in state]
+    if not found:
+        raise ValueError(
+            f"{name} is not a U-ViT: it has none of {', '.join(wanted)}. For other models take "
+            f"ComfyUI's Load Diffusion Model or Load Checkpoint."
+        )
+    if len(found) < len(wanted):
+        missing = ", ".join(key for key in wanted if key not in state)
+        raise ValueError(f"{name} is not a whole U-ViT, it lacks {missing}: download it again.")
+    try:
+        said = json.loads((metadata or {}).get(METADATA_KEY, "{}"))
+        text_tokens = int(said.get("text_tokens", PUBLISHED_TEXT_TOKENS))
+        latent_scale = float(said.get("latent_scale", PUBLISHED_LATENT_SCALE))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"The metadata of {name} cannot be read: {error}.") from error
+
+    width, channels, patch = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
+    image_tokens = state["pos_embed"].shape[1] - 1 - text_tokens
+    grid = math.isqrt(max(image_tokens, 0))
+    if grid < 1 or grid**2 != image_tokens:
+        raise ValueError(
+            f"{name} has {state['pos_embed'].shape[1]} positions, which are not those of a time, "
+            f"{text_tokens} text tokens and a square image. The metadata that Save U-ViT writes "
+            f"would say how long its text is: save it with that node."
+        )
+    blocks = 1 + len(_numbers(state, "in_blocks")) + len(_numbers(state, "out_blocks"))
+    with_cross = [i for i in range(blocks) if f"{_block(i, blocks)}.cross.q.weight" in state]
+    if with_cross:
+        fused = with_cross[0], with_cross[-1]
+    else:
+        fused = (
+            tuple(state["fused_blocks"].tolist()) if "fused_blocks" in state else (0, blocks - 1)
+        )
+    try:
+        sizes = Sizes(
+            blocks=blocks,
+            width=width,
+            channels=channels,
+            side=grid * patch,
+            patch=patch,
+            text_tokens=text_tokens,
+            text_width=state["context_embed.weight"].shape[1],
+            first=fused[0],
+            last=fused[1],
+            conditioning="cross-attention" if with_cross else "concatenation",
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} is not a whole U-ViT: {error}") from error
+    return sizes, latent_scale
+
+
+def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that are not, one for one, those of the network built for them."""
+    missing = sorted(expected.keys() - state.keys())
+    unknown = sorted(state.keys() - expected.keys())
+    other = sorted(
+        key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape
+    )
+    for what, keys in (
+        ("lacks", missing), ("has, beside a U-ViT's weights,", unknown),
+        ("has in another shape", other),
+    ):  # fmt: skip
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"{name} is not a whole U-ViT: it {what} {', '.join(keys[:3])}{more}. "
+                f"Download it again, or take the file that Save U-ViT wrote."
+            )
+
+
+def _numbers(state: Mapping[str, Tensor], part: str) -> set[str]:
+    return {key.split(".")[1] for key in state if key.startswith(f"{part}.")}
+
+
+def _block(i: int, blocks: int) -> str:
+    """The name of block i in the keys."""
+    half = blocks // 2
+    if i == half:
+        return "mid_block"
+    return f"in_blocks.{i}" if i < half else f"out_blocks.{i - half - 1}"
