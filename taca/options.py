@@ -102,7 +102,7 @@ def parse_blocks(text: str, has: dict[str, int]) -> set[tuple[str, int]]:
     """
     if not text.strip():
         return {(name, i) for name, count in has.items() for i in range(count)}
-    known = ", ".join(f"{_short(name)} 0-{count - 1}" for name, count in has.items())
+    known = ", ".join(f"{_short(name)} 0-{count - 1}" for name, count in has.items() if count)
     chosen = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z_]+)\s*(?:(\d+)\s*(?:-\s*(\d+))?)?\s*", part.lower())
@@ -119,7 +119,8 @@ def parse_blocks(text: str, has: dict[str, int]) -> set[tuple[str, int]]:
         high = int(last) if last else low if first else has[name] - 1
         if not low <= high < has[name]:
             raise ValueError(
-                f"TACA Options: {part.strip()!r} is not within this model's blocks, {known}."
+                f"TACA Options: {part.strip()!r} is not within this model's blocks, {known}. "
+                f"(A cache that puts all blocks into one leaves no choice of blocks.)"
             )
         chosen |= {(name, i) for i in range(low, high + 1)}
     return chosen

@@ -2,21 +2,29 @@
 
 import gc
 import sys
+from unittest import mock
 
 import comfy.hooks
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import pytest
 import tiny
 import torch
+from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import WrappersMP
+from comfy.taesd.taesd import TAESD
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_mahiro import Mahiro
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_tcfg import TCFG
 from reference import dense_override, image_tokens
+from test_families import families, named
+from test_families import sample as sample_family
 from test_lora import random_lora
 from test_model import KINDS, installed_on, sample
 
@@ -41,12 +49,23 @@ def folder(tmp_path_factory):
 
 def dense(model, gamma=1.4, text=TEXT, size=SIZE, more=0):
     """The model with Eq. 10 in dense float64, in all steps."""
-    model = model.clone()
-    inner = dense_override(gamma, text, text + image_tokens(torch.empty(1, 16, *size)) + more)
+    return dense_in(model, [text + image_tokens(torch.empty(1, 16, *size)) + more], gamma, text)
+
+
+def dense_in(model, lengths, gamma=1.4, text=TEXT):
+    """The same in attention of several lengths."""
 
     def override(func, q, k, v, heads, **kwargs):
+        length = k.shape[2 if kwargs.get("skip_reshape") else 1]
+        inner = dense_override(gamma if length in lengths else 1.0, text, length)
         return inner(func, q, k, v, heads, **kwargs).to(q.dtype)
 
+    return attending(model, override)
+
+
+def attending(model, override):
+    """The model with an attention override in ComfyUI's one slot, for good."""
+    model = model.clone()
     options = model.model_options.setdefault("transformer_options", {})
     options["optimized_attention_override"] = override
     return model
@@ -65,7 +84,29 @@ def residual(model, kind):
     return model
 
 
+def uniform(model):
+    """As perturbed attention guidance on a DiT: away from a pass that attends to all alike."""
+    model = model.clone()
+
+    def attend(func, q, k, v, heads, skip_reshape=False, **kwargs):
+        mean = v.mean(2).flatten(1) if skip_reshape else v.mean(1).flatten(1)
+        return mean[:, None].expand(-1, q.shape[2 if skip_reshape else 1], -1)
+
+    def guide(args):
+        options = comfy.model_patcher.create_model_options_clone(args["model_options"])
+        options["transformer_options"]["optimized_attention_override"] = attend
+        [away] = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], options
+        )
+        return args["denoised"] + 0.5 * (args["cond_denoised"] - away)
+
+    model.set_model_sampler_post_cfg_function(guide)
+    return model
+
+
 COMBINATIONS = {
+    "PAG": lambda m, kind: PerturbedAttentionGuidance.execute(m, 3.0).result[0],
+    "a PAG of attention": lambda m, kind: uniform(m),
     "skip layer guidance": lambda m, kind: SkipLayerGuidanceDiT.execute(
         m, 3.0, 0.0, 1.0, *(("1", "0") if kind == "flux" else ("1", "")), 0.0
     ).result[0],
@@ -99,6 +140,213 @@ def test_beside(folder, apply_taca, kind, name, ours_first):
     plain = sample(combine(model, kind), kind, **settings)
     assert (plain - expected).abs().max() > 0.1
     assert not installed_on(model)
+
+
+def skips(model):
+    """A cache by a DIFFUSION_MODEL wrapper: every second call is answered from the one before."""
+    model, kept = model.clone(), []
+
+    def cached(executor, x, *args, **kwargs):
+        if kept:
+            return x + kept.pop()
+        y = executor(x, *args, **kwargs)
+        kept.append(y - x)
+        return y
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", cached)
+    return model
+
+
+def around(model, patches):
+    """As older packs do: attributes of the model are others for the length of a call."""
+    model = model.clone()
+
+    def call(function, args):
+        with mock.patch.multiple(model.model.diffusion_model, **patches):
+            return function(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(call)
+    return model
+
+
+def own_forward(model, hands_options=False):
+    """As TeaCache: FLUX's forward written anew, without options for its blocks, and their sum
+    kept: every second call is answered from the one before."""
+    flux, kept = model.model.diffusion_model, []
+
+    def forward(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
+                transformer_options=None, attn_mask=None, **kwargs):  # fmt: skip
+        img, txt = flux.img_in(img), flux.txt_in(txt)
+        vec = flux.time_in(timestep_embedding(timesteps, 256)) + flux.vector_in(y)
+        vec = vec + flux.guidance_in(timestep_embedding(guidance, 256))
+        more = {"vec": vec, "pe": flux.pe_embedder(torch.cat((txt_ids, img_ids), 1))}
+        if hands_options:
+            more["transformer_options"] = transformer_options
+        if kept:
+            return flux.final_layer(img + kept.pop(), vec)
+        before, tokens = img, txt.shape[1]
+        for block in flux.double_blocks:
+            img, txt = block(img=img, txt=txt, **more)
+        both = torch.cat((txt, img), 1)
+        for block in flux.single_blocks:
+            both = block(both, **more)
+        kept.append(both[:, tokens:] - before)
+        return flux.final_layer(both[:, tokens:], vec)
+
+    return around(model, {"forward_orig": forward})
+
+
+class FirstBlock(torch.nn.Module):
+    """As first-block caches: one block that stands for all, and may leave out all but the first."""
+
+    def __init__(self, double, single=()):
+        super().__init__()
+        self.double, self.single, self.kept = double, single, []
+
+    def forward(self, *streams, img=None, txt=None, **kwargs):
+        if streams:  # SD3's
+            txt, img = streams
+            txt, img = self.double[0](txt, img, **kwargs)
+        else:
+            img, txt = self.double[0](img=img, txt=txt, **kwargs)
+        first = img
+        if self.kept:
+            img = first + self.kept.pop()
+            return (txt, img) if streams else (img, txt)
+        for block in self.double[1:]:
+            if streams:
+                txt, img = block(txt, img, **kwargs)
+            else:
+                img, txt = block(img=img, txt=txt, **kwargs)
+        if self.single:
+            both = torch.cat((txt, img), 1)
+            for block in self.single:
+                both = block(both, **kwargs)
+            txt, img = both[:, : txt.shape[1]], both[:, txt.shape[1] :]
+        self.kept.append(img - first)
+        return (txt, img) if streams else (img, txt)
+
+
+def first_block(model):
+    transformer = model.model.diffusion_model
+    if hasattr(transformer, "joint_blocks"):
+        one = FirstBlock(list(transformer.joint_blocks))
+        return around(model, {"joint_blocks": torch.nn.ModuleList([one])})
+    one = FirstBlock(list(transformer.double_blocks), list(transformer.single_blocks))
+    lists = {"double_blocks": [one], "single_blocks": []}
+    return around(model, {name: torch.nn.ModuleList(each) for name, each in lists.items()})
+
+
+CACHES = {
+    "wrapper": ("flux", skips, skips),
+    "forward": ("flux", own_forward, lambda model: own_forward(model, hands_options=True)),
+    "first block of FLUX": ("flux", first_block, first_block),
+    "first block of SD3": ("sd3", first_block, first_block),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_cache(folder, apply_taca, name, ours_first):
+    """As the packs of caches do it: what they compute has gamma, what they leave out has none."""
+    kind, cache, dense_cache = CACHES[name]
+    model = tiny.load(folder, kind)
+    settings = {"steps": 6, "text": (TEXT, TEXT)}
+    expected = sample(dense_cache(dense(model)), kind, **settings)
+    ours = cache(apply_taca(model, 1.4, 0.0)) if ours_first else apply_taca(cache(model), 1.4, 0.0)
+    torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
+    plain = sample(cache(model), kind, **settings)
+    assert (plain - expected).abs().max() > 0.1
+    assert (plain - sample(model, kind, **settings)).abs().max() > 0.1, "the cache left out calls"
+    assert not installed_on(model)
+
+
+def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
+    """A first-block cache and TACA Options' blocks: an error, not another choice of blocks."""
+    model = tiny.load(folder, "flux")
+    options = pack["TACAOptions"].execute(False, "double 1").result[0]
+    ours = pack["TACAPatchModel"].execute(model, 1.4, 0.0, None, options).result[0]
+    with pytest.raises(ValueError, match="'double 1' is not within .* double 0-0. .A cache"):
+        sample(first_block(ours), "flux", steps=2)
+    assert not installed_on(model)
+
+
+WINDOWS = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", ["standard_static", "looped_uniform"])
+def test_context_windows_over_a_tall_picture(folder, apply_taca, kind, schedule):
+    """Core samples parts of the latents by themselves; each has a length of its own."""
+    model = tiny.load(folder, kind)
+    settings = {"steps": 4, "text": (TEXT, TEXT), "size": (24, 8)}
+
+    def windows(m):
+        return ContextWindowsManualNode.execute(
+            m, context_length=10, context_overlap=4, context_schedule=schedule, dim=2,
+            freenoise=True, **WINDOWS,
+        ).result[0]  # fmt: skip
+
+    # Ten rows or, with the frame in front that newer cores add, eleven: five or six of tokens.
+    expected = sample(windows(dense_in(model, [TEXT + 20, TEXT + 24])), kind, **settings)
+    plain = sample(windows(model), kind, **settings)
+    assert (plain - expected).abs().max() > 0.1
+    assert (plain - sample(model, kind, **settings)).abs().max() > 0.1
+    for ours in (windows(apply_taca(model, 1.4, 0.0)), apply_taca(windows(model), 1.4, 0.0)):
+        torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("case", named("HunyuanVideo"), ids=str)
+def test_context_windows_over_frames(case, folder, apply_taca, monkeypatch):
+    model = families.load(case, folder, monkeypatch)
+    frames, text = 6, case.text[0]
+    monkeypatch.setattr(
+        families, "empty", lambda case: {"samples": torch.zeros(1, 16, frames, 8, 6)}
+    )
+
+    def windows(m):
+        return ContextWindowsManualNode.execute(
+            m, context_length=3, context_overlap=1, context_schedule="standard_static", dim=2,
+            freenoise=False, **WINDOWS,
+        ).result[0]  # fmt: skip
+
+    lengths = [text + 12 * n for n in range(1, frames + 1)]
+    expected = sample_family(windows(dense_in(model, lengths, text=text)), case, steps=3)
+    plain = sample_family(windows(model), case, steps=3)
+    effect = (plain - expected).abs().max()
+    assert (plain - sample_family(model, case, steps=3)).abs().max() > 1e-2
+    for ours in (windows(apply_taca(model, 1.4, 0.0)), apply_taca(windows(model), 1.4, 0.0)):
+        assert (sample_family(ours, case, steps=3) - expected).abs().max() < 2e-3 * effect
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise_mask"),
+    [("flux-fill", True), ("flux-fill", False), ("flux", True), ("sd3", True)],
+)
+def test_inpainting(folder, apply_taca, kind, noise_mask):
+    """InpaintModelConditioning: FLUX Fill is given picture and mask in 320 channels more; the
+    others, only what to keep."""
+    model = tiny.load(folder, kind)
+    codec = families.seeded(TAESD(latent_channels=16), 0)
+    vae = comfy.sd.VAE(sd=codec | {"vae_scale": torch.tensor(1.0)})
+    pixels = torch.rand(1, 128, 128, 3, generator=torch.manual_seed(0))
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:, :80] = 1.0
+    positive, negative, latent = nodes.InpaintModelConditioning().encode(
+        tiny.conditioning(kind, TEXT), tiny.conditioning(kind, TEXT, seed=5), pixels, vae, mask,
+        noise_mask,
+    )  # fmt: skip
+
+    def inpaint(m):
+        return nodes.common_ksampler(
+            m, 3, 4, 3.0, "euler", "simple", positive, negative, latent
+        )[0]["samples"]  # fmt: skip
+
+    plain, expected, ours = map(inpaint, (model, dense(model), apply_taca(model, 1.4, 0.0)))
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    changed = (plain - expected).abs().amax((0, 1)) > 0.01
+    assert changed[6:, :8].all()
+    assert changed[:2].any() != noise_mask  # above the mask, where all is kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
