@@ -1,0 +1,870 @@
+"""T2I-CompBench and GenEval through ComfyUI: layouts, resumption, lost servers, results."""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comfy_stand_in import StandIn, asked_for, colour_of, png_of
+from PIL import Image
+from workflow import ROOT
+
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "demo")]
+
+import compbench.__main__ as compbench
+from compbench import cluster, demo, results, run, store
+from compbench.plan import Category, Plan, Problem, read_category
+from compbench.server import Server
+from compbench.workflow import read_workflow
+
+posix = pytest.mark.skipif(os.name == "nt", reason="signals")
+PROMPTS = ["a red circle left of a blue square", "It's red, and blue.", "a cup: green-ish"]
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a bench"},
+    {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}],
+     "prompt": "a photo of a red cow / calf_1"},
+]  # fmt: skip
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.fixture
+def color(tmp_path):
+    """T2I-CompBench's prompt files end lines with CRLF, and have no end of the last line."""
+    return write(tmp_path / "color_val.txt", "\r\n".join(PROMPTS))
+
+
+@pytest.fixture
+def geneval(tmp_path):
+    return write(tmp_path / "evaluation_metadata.jsonl", "\n".join(map(json.dumps, GENEVAL)))
+
+
+def api_form(folder, graph=None):
+    return write(folder / "workflow.json", json.dumps(graph or demo.workflow()))
+
+
+@pytest.fixture
+def workflow(tmp_path):
+    return api_form(tmp_path)
+
+
+def arguments(prompts, workflow, out, *servers, **more):
+    """The command line."""
+    line = ["--prompts", *prompts, "--workflow", workflow, "--out", out]
+    line += ["--servers", *servers] if servers else []
+    for name, value in more.items():
+        line += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    return [str(word) for word in line]
+
+
+def files_under(folder):
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def assert_complete(out):
+    """Every picture is there, once, whole, and its own; and nothing else is."""
+    plan = store.known(out)
+    units = plan.units()
+    assert sorted(line["image"] for line in lines_of(out)) == sorted(unit.path for unit in units)
+    assert store.check(out) == len(units)
+    for unit in units:
+        colour = colour_of(unit.prompt, unit.seed, unit.gamma)
+        with Image.open(out / unit.path) as image:
+            assert (image.size, image.getpixel((3, 3))) == ((8, 8), colour)
+    others = set(files_under(out)) - {unit.path for unit in units}
+    assert {path for path in others if not path.endswith("/metadata.jsonl")} <= {
+        "run.json", "manifest.jsonl", ".lock",
+    }  # fmt: skip
+
+
+# --- prompts and layouts --------------------------------------------------------------------------
+
+
+def test_layouts(tmp_path, color, geneval, workflow, capsys):
+    """Name by name, as the evaluators' own code reads them."""
+    out = tmp_path / "out"
+    with StandIn() as server:
+        compbench.main(arguments([color, geneval], workflow, out, server.url, images=2))
+    expected = {"run.json", "manifest.jsonl", ".lock"}
+    for setting in ("gamma_1", "gamma_1.2"):
+        expected |= {f"{setting}/color/samples/{PROMPTS[i // 2]}_{i:06}.png" for i in range(6)}
+        for i, metadata in enumerate(GENEVAL):
+            folder = f"{setting}/geneval/{i:05}"
+            expected |= {f"{folder}/metadata.jsonl"}
+            expected |= {f"{folder}/samples/{j:04}.png" for j in range(2)}
+            assert json.loads((out / folder / "metadata.jsonl").read_text()) == metadata
+    assert set(files_under(out)) - {".lock"} == expected - {".lock"}
+    assert_complete(out)
+    # What T2I-CompBench's evaluators do with a folder:
+    names = os.listdir(out / "gamma_1.2/color/samples")  # noqa: PTH208
+    names.sort(key=lambda name: int(name.split("_")[1].split(".")[0]))
+    assert [name.split("_")[0] for name in names] == [p for p in PROMPTS for _ in range(2)]
+    assert all(name.count("_") == 1 for name in names)
+    assert [int(name.split(".png")[0].split("_")[1]) for name in names] == list(range(6))
+    printed = capsys.readouterr().out
+    for command in ("BLIP_vqa.py --out_dir=", "evaluate_images.py", "summary_scores.py"):
+        assert printed.count(command) == 2
+
+
+def test_protocols(color, geneval):
+    """10 images per prompt by seeds 42 ... 51, 4 for GenEval; a prompt's pictures together."""
+    colour, objects = read_category(color), read_category(geneval)
+    assert (colour.name, colour.seeds) == ("color", tuple(range(42, 52)))
+    assert (objects.name, objects.seeds) == ("geneval", (42, 43, 44, 45))
+    assert colour.prompts == tuple(PROMPTS)
+    plan = Plan({}, (1.0, 1.2), (colour, objects))
+    groups = list(plan.groups())
+    assert [len(group) for group in groups] == [20] * 3 + [8] * 2
+    assert all(len({unit.prompt for unit in group}) == 1 for group in groups)
+    assert groups[1][13].path == f"gamma_1.2/color/samples/{PROMPTS[1]}_000013.png"
+    assert (groups[1][13].seed, groups[1][13].gamma) == (45, 1.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("color_val.txt", "a_cup", "'_'"),
+        ("color_val.txt", "a cup/glass", "'/'"),
+        ("color_val.txt", "a\tcup", "'\\\\t'"),
+        ("color_val.txt", "ä" * 130, "too long"),
+        ("color_val.txt", "\r\n\r\n", "no prompts"),
+        ("color_val.txt", b"\xff\xfe", "Cannot read"),
+        ("geneval.txt", "a cup", "GenEval's own"),
+        ("objects.jsonl", '{"prompt": "a cup"}', "not a line of GenEval"),
+        ("objects.jsonl", "a cup", "not a line of GenEval"),
+    ],
+)
+def test_prompts_that_are_refused(tmp_path, name, content, why):
+    with pytest.raises(Problem, match=why):
+        read_category(write(tmp_path / name, content))
+
+
+def test_prompts_that_windows_cannot_name(tmp_path, monkeypatch):
+    file = write(tmp_path / "color_val.txt", "a cup: green")
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(Problem, match="':'"):
+        read_category(file)
+
+
+# --- the workflow ---------------------------------------------------------------------------------
+
+
+def changed(**nodes):
+    """The demo's workflow with other inputs; ``None`` takes one away."""
+    graph = demo.workflow()
+    for node, inputs in nodes.items():
+        graph.setdefault(node, {"class_type": inputs.pop("class_type", ""), "inputs": {}})
+        graph[node]["inputs"] |= inputs
+        for name in [name for name, value in inputs.items() if value is None]:
+            del graph[node]["inputs"][name]
+    return graph
+
+
+def test_places_are_found(tmp_path):
+    found = read_workflow(api_form(tmp_path))
+    assert found.prompt == (("positive", "text"),)
+    assert (found.seed, found.gamma) == (("sample", "seed"), ("taca", "gamma"))
+    assert found.output == "save"
+    [unit] = Category("color", ("a {prompt}",), (7,)).units(0, 1.3)
+    graphs = [found.filled(unit) for _ in range(2)]
+    for graph in graphs:
+        assert asked_for(graph) == ("a {prompt}", 7, 1.3)
+        assert graph["negative"]["inputs"]["text"] == ""
+    # Servers that share an output folder would otherwise overwrite one another's pictures.
+    names = [graph["save"]["inputs"].pop("filename_prefix") for graph in graphs]
+    assert names[0] != names[1]
+    assert graphs[0] == graphs[1]
+
+
+def test_two_branches(tmp_path):
+    """Of a workflow that draws without TACA beside, the node that is named says what is needed."""
+    graph = demo.workflow()
+    graph["plain"] = json.loads(json.dumps(graph["sample"]))
+    graph["plain"]["inputs"]["model"] = ["model", 0]
+    graph["plain decode"] = {"class_type": "TACADemoDecode",
+                             "inputs": {"samples": ["plain", 0], "upscale": 1}}  # fmt: skip
+    graph["plain save"] = {"class_type": "PreviewImage", "inputs": {"images": ["plain decode", 0]}}
+    file = api_form(tmp_path, graph)
+    with pytest.raises(
+        Problem, match=r"2 places for it: save \(SaveImage\), plain save .*--output"
+    ):
+        read_workflow(file)
+    found = read_workflow(file, output="save")
+    assert found.graph.keys() == demo.workflow().keys()
+    with pytest.raises(Problem, match="gamma: it has no place"):
+        read_workflow(file, output="plain save")
+
+
+@pytest.mark.parametrize(
+    ("graph", "why"),
+    [
+        ({"nodes": [], "links": []}, "Export"),
+        ([1], "not a workflow"),
+        ({"1": {"class_type": "A"}}, "not a workflow"),
+        (changed(positive={"text": None}), "prompt: it has no place.*--prompt-at"),
+        (changed(sample={"seed": ["taca", 0]}), "seed: it has no place.*--seed-at"),
+        (changed(taca={"schedule": ["positive", 0]}), "gamma: it has no place.*--gamma-at"),
+        (changed(save={"images": None}), "output: it has no place.*--output"),
+        (
+            changed(positive={"more": ["join", 0]}, join={"text": "x"}),
+            "2 places for it: positive.text .* join.text",
+        ),
+    ],
+)
+def test_workflows_that_are_refused(tmp_path, graph, why):
+    with pytest.raises(Problem, match=why):
+        read_workflow(api_form(tmp_path, graph))
+
+
+def test_places_that_are_named(tmp_path):
+    doubtful = changed(positive={"more": ["join", 0]}, join={"text": "x"})
+    file = api_form(tmp_path, doubtful)
+    assert read_workflow(file, prompt="join.text").prompt == (("join", "text"),)
+    for named, why in (("nobody.text", "no input"), ("positive.more", "connected")):
+        with pytest.raises(Problem, match=why):
+            read_workflow(file, prompt=named)
+    # {prompt} stands wherever it goes, and more than once.
+    doubtful["positive"]["inputs"]["text"] = "a photo: {prompt}, sharp"
+    doubtful["join"]["inputs"]["text"] = "{prompt}"
+    found = read_workflow(api_form(tmp_path, doubtful))
+    [unit] = Category("color", ("a cup",), (7,)).units(0, 1.3)
+    graph = found.filled(unit)
+    texts = [graph[node]["inputs"]["text"] for node in ("positive", "join")]
+    assert texts == ["a photo: a cup, sharp", "a cup"]
+
+
+def test_a_guider_and_a_schedule(tmp_path):
+    """As FLUX's workflows are: RandomNoise, BasicGuider; and gamma from TACA Schedule."""
+    graph = changed(
+        taca={"schedule": ["when", 0]}, when={"class_type": "TACASchedule", "gamma": 1.2},
+        noise={"class_type": "RandomNoise", "noise_seed": 3},
+        guided={"class_type": "FluxGuidance", "conditioning": ["positive", 0], "guidance": 3.5},
+        guider={"class_type": "BasicGuider", "model": ["taca", 0], "conditioning": ["guided", 0]},
+        zero={"class_type": "ConditioningZeroOut", "conditioning": ["negative", 0]},
+        sample={"seed": None, "positive": None, "negative": None, "noise": ["noise", 0],
+                "guider": ["guider", 0], "other": ["zero", 0]},
+    )  # fmt: skip
+    found = read_workflow(api_form(tmp_path, graph))
+    assert found.prompt == (("positive", "text"),)
+    assert (found.seed, found.gamma) == (("noise", "noise_seed"), ("when", "gamma"))
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(color, workflow):
+    return Plan(read_workflow(workflow).json(), (1.0, 1.2), (read_category(color, 2),))
+
+
+def picture_of(unit):
+    graph = changed(positive={"text": unit.prompt}, sample={"seed": unit.seed},
+                    taca={"gamma": unit.gamma})  # fmt: skip
+    return png_of(graph)
+
+
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+STEPS = ("open", "flush", "named", "append", "appended", "place", "placed")
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("torn", [0, 1, 60])
+def test_killed_between_any_two_steps(tmp_path, plan, monkeypatch, step, torn):
+    """Before and after each thing that is done for a picture, and in the middle of the line."""
+    out, (first, second, *_) = tmp_path / "out", plan.units()
+
+    def die(*_):
+        raise Killed
+
+    def then_die(function):
+        def call(*arguments):
+            function(*arguments)
+            die()
+
+        return call
+
+    def add_both():
+        with store.opened(out, plan) as kept:
+            kept.add(first, picture_of(first), "somewhere", 1)
+            if step == "open":
+                monkeypatch.setattr(store, "_write", die)
+            elif step == "flush":
+                monkeypatch.setattr(os, "fsync", die)
+            elif step == "named":
+                monkeypatch.setattr(store, "_write", then_die(store._write))
+            elif step == "append":
+                monkeypatch.setattr(store, "_append", die)
+            elif step == "appended":
+                monkeypatch.setattr(store, "_append", then_die(store._append))
+            elif step == "place":
+                monkeypatch.setattr(Path, "replace", die)
+            else:
+                monkeypatch.setattr(kept, "_place", then_die(kept._place))
+            kept.add(second, picture_of(second), "somewhere", 1)
+
+    with pytest.raises(Killed):
+        add_both()
+    monkeypatch.undo()
+    is_kept = step in ("appended", "place", "placed")
+    if torn and step != "placed":  # a line is cut short before its picture is placed
+        manifest = out / "manifest.jsonl"
+        whole = manifest.read_bytes()
+        if is_kept:
+            manifest.write_bytes(whole[: -1 - torn])
+        else:
+            manifest.write_bytes(whole + b'{"image": "gamma_1/color'[:torn])
+        is_kept = False
+    with store.opened(out, plan) as kept:
+        assert kept.done.keys() == {first.path, *([second.path] if is_kept else [])}
+        assert sorted(kept.done) == [p for p in files_under(out) if p.endswith(".png")]
+        for unit in plan.units():
+            if unit.path not in kept.done:
+                kept.add(unit, picture_of(unit), "somewhere", 1)
+    assert_complete(out)
+
+
+@pytest.mark.parametrize("change", ["workflow", "gammas", "prompts", "seeds", "files"])
+def test_other_runs_are_not_mixed(tmp_path, color, workflow, change):
+    out, prompts, more = tmp_path / "out", [color], {"images": 2}
+    with StandIn() as server:
+        compbench.main(arguments(prompts, workflow, out, server.url, **more))
+        before = files_under(out), lines_of(out)
+        if change == "workflow":
+            workflow = api_form(tmp_path / "other", demo.workflow(steps=3))
+        elif change == "gammas":
+            more["gammas"] = [1, 1.3]
+        elif change == "prompts":
+            write(color, "a red cup")
+        elif change == "seeds":
+            more["images"] = 3
+        else:
+            prompts.append(write(tmp_path / "shape_val.txt", "a cup"))
+        with pytest.raises(SystemExit, match=r"holds a run with other .*not mixed"):
+            compbench.main(arguments(prompts, workflow, out, server.url, **more))
+    assert (files_under(out), lines_of(out)) == before
+
+
+def test_prompt_seed_and_gamma_of_the_workflow_do_not_matter(tmp_path, color, plan):
+    """They are filled in: a workflow that differs in them alone is the same."""
+    other = changed(positive={"text": "x"}, sample={"seed": 9}, taca={"gamma": 1},
+                    save={"filename_prefix": "y"})  # fmt: skip
+    assert read_workflow(api_form(tmp_path / "other", other)).json() == plan.workflow
+
+
+def test_strange_folders(tmp_path, plan):
+    write(tmp_path / "a/notes.txt", "mine")
+    with pytest.raises(Problem, match="not empty"), store.opened(tmp_path / "a", plan):
+        pass
+    out, units = tmp_path / "b", plan.units()
+    with store.opened(out, plan) as kept:
+        for unit in units:
+            kept.add(unit, picture_of(unit), "somewhere", 1)
+        with pytest.raises(Problem, match="Another process"), store.opened(out, plan):
+            pass
+    strange = write(out / "gamma_1/color/samples/a cup_000099.png", "x")
+    for look in (store.check, lambda out: store.opened(out, plan).__enter__()):
+        with pytest.raises(Problem, match=r"not this run's.*a cup_000099.png"):
+            look(out)
+    strange.unlink()
+    (out / units[0].path).unlink()  # is drawn again
+    with pytest.raises(Problem, match="1 of 12 pictures are missing or damaged"):
+        store.check(out)
+    with store.opened(out, plan) as kept:
+        assert kept.done.keys() == {unit.path for unit in units[1:]}
+        kept.add(units[0], picture_of(units[0]), "somewhere", 1)
+    assert store.check(out) == 12
+    content = bytearray((out / units[3].path).read_bytes())
+    content[-30] ^= 1  # of the same length
+    write(out / units[3].path, bytes(content))
+    with pytest.raises(Problem, match="1 of 12 pictures are missing or damaged"):
+        store.check(out)
+    write(out / "manifest.jsonl", "{}\nx\n")
+    with pytest.raises(Problem, match="is damaged"), store.opened(out, plan):
+        pass
+
+
+# --- servers --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Looks for lost servers and pictures, sooner."""
+    monkeypatch.setattr(run, "_PAUSES", (0.02,))
+    monkeypatch.setattr("compbench.server._LOOK", 0.05)
+
+
+def once_each(fault):
+    """A fault that each picture has the first time it is asked for."""
+    seen = set()
+
+    def of(graph):
+        unit = asked_for(graph)
+        if unit in seen:
+            return None
+        seen.add(unit)
+        return fault
+
+    return of
+
+
+@pytest.mark.parametrize("fault", ["forget", "500", "error", "cut", "other"])
+def test_faults_that_pass(tmp_path, color, workflow, capsys, fast, fault):
+    """A restart, an overloaded proxy, a lack of memory, a broken picture, another's picture."""
+    out = tmp_path / "out"
+    with StandIn(once_each(fault)) as server:
+        compbench.main(arguments([color], workflow, out, server.url, images=2))
+    assert_complete(out)
+    printed = capsys.readouterr()
+    assert "12 tries in vain" in printed.out
+    assert printed.err.count("will be drawn again") == 12
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("error", r"failed 3 times, at last on http.*: KSampler: no memory"),
+        ("forget", r"failed 10 times"),
+        ("cut", r"failed 3 times.*not a whole PNG"),
+        ("other", r"failed 3 times.*another picture than asked for"),
+        ("refuse", r"http.* refuses the workflow: .*no such node"),
+        ("batch", r"refuses the workflow: .*draws 2 pictures.*batch size to 1"),
+    ],
+)
+def test_faults_that_stay(tmp_path, color, workflow, fast, fault, why):
+    """They end the run with the reason; what was drawn is kept, and the command goes on."""
+    out = tmp_path / "out"
+    bad = ("It's red, and blue.", 43, 1.2)
+    with StandIn(lambda graph: fault if asked_for(graph) == bad else None) as server:
+        line = arguments([color], workflow, out, server.url, images=2)
+        with pytest.raises(SystemExit, match=why) as stopped:
+            compbench.main(line)
+        assert "are kept: the same command goes on" in str(stopped.value)
+        assert 0 < len(lines_of(out)) < 12
+        server.fault = lambda graph: None
+        compbench.main(line)
+    assert_complete(out)
+
+
+def test_pictures_of_another_size_are_refused(tmp_path, color, workflow, fast):
+    bad = (PROMPTS[2], 43, 1.2)
+    with StandIn(lambda graph: "size" if asked_for(graph) == bad else None) as server:
+        line = arguments([color], workflow, tmp_path / "out", server.url, images=2)
+        with pytest.raises(SystemExit, match="a picture of 16 x 16 among"):
+            compbench.main(line)
+
+
+def test_no_server(tmp_path, color, workflow, fast):
+    with StandIn() as server:
+        url = server.url
+    line = arguments([color], workflow, tmp_path / "out", url, images=2, patience=0.003)
+    with pytest.raises(SystemExit, match=r"No server has answered.*0 of 12"):
+        compbench.main(line)
+
+
+def test_a_picture_that_never_comes(tmp_path, color, workflow, fast):
+    """Another server draws it."""
+    with StandIn(lambda graph: "wait") as hung, StandIn() as good:
+        line = arguments([color], workflow, tmp_path / "out", hung.url, good.url, images=2,
+                         patience=0.005)  # fmt: skip
+        compbench.main(line)
+    assert_complete(tmp_path / "out")
+
+
+def test_servers_share_the_work(tmp_path, color, workflow, fast):
+    """A prompt's pictures are one server's, for it to encode the text once."""
+    out = tmp_path / "out"
+    with StandIn() as a, StandIn() as b:
+        a.fault = b.fault = lambda graph: time.sleep(0.005)
+        compbench.main(arguments([color], workflow, out, a.url, b.url, images=10))
+        assert sum(a.asked.values()) + sum(b.asked.values()) == 60
+        assert a.asked
+        assert b.asked
+        prompts = [{prompt for prompt, _, _ in server.asked} for server in (a, b)]
+        assert not prompts[0] & prompts[1]
+    assert_complete(out)
+
+
+@posix
+def test_stopped_by_ctrl_c(tmp_path, color, workflow):
+    out = tmp_path / "out"
+    with StandIn(lambda graph: time.sleep(0.02)) as server:
+        line = arguments([color], workflow, out, server.url, images=10)
+        whole = [sys.executable, str(ROOT / "benchmarks/compbench"), *line]
+        with subprocess.Popen(whole, stderr=subprocess.PIPE, text=True) as process:
+            while demo.drawn(out) < 5 and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1
+        assert "compbench: Stopped." in said
+        assert "Traceback" not in said
+        assert 5 <= len(lines_of(out)) < 60
+        compbench.main(line)
+    assert_complete(out)
+
+
+@posix
+@pytest.mark.slow
+def test_killed_fifty_times(tmp_path, workflow):
+    """SIGKILL at random moments: nothing is lost, nothing is doubled."""
+    rng = random.Random(0)  # noqa: S311
+    prompts = write(tmp_path / "color_val.txt", "\n".join(f"picture {i}" for i in range(8)))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["compbench.__main__"])
+    kills = folders = 0
+    with StandIn() as server, StandIn() as other:
+        line = arguments([prompts], workflow, tmp_path / "first", server.url, other.url, images=5)
+        started = time.monotonic()
+        compbench.main(line)
+        whole_run = time.monotonic() - started
+        while kills < 50:
+            folders += 1
+            out = tmp_path / f"out{folders}"
+            server.asked.clear(), other.asked.clear()
+            killed_here = 0
+            line = arguments([prompts], workflow, out, server.url, other.url, images=5)
+            while True:
+                life = processes.Process(target=compbench.main, args=(line,))
+                life.start()
+                life.join(rng.uniform(0, whole_run / 3) if kills < 50 else None)
+                if life.exitcode is not None:
+                    assert life.exitcode == 0
+                    break
+                life.kill()
+                life.join()
+                kills, killed_here = kills + 1, killed_here + 1
+            assert_complete(out)
+            again = sum(server.asked.values()) + sum(other.asked.values()) - 80
+            assert 0 <= again <= 2 * run.IN_FLIGHT * killed_here
+    assert kills == 50
+    assert folders < 50, "a kill in each folder would say little about resumption"
+
+
+# --- real servers ---------------------------------------------------------------------------------
+
+
+def assert_drawn_by_the_demo(out, number, plain=0.8):
+    """All there, each of the right size, showing its caption, and not another."""
+    assert store.check(out) == demo.drawn(out) == number
+    for line in lines_of(out):
+        assert line["size"] == [64, 64]
+    for gamma, count in demo.judge(out).items():
+        right, chance = (count[key] / count["pictures"] for key in ("everything", "chance"))
+        assert chance < 0.2, gamma
+        assert right > plain, gamma
+    for unit in store.known(out).units():  # and the server was asked for just this
+        with Image.open(out / unit.path) as image:
+            assert asked_for(json.loads(image.info["prompt"])) == (
+                unit.prompt, unit.seed, unit.gamma,
+            )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_servers_one_killed(tmp_path, capsys):
+    """A real ComfyUI with the demo's model; one of two is killed on the way."""
+    out = tmp_path / "out"
+    captions = demo.world.captions("held-out")[:10]
+    line = demo.write_inputs(tmp_path, captions)
+    with demo.comfyuis(tmp_path, 2) as ((url, victim), (other, _)):
+        line += ["--out", str(out), "--images", "2", "--servers", url, other]
+
+        def kill():
+            while demo.drawn(out) < 8:
+                time.sleep(0.05)
+            victim.kill()
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        compbench.main(line)
+        thread.join()
+    by_server = [line["server"] for line in lines_of(out)]
+    assert set(by_server) == {url, other}
+    assert by_server.count(url) < 12
+    assert "will be drawn again" in capsys.readouterr().err
+    assert_drawn_by_the_demo(out, 40)
+
+
+@posix
+@pytest.mark.slow
+def test_on_ray(tmp_path):
+    """Two workers, each with a ComfyUI of its own; one is killed on the way."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    out = tmp_path / "out"
+    line = demo.write_inputs(tmp_path, demo.world.captions("held-out")[:10])
+    line += [
+        "--out",
+        str(out),
+        "--images",
+        "2",
+        "--ray",
+        "--workers",
+        "2",
+        "--gpus-per-worker",
+        "0",
+    ]
+    made, make = [], cluster.Painter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "Painter", lambda *given: made.append(make(*given)) or made[-1])
+
+        def kill():
+            while demo.drawn(out) < 8:
+                time.sleep(0.05)
+            os.kill(made[0]._ray.get(made[0].actor.process.remote()), signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        compbench.main(line)
+        thread.join()
+    assert {line["server"] for line in lines_of(out)} == {"worker 0", "worker 1"}
+    assert_drawn_by_the_demo(out, 40)
+
+
+# --- a worker, without Ray ------------------------------------------------------------------------
+
+STAND_IN = f"{sys.executable} {Path(__file__).with_name('comfy_stand_in.py')} {{port}}"
+
+
+def test_a_worker_starts_its_server(tmp_path):
+    worker = cluster.Worker(STAND_IN, 60)
+    try:
+        graph = demo.workflow()
+        assert store.size_of(worker.draw(graph, "save")) == [8, 8]
+    finally:
+        worker._comfyui.stdin.close()  # what happens when the worker is killed
+        worker._comfyui.wait(10)
+    assert not Server(worker._server.name).is_ready()
+
+
+def test_a_server_that_does_not_start():
+    with pytest.raises(RuntimeError, match=r"ComfyUI did not start[\s\S]*SyntaxError"):
+        cluster.Worker(f"{sys.executable} -c 1+", 60)
+
+
+def test_ray_is_optional(tmp_path, color, workflow, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match="Ray is not installed"):
+        compbench.main([*arguments([color], workflow, tmp_path / "out", images=2), "--ray"])
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(tmp_path, color, geneval):
+    """A run of every category, without its pictures, and what the evaluators would leave."""
+    names = ["color", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"]
+    categories = [Category(name, ("a cup", "a pot", "a pan"), (42, 43)) for name in names]
+    categories.append(read_category(geneval, 2))
+    plan = Plan({}, (1.0, 1.2), tuple(categories))
+    out = tmp_path / "out"
+    with store.opened(out, plan):
+        pass
+    for gamma in plan.gammas:
+        for category in plan.categories[:-1]:
+            folder, evaluator = out / category.folder(gamma), results.EVALUATORS[category.name]
+            files = [unit.path.rpartition("/")[2] for i in range(3)
+                     for unit in category.units(i, gamma)]  # fmt: skip
+            # BLIP's answers are texts, the others' are numbers.
+            scores = [round(0.1 * (i + gamma), 4) for i in range(6)]
+            answers = [f"{s:.4f}" if "blip" in evaluator.result else s for s in scores]
+            found = [{"question_id": i, "answer": a} for i, a in enumerate(answers)]
+            write_json(folder / evaluator.result, found)
+            if evaluator.names and category.name != "complex":
+                seen = [{"image": f"x/{file}", "question_id": i} for i, file in enumerate(files)]
+                write_json(folder / evaluator.names, seen)
+        write_geneval(out, plan, gamma)
+    return out, plan
+
+
+def write_json(file, value):
+    write(file, json.dumps(value))
+
+
+def write_geneval(out, plan, gamma, change=lambda entries: entries):
+    """As pandas writes it: slashes are escaped, the order is the folder's."""
+    category = plan.categories[-1]
+    entries = []
+    for i, metadata in enumerate(GENEVAL):
+        for unit in category.units(i, gamma):
+            entries.append({
+                "filename": f"/somewhere/else/{unit.path}", "tag": metadata["tag"],
+                "prompt": metadata["prompt"], "correct": i == 0 or unit.seed == 43, "reason": "",
+                "metadata": json.dumps(metadata), "details": "{}",
+            })  # fmt: skip
+    lines = [json.dumps(entry).replace("/", "\\/") for entry in change(entries[::-1])]
+    write(out / category.folder(gamma) / "results.jsonl", "\n".join(lines) + "\n")
+
+
+def test_results_are_read(judged, capsys):
+    out, _ = judged
+    compbench.main(["--read", "--out", str(out)])
+    table = capsys.readouterr().out
+    head = "| T2I-CompBench | color | spatial | 3d_spatial | numeracy | non_spatial | complex |"
+    assert head in table
+    assert "| gamma_1 | 0.3500 | 0.3500 |" in table
+    assert "| gamma_1.2 | 0.3700 (+0.0200 ± 0.0000) |" in table
+    assert "| paper: FLUX.1-dev | 0.7678 | 0.2066 |  |  | 0.3035 | 0.4359 |" in table
+    assert (
+        "| paper: SD3.5-Medium, TACA, r = 64 | 0.8074 | 0.2678 |  |  | 0.3106 | 0.4470 |" in table
+    )
+    assert "| GenEval | single_object | colors | overall |" in table
+    assert "| gamma_1 | 1.0000 | 0.5000 | 0.7500 |" in table
+
+
+def test_papers_figures():
+    best = (0.7843, 0.5362, 0.6872, 0.2405, 0.3041, 0.4494)
+    assert results.PAPER["FLUX.1-dev, TACA, r = 64"] == best
+    assert len(results.PAPER) == 6
+
+
+def test_interval_of_the_difference():
+    """Paired over pictures, over prompts: against the arithmetic written out."""
+    plain, taca = [0.0, 0.2, 0.4, 0.4, 0.1, 0.3], [0.1, 0.2, 0.8, 0.6, 0.0, 0.4]
+    scores = {"color": {"gamma_1": plain, "gamma_1.2": taca}}
+    plan = Plan({}, (1.0, 1.2), (Category("color", ("a", "b", "c"), (42, 43)),))
+    differences = [0.05, 0.3, 0.0]
+    half = 1.96 * np.std(differences, ddof=1) / 3**0.5
+    assert f"({np.mean(differences):+.4f} ± {half:.4f})" in results.table(scores, plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda e: e[:-1], "5 results for 6 pictures"),
+        (lambda e: [*e, e[0]], "7 results for 6 pictures"),
+        (lambda e: [*e[:-1], e[0]], "not of this run's pictures"),
+        (lambda e: [*e[:-1], {"question_id": 6, "answer": "0.5"}], "not of this run's pictures"),
+        (lambda e: [{**e[0], "answer": "nan"}, *e[1:]], "the score of 0 is nan"),
+        (lambda e: [{**e[0], "answer": "71.1"}, *e[1:]], "the score of 0 is 71.1"),
+        (lambda e: [{"question_id": 0}, *e[1:]], "not a vqa_result.json"),
+        (lambda e: {"0": 1}, "not a vqa_result.json"),
+        (lambda e: "x", "not a vqa_result.json"),
+    ],
+)
+def test_wrong_results_are_refused(judged, change, why):
+    out, _ = judged
+    file = out / "gamma_1.2/color/annotation_blip/vqa_result.json"
+    write_json(file, change(json.loads(file.read_text())))
+    with pytest.raises(SystemExit, match=why):
+        compbench.main(["--read", "--out", str(out)])
+
+
+def test_results_of_other_pictures_are_refused(judged):
+    """The evaluator's own list of what it saw."""
+    out, _ = judged
+    for file in ("color/annotation1_blip/vqa_test.json",
+                 "spatial/labels/annotation_obj_detection_2d/mapping.json"):  # fmt: skip
+        path = out / "gamma_1" / file
+        before = path.read_text()
+        write(path, before.replace("a cup_000000", "a cat_000000"))
+        with pytest.raises(SystemExit, match=r"not of this run's pictures.*a cat_000000"):
+            compbench.main(["--read", "--out", str(out)])
+        write(path, before)
+
+
+def changed_first(**changes):
+    return lambda entries: [{**entries[0], **changes}, *entries[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda e: e[:-1], "3 results for 4 pictures"),
+        (lambda e: [*e[:-1], e[0]], "not of this run's pictures"),
+        (changed_first(prompt="a cat"), "for another prompt"),
+        (changed_first(tag="counting"), "for another prompt"),
+        (changed_first(filename="x/00007/samples/0000.png"), "not of this run's pictures"),
+        (changed_first(correct=0.5), "neither correct nor not"),
+        (lambda e: [{"prompt": "x"}, *e[1:]], "not GenEval's results.jsonl"),
+    ],
+)
+def test_wrong_geneval_results_are_refused(judged, change, why):
+    out, plan = judged
+    write_geneval(out, plan, 1.2, change)
+    with pytest.raises(SystemExit, match=why):
+        compbench.main(["--read", "--out", str(out)])
+
+
+def test_results_that_are_not_there(judged, capsys):
+    out, plan = judged
+    gone = out / "gamma_1/complex/annotation_3_in_1/vqa_result.json"
+    gone.unlink()
+    compbench.main(["--read", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert f"Not there yet:\n{gone}" in printed
+    assert "| gamma_1 | 0.3500 | 0.3500 | 0.3500 | 0.3500 | 0.3500 |  |" in printed
+    for category in plan.categories:
+        for gamma in plan.gammas:
+            for file in (out / category.folder(gamma)).rglob("*result*.json*"):
+                file.unlink()
+    with pytest.raises(SystemExit, match=r"No evaluator has been run[\s\S]*BLIP_vqa"):
+        compbench.main(["--read", "--out", str(out)])
+
+
+def test_commands(judged):
+    """With the paths that the evaluators' own scripts take; 3-in-1 is right for 10 images only."""
+    out, plan = judged
+    lines = "\n".join(results.commands(out, plan))
+    complex_ = (out / "gamma_1/complex").resolve()
+    assert f"BLIP_vqa.py --out_dir={complex_})" in lines
+    assert f"2D_spatial_eval.py --outpath={complex_} --complex=True)" in lines
+    assert f"CLIP_similarity.py --outpath={complex_} --complex=True)" in lines
+    assert f"2D_spatial_eval.py --outpath={(out / 'gamma_1/spatial').resolve()})" in lines
+    assert "3_in_1.py is wrong but with 10 images" in lines
+    assert "not 2" in lines
+    other = Plan({}, (1.0,), (Category("complex", ("a",), tuple(range(10))),))
+    assert "is wrong" not in "\n".join(results.commands(out, other))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("--out x", "--prompts and the --workflow"),
+        ("--out x --prompts a --workflow b", "either --servers or --ray"),
+        ("--out x --prompts a --workflow b --servers u --ray", "either --servers or --ray"),
+        ("--out x --prompts a --workflow b --servers u --gammas 1 1.0", "twice"),
+        ("--out x --prompts a --workflow b --servers u --images 0", "at least 1"),
+    ],
+)
+def test_command_line(line, why, capsys):
+    with pytest.raises(SystemExit):
+        compbench.main(line.split())
+    assert why in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_run(tmp_path):
+    for what in ("--read", "--check"):
+        with pytest.raises(SystemExit, match="holds no run"):
+            compbench.main([what, "--out", str(tmp_path)])
+
+
+def test_png_is_read_to_its_end():
+    whole = png_of(demo.workflow())
+    assert store.size_of(whole) == [8, 8]
+    jpeg = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+    for wrong in (b"", whole[:-16], whole[:50], jpeg.getvalue()):
+        with pytest.raises(store.NotThePicture):
+            store.size_of(wrong)
