@@ -266,7 +266,7 @@ def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
     model = tiny.load(folder, "flux")
     options = pack["TACAOptions"].execute(False, "double 1").result[0]
     ours = pack["TACAPatchModel"].execute(model, 1.4, 0.0, None, options).result[0]
-    with pytest.raises(ValueError, match="'double 1' is not within .* double 0-0. .A cache"):
+    with pytest.raises(ValueError, match=r"'double 1' is not within .* double 0-0\. \(A cache"):
         sample(first_block(ours), "flux", steps=2)
     assert not installed_on(model)
 
