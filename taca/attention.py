@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -88,17 +88,19 @@ def temperature_adjusted_attention(
         )
     lengths = [span.length for span in tokens]
     is_image = [span.kind == "image" for span in tokens]
-    k_adjusted = scale_text(k, gamma, tokens, dim)
     queries = q.split(lengths, dim)
     masks = _split_queries(mask, lengths)
 
     outputs: list[Tensor] = [q] * len(tokens)
-    for image, keys in ((True, k_adjusted), (False, k)):
+    for image in (True, False):
         spans = [i for i in range(len(tokens)) if is_image[i] == image]
         if spans:
             rows = _join([queries[i] for i in spans], dim)
             mask_rows = mask if masks is None else _join([masks[i] for i in spans], -2)
-            output = attend(rows, keys, v, mask_rows)
+            if image:
+                output = _attend_to_scaled(attend, rows, k, v, mask_rows, gamma, tokens, dim)
+            else:
+                output = attend(rows, k, v, mask_rows)
             for i, piece in zip(
                 spans, output.split([lengths[i] for i in spans], out_dim), strict=True
             ):
@@ -107,21 +109,66 @@ def temperature_adjusted_attention(
 
 
 def scale_text(k: Tensor, gamma: Tensor, tokens: Tokens, dim: int) -> Tensor:
-    """K with its text keys multiplied by gamma, in one copy.
+    """A copy of K with its text keys multiplied by gamma."""
+    scaled = k.clone()
+    for keys, factor in _text_keys(scaled, gamma, tokens, dim):
+        keys.mul_(factor)
+    return scaled
+
+
+def _text_keys(k: Tensor, gamma: Tensor, tokens: Tokens,
+               dim: int) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Views of K's text keys, span by span, and what to multiply them by.
 
     1.2 is 1.203 in bfloat16: a float32 gamma that has axes makes torch multiply in float32, and
     the product alone is rounded to K's dtype.
     """
-    pieces = k.split([span.length for span in tokens], dim)
-    scaled, done = [], 0
-    for span, piece in zip(tokens, pieces, strict=True):
+    start = done = 0
+    for span in tokens:
         if span.kind == "text":
             factor = gamma[:, done : done + span.length] if gamma.ndim == 2 else gamma[:, None]
             done += span.length
             factor = factor.view(factor.shape[0], *(1,) * (dim - 1), factor.shape[1], 1)
-            piece = (piece * factor).to(k.dtype)
-        scaled.append(piece)
-    return torch.cat(scaled, dim)
+            yield k.narrow(dim, start, span.length), factor
+        start += span.length
+
+
+def _attend_to_scaled(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                      gamma: Tensor, tokens: Tokens, dim: int) -> Tensor:  # fmt: skip
+    """``attend`` to K with scaled text keys.
+
+    A copy of K costs more than all the rest of TACA. So the text keys are scaled where they lie
+    and put back afterwards, to the bit, where nothing else can see it.
+    """
+    if not _is_alone(k, q, v):
+        return attend(q, scale_text(k, gamma, tokens, dim), v, mask)
+    text = list(_text_keys(k, gamma, tokens, dim))
+    own = [keys.clone() for keys, _ in text]
+    try:
+        for keys, factor in text:
+            keys.mul_(factor)
+        return attend(q, k, v, mask)
+    finally:
+        for (keys, _), before in zip(text, own, strict=True):
+            keys.copy_(before)
+
+
+def _is_alone(k: Tensor, q: Tensor, v: Tensor) -> bool:
+    """Whether K can be changed during one attention without anything else seeing it.
+
+    Not in a graph that is being traced, for the copy is fused there; not where autograd may want
+    K, as of an inference tensor it cannot; not where K's memory is also q's or v's, or that of
+    two keys. On CPUs and CUDA, where this is known to be right.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and k.is_inference()
+        and type(k) is Tensor
+        and k.device.type in ("cpu", "cuda")
+        and 0 not in k.stride()
+        and all(k.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in (q, v))
+    )
 
 
 def _split_queries(mask: Tensor | None, lengths: list[int]) -> Sequence[Tensor] | None:

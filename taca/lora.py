@@ -285,7 +285,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def lora_forwards(loras: list[LoRA], model: nn.Module,
-                  inside: Tensor) -> Iterator[tuple[nn.Module, Wrap]]:  # fmt: skip
+                  inside: Tensor | None) -> Iterator[tuple[nn.Module, Wrap]]:  # fmt: skip
     """Each module that LoRAs change, and what its forward becomes.
 
     Parameters
@@ -294,22 +294,21 @@ def lora_forwards(loras: list[LoRA], model: nn.Module,
         All that are on the model.
     model : comfy.model_base.BaseModel
         The model that is running.
-    inside : Tensor
-        bool ``(B,)``: which rows of the batch are inside the window; ``(1,)`` for all alike.
+    inside : Tensor, optional
+        bool ``(B,)``: which rows of the batch are inside the window; by default all.
     """
     patches: dict[str, list[Patch]] = {}
     for lora in loras:
         for name, each in lora.by_module().items():
             patches.setdefault(name, []).extend(each)
-    rows = None if bool(inside.all()) else inside
     for name, each in patches.items():
         module = submodule(model, name)
         sums = [patch for patch in each if patch.is_sum]
         others = [patch for patch in each if not patch.is_sum]
         if others:
-            yield module, _adjusted(module, name, others, rows)
+            yield module, _adjusted(module, name, others, inside)
         if sums:
-            yield module, _summed(sums, rows)
+            yield module, _summed(sums, inside)
 
 
 def _summed(patches: list[Patch], rows: Tensor | None) -> Wrap:

@@ -149,6 +149,13 @@ def timestep(model_sampling: Any, sigma: Tensor) -> Tensor:
     return model_sampling.timestep(sigma)
 
 
+def timesteps(model_sampling: Any, sigma: Tensor) -> list[float]:
+    """``timestep`` of each row's sigma, as numbers: read once, and no operation on the device."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return [1000.0 * each for each in sigma.tolist()]
+    return timestep(model_sampling, sigma.cpu()).tolist()
+
+
 def resolve(schedule: Schedule, model_sampling: Any, sigmas: Tensor | None = None) -> Resolved:
     """A schedule's gamma(t) for a model's sampling and, of a run, its sigmas."""
     # Not what Training Window makes of it.
@@ -231,29 +238,33 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
                  *args: Any, **kwargs: Any) -> Any:  # fmt: skip
     """Around one call of the model: TACA and its LoRAs, if a row of the batch is inside."""
     base_model = executor.class_obj
-    t = timestep(base_model.model_sampling, t_model)
     resolved = run.schedule or resolve(settings.schedule, base_model.model_sampling)
     if comfy.model_management.in_training:
         return _adjust_training_call(
-            settings.options, resolved, run, t, executor, x, t_model, *args, **kwargs
+            settings.options, resolved, run, executor, x, t_model, *args, **kwargs
         )
-    inside = resolved.contains(t)
-    if not bool(inside.any()):
+    # The one time in a call that the host waits for the device. Outside the window nothing else
+    # is done; inside, what is installed is decided from these numbers.
+    t = timesteps(base_model.model_sampling, t_model)
+    inside = [resolved.contains(each) for each in t]
+    if not any(inside):
         return executor(x, t_model, *args, **kwargs)
     patcher = base_model.current_patcher  # of this device, in a run over several
     loras = loras_of(patcher) if patcher is not None else []
-    gamma = gamma_of_rows(settings.options, resolved, t, *args, **kwargs)
+    gamma = gamma_of_rows(settings.options, resolved, torch.tensor(t), *args, **kwargs)
     seen = first_seen(*args, **kwargs)
     forwards: list[tuple[nn.Module, Wrap]] = []
     if bool((gamma != 1).any()):
         # One factor for all rows, where they have the same: then no graph depends on the batch.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
+        gamma = gamma.to(t_model.device, non_blocking=True)
         blocks = located_blocks(base_model.diffusion_model, settings.options)
         forwards += [
             (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
             for block, locate in blocks.items()
         ]
-    forwards += lora_forwards(loras, base_model, inside)
+    some = None if all(inside) else torch.tensor(inside).to(t_model.device, non_blocking=True)
+    forwards += lora_forwards(loras, base_model, some)
     if not forwards:
         return executor(x, t_model, *args, **kwargs)
     with installed(forwards):
@@ -291,9 +302,9 @@ def located_blocks(diffusion_model: Any, options: Options) -> dict[nn.Module, Lo
     return family_of(diffusion_model).blocks(diffusion_model, options.blocks)
 
 
-def _adjust_training_call(options: Options, schedule: Resolved, run: Run, t: Tensor,
-                          executor: Any, x: Tensor, t_model: Tensor, c_concat: Any,
-                          c_crossattn: Any, control: Any, transformer_options: dict[str, Any],
+def _adjust_training_call(options: Options, schedule: Resolved, run: Run, executor: Any,
+                          x: Tensor, t_model: Tensor, c_concat: Any, c_crossattn: Any,
+                          control: Any, transformer_options: dict[str, Any],
                           **kwargs: Any) -> Any:  # fmt: skip
     """Around one call of a model in training, to blocks that ``training_window`` prepared.
 
@@ -307,6 +318,7 @@ def _adjust_training_call(options: Options, schedule: Resolved, run: Run, t: Ten
             "Training Window between TACA Patch Model and the trainer, or, to train without TACA, "
             "take TACA Patch Model out."
         )
+    t = timestep(executor.class_obj.model_sampling, t_model)
     if not bool(schedule.contains(t).all()):
         raise RuntimeError(
             "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "

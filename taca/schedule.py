@@ -69,8 +69,8 @@ class Resolved:
     end: float
     weight: Callable[[Tensor], Tensor]
 
-    def contains(self, t: Tensor) -> Tensor:
-        """Whether each t is inside the window: bool, of t's shape."""
+    def contains(self, t: Any) -> Any:
+        """Whether each t is inside the window: bool, of t's shape; t is a number or a Tensor."""
         inside = t >= self.end * (1 - ROUNDING)
         # A window that begins with pure noise holds what a sampler's extra noise lifts above it.
         return inside if self.begin >= 999 else inside & (t <= self.begin * (1 + ROUNDING))
