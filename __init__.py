@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .nodes import NODES
+from .uvit.nodes import NODES as UVIT_NODES
 
 WEB_DIRECTORY = "./web"  # the help pages
 
@@ -11,7 +12,7 @@ class TACAExtension(ComfyExtension):
     """What ComfyUI asks the pack for."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        return [*NODES, *UVIT_NODES]
 
 
 async def comfy_entrypoint() -> TACAExtension:

@@ -343,6 +343,13 @@ FAMILIES = (
         {"layers": one_stream((0, "x"), image_first=True)},
         attention="self_attention",
     ),
+    Family(
+        # [time | text | image], in the blocks that text joins.
+        "U-ViT with text by concatenation",
+        ("UViT",),
+        {"joint_blocks": with_lead(1, one_stream((0, "x")))},
+        text=(("l",),),
+    ),
 )
 
 CROSS_ATTENTION = (
@@ -378,6 +385,7 @@ REFUSED = {
         "it reads the prompt as a language model does, in a pass of its own, and keeps that from "
         "step to step; TACA needs text and image in one sequence.",
     ),
+    "UViT": ("U-ViT with text by cross-attention", CROSS_ATTENTION),
     "NaDiT": (
         "SeedVR2",
         "it restores what it is given and takes no prompt; it attends in windows that no patch "

@@ -14,7 +14,7 @@ LANGUAGES = ("en", "zh")
 HEADINGS = {"en": ("## Inputs", "## Outputs"), "zh": ("## 输入", "## 输出")}
 TRANSLATED = re.compile("[\u4e00-\u9fff]")
 # Alike in both languages: TACA itself, gamma, and the names of ComfyUI's own kinds.
-KEPT = {"TACA", "gamma", "CLIP", "VAE", "LoRA"}
+KEPT = {"TACA", "U-ViT", "gamma", "CLIP", "VAE", "LoRA"}
 
 pytestmark = pytest.mark.skipif(
     not hasattr(io, "Curve"), reason="the help tells of a window that this ComfyUI cannot draw"

@@ -152,7 +152,7 @@ def test_a_pass_without_text(case, folder, apply_taca, monkeypatch):
 
 def test_every_family_has_a_case():
     names = {case.transformer.partition(":")[2] for case in families.CASES}
-    elsewhere = {"Flux", "MMDiT"}  # test_model.py
+    elsewhere = {"Flux", "MMDiT", "UViT"}  # test_model.py, test_uvit.py
     missing = [f.name for f in FAMILIES if not set(f.models) & (names | elsewhere)]
     assert not missing
 
@@ -221,8 +221,8 @@ def test_every_model_of_core_is_known_or_refused_with_the_reason():
 @on_newest
 def test_every_refusal_is_of_a_class_that_core_has():
     names = {base.__name__ for cls in core_models() for base in cls.__mro__}
-    nunchaku = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel"}
-    assert set(TABLE.REFUSED) <= names | nunchaku
+    others = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel", "UViT"}  # nunchaku, the pack
+    assert set(TABLE.REFUSED) <= names | others
     assert names >= NOT_IMAGE
 
 

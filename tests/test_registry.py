@@ -151,7 +151,7 @@ def test_a_clean_module_passes():
 def test_archive_holds_what_runs_and_no_more(files, modules):
     assert {f for f in files if f.endswith(".py")} == modules
     assert {f.split("/")[0] for f in files} == {
-        "__init__.py", "nodes", "taca", "web", "locales", "workflows", "subgraphs",
+        "__init__.py", "nodes", "taca", "uvit", "web", "locales", "workflows", "subgraphs",
         "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "requirements.txt",
     }  # fmt: skip
     kinds = {Path(f).suffix for f in files - {"LICENSE"}}

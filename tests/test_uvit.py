@@ -1,10 +1,24 @@
 """U-ViT: the published forward, other fusions, files, and what ComfyUI does with it."""
 
+import dataclasses
 import importlib
+import itertools
+import math
+from pathlib import Path
 
+import comfy.model_base
+import comfy.model_management
+import comfy.sd
+import folder_paths
 import pytest
+import tiny
 import torch
 from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_training import train
+
+import nodes
 
 NETWORK = importlib.import_module("taca_pack.uvit.network")
 FILES = importlib.import_module("taca_pack.uvit.files")
@@ -150,3 +164,287 @@ def test_every_fusion(fusion, conditioning):
     assert (network(*given) - expected).abs().max() < 1e-5 * expected.abs().max()
     metadata = FILES.metadata_of(network.sizes, 0.5)
     assert FILES.read_sizes(network.state_dict(), metadata, "it") == (network.sizes, 0.5)
+
+
+MODEL = importlib.import_module("taca_pack.uvit.model")
+TRAINING = importlib.import_module("taca_pack.uvit.training")
+
+
+def write(path, seed=0, metadata=True, **changes):
+    """A tiny U-ViT's file; its path and sizes."""
+    network = seeded(UViT(Sizes(**TINY | changes)), seed)
+    said = FILES.metadata_of(network.sizes, 0.25) if metadata else {}
+    save_file(network.state_dict(), path, said)
+    return str(path), network.sizes
+
+
+def conditioning(sizes, seed=1):
+    return [[inputs(sizes, 1, seed)[2], {}]]
+
+
+def sample(model, sizes, steps=4, cfg=1.0, seed=3):
+    """A run through core's KSampler function."""
+    empty = {"samples": torch.zeros(1, sizes.channels, sizes.side, sizes.side)}
+    positive, negative = conditioning(sizes), conditioning(sizes, 2)
+    return nodes.common_ksampler(
+        model, seed, steps, cfg, "euler", "normal", positive, negative, empty
+    )[0]["samples"]  # fmt: skip
+
+
+def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3):
+    """The same run in float64, by the reference network and the published schedule."""
+    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)
+    sigmas = ((1 - kept) / kept) ** 0.5
+    times = torch.linspace(999, 0, steps, dtype=torch.float64).round().long().tolist()
+    levels = [*sigmas[times].tolist(), 0.0]
+    shape = (1, sizes.channels, sizes.side, sizes.side)
+    noise = torch.randn(shape, generator=torch.manual_seed(seed)).double()
+    x, context = noise * (1 + levels[0] ** 2) ** 0.5, conditioning(sizes)[0][0]
+    for t, (sigma, following) in zip(times, itertools.pairwise(levels), strict=True):
+        epsilon = reference(
+            state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, sizes.blocks,
+            sizes.width // 64, sizes.first, sizes.last, sizes.conditioning == "cross-attention",
+            gamma,
+        )  # fmt: skip
+        x = x + (following - sigma) * epsilon
+    return x / scale
+
+
+@pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
+def test_core_samples_the_published_process(tmp_path, pack, conditioning_by, monkeypatch):
+    """Loader, schedule, timesteps, latent scale and attention, through core's sampler."""
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: path)
+    model = pack["LoadUViT"].execute("it.safetensors").result[0]
+    assert model.model.diffusion_model.sizes == sizes
+    expected = reference_run(sizes, load_file(path))
+    ours = sample(model, sizes)
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert torch.isfinite(sample(model, sizes, steps=2, cfg=2.0)).all()
+
+
+def test_taca_equals_dense(tmp_path, apply_taca):
+    """In the blocks that share text and image, and in no other."""
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    model, state = MODEL.load_uvit(path), load_file(path)
+    plain, expected = (reference_run(sizes, state, gamma=g) for g in (1.0, 1.5))
+    ours = sample(apply_taca(model, 1.5, 0.0), sizes)
+    assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
+    assert torch.equal(sample(apply_taca(model, 1.0, 0.0), sizes), sample(model, sizes))
+
+
+def test_taca_refuses_cross_attention(tmp_path, apply_taca):
+    path, _ = write(tmp_path / "it.safetensors", first=1, last=3, conditioning="cross-attention")
+    with pytest.raises(ValueError, match="U-ViT with text by cross-attention"):
+        apply_taca(MODEL.load_uvit(path))
+
+
+def as_pth(path, state):
+    """A bare state dict, as the published ones are."""
+    torch.save(state, path)
+    return str(path)
+
+
+def test_the_published_file(tmp_path):
+    """``.pth``, without metadata: text of 77 tokens, its own latent scale; fp16 too."""
+    network = seeded(UViT(Sizes(blocks=3, width=64)))
+    half = {key: value.half() for key, value in network.state_dict().items()}
+    for state in (network.state_dict(), half):
+        model = MODEL.load_uvit(as_pth(tmp_path / "mscoco.pth", state))
+        assert model.model.diffusion_model.sizes == network.sizes
+        assert model.model.latent_format.scale_factor == 0.23010
+        assert model.model.model_type == comfy.model_base.ModelType.EPS
+        assert torch.isfinite(sample(model, network.sizes, steps=1)).all()
+
+
+def without(state, part):
+    return {key: value for key, value in state.items() if part not in key}
+
+
+BROKEN = {
+    "not a U-ViT": lambda s: {"weight": torch.zeros(2)},
+    "lacks mid_block.attn.qkv.weight": lambda s: without(s, "mid_block.attn.qkv.weight"),
+    "lacks out_blocks.0": lambda s: without(s, "out_blocks.0"),
+    "odd number": lambda s: without(s, "out_blocks.1"),
+    "lacks pos_embed": lambda s: without(s, "pos_embed"),
+    "positions": lambda s: s | {"pos_embed": s["pos_embed"][:, 1:]},
+    "in another shape": lambda s: s | {"norm.weight": torch.ones(3)},
+    "beside a U-ViT's": lambda s: s | {"label_emb.weight": torch.ones(3)},
+    "cannot join": lambda s: s | {"fused_blocks": torch.tensor([3, 9])},
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_a_wrong_file_is_told(tmp_path, problem):
+    path, _ = write(tmp_path / "wrong.safetensors", first=1, last=3)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(BROKEN[problem](load_file(path)), path, metadata)
+    with pytest.raises(ValueError, match=r"wrong\.safetensors") as told:
+        MODEL.load_uvit(path)
+    assert problem.partition(" ")[2] in str(told.value)
+
+
+def test_an_unreadable_file_is_told(tmp_path):
+    path, _ = write(tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:999])
+    (tmp_path / "cut.pth").write_bytes(b"no archive")
+    torch.save({"pos_embed": "text"}, tmp_path / "text.pth")
+    torch.save({"pos_embed": Path("x")}, tmp_path / "code.pth")  # weights_only refuses it
+    save_file({"a": torch.zeros(1)}, tmp_path / "said.safetensors")
+    for name in ("cut.safetensors", "cut.pth", "text.pth", "code.pth", "said.safetensors"):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            MODEL.load_uvit(str(tmp_path / name))
+    write(tmp_path / "other.safetensors", metadata=False)  # 7 text tokens, as nothing says
+    with pytest.raises(ValueError, match="Save U-ViT"):
+        MODEL.load_uvit(str(tmp_path / "other.safetensors"))
+    assert path
+
+
+def test_the_wrong_latents_and_prompts_are_told(tmp_path):
+    path, sizes = write(tmp_path / "it.safetensors")
+    model = MODEL.load_uvit(path)
+    with pytest.raises(ValueError, match="64 x 64 pixels"):
+        sample(model, dataclasses.replace(sizes, side=16))
+    with pytest.raises(ValueError, match="7 tokens of 48"):
+        sample(model, dataclasses.replace(sizes, text_tokens=14))
+
+
+def test_core_loads_it_again(tmp_path):
+    """What core's trainer and its nodes for several GPUs ask for."""
+    path, sizes = write(tmp_path / "it.safetensors", first=2, last=2)
+    model = MODEL.load_uvit(path)
+    make, given = model.cached_patcher_init
+    again = make(*given)
+    assert torch.equal(sample(again, sizes), sample(model, sizes))
+    assert not make(*given, disable_dynamic=True).is_dynamic()
+
+
+def save(pack, model, monkeypatch, folder):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(folder))
+    pack["SaveUViT"].execute(model, "uvit")
+    return str(next(folder.glob("uvit_*.safetensors")))
+
+
+@pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
+def test_what_is_saved_is_what_is_loaded(tmp_path, pack, monkeypatch, conditioning_by):
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    model = MODEL.load_uvit(path)
+    saved = save(pack, model, monkeypatch, tmp_path)
+    assert torch.equal(sample(MODEL.load_uvit(saved), sizes), sample(model, sizes))
+    assert MODEL.load_uvit(saved).model.latent_format.scale_factor == 0.25
+    with pytest.raises(ValueError, match="takes a U-ViT"):
+        save(pack, tiny.load(tmp_path, "sd3"), monkeypatch, tmp_path)
+
+
+def test_core_trains_and_merges_a_lora(tmp_path, pack, monkeypatch):
+    """Core's trainer on a U-ViT; and a file has in it what its LoRAs made of the weights."""
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    model = MODEL.load_uvit(path)
+    latents = [{"samples": inputs(sizes, 1, seed)[0]} for seed in (1, 2)]
+    positive = [conditioning(sizes, seed) for seed in (1, 2)]
+    lora, losses = train(model, None, optimizer="AdamW", rate=1e-2, data=(latents, positive))
+    assert all(map(math.isfinite, losses))
+    tuned, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
+    expected = sample(tuned, sizes)
+    assert not torch.allclose(expected, sample(model, sizes))
+    saved = save(pack, tuned, monkeypatch, tmp_path)
+    ours = sample(MODEL.load_uvit(saved), sizes)
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+RECIPE = {"batch_size": 4, "learning_rate": 1e-3, "warm_up": 3, "ema": 0.9, "bf16": False}
+
+
+def training(folder, sizes=None, pictures=6, name="it", **changes):
+    sizes = sizes or Sizes(**TINY, first=1, last=3)
+    x, _, context = inputs(sizes, 3)
+    data = TRAINING.Data(
+        x.repeat(pictures // 3, 1, 1, 1), context.repeat(pictures // 3, 1, 1), context[:1] * 0, 0.5
+    )
+    recipe = TRAINING.Recipe(**RECIPE | changes)
+    return TRAINING.Training(sizes, recipe, data, folder / f"{name}.safetensors")
+
+
+@pytest.fixture
+def grad():
+    with torch.enable_grad():
+        yield
+
+
+def test_a_stopped_training_goes_on_to_the_bit(tmp_path, grad):
+    """Stopped by an interrupt between two checkpoints, and by the end."""
+    whole = training(tmp_path, name="whole")
+    whole.run(9, 100, lambda running: None)
+
+    def interrupt(running):
+        if running.step == 4:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        training(tmp_path).run(9, 100, interrupt)
+    training(tmp_path).run(6, 100, lambda running: None)
+    resumed = training(tmp_path)
+    assert resumed.step == 6
+    resumed.run(9, 100, lambda running: None)
+    files = [load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "it")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert len(resumed.losses) == 9
+    loaded = MODEL.load_uvit(str(tmp_path / "it.safetensors")).model.diffusion_model
+    assert torch.equal(loaded.pos_embed, resumed.average["pos_embed"])
+
+
+def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
+    training(tmp_path).run(1, 1, lambda running: None)
+    for changes, told in (
+        ({"seed": 1}, "seed 0 there and 1 here"),
+        ({"sizes": Sizes(**TINY)}, "another network"),
+        ({"sizes": Sizes(**TINY | {"width": 64}, first=1, last=3)}, "another network"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            training(tmp_path, **changes)
+    write(tmp_path / "it.safetensors")
+    with pytest.raises(ValueError, match=r"it\.safetensors is not a checkpoint"):
+        training(tmp_path)
+
+
+def test_a_training_that_diverges_is_told(tmp_path, grad):
+    running = training(tmp_path, learning_rate=1e30, warm_up=0)
+    with pytest.raises(RuntimeError, match="lower the learning rate"):
+        running.run(50, 1, lambda running: None)
+    state = load_file(tmp_path / "it.safetensors")
+    assert all(w.isfinite().all() for w in state.values() if w.is_floating_point())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_gradient_is_that_of_the_published_loss(tmp_path, grad, bf16):
+    """The first step's loss and update, from the reference network in float64."""
+    running = training(tmp_path, bf16=bf16, p_uncond=0.5, warm_up=0, learning_rate=1e-4)
+    before = {k: w.detach().clone() for k, w in running.network.state_dict().items()}
+    drawn = torch.Generator().manual_seed(1)
+    chosen = torch.randint(6, (4,), generator=drawn)
+    t = torch.randint(1, 1001, (4,), generator=drawn)
+    empty = torch.rand(4, generator=drawn) < 0.5
+    noise = torch.randn(4, 4, 8, 8, generator=drawn)
+    assert empty.any()
+    assert not empty.all()
+    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)[t - 1][:, None, None, None]
+    noisy = kept**0.5 * running.data.latents[chosen] + (1 - kept) ** 0.5 * noise
+    context = running.data.context[chosen] * ~empty[:, None, None]
+    leaves = {k: w.double().requires_grad_(w.is_floating_point()) for k, w in before.items()
+              if w.is_floating_point()}  # fmt: skip
+    loss = (reference(leaves, noisy, t, context, 5, 2, 1, 3) - noise).square().mean()
+    loss.backward()
+    running.run(1, 1, lambda running: None)
+    assert running.losses[0] == pytest.approx(loss.item(), rel=1e-2 if bf16 else 1e-5)
+    if not bf16:  # AdamW's first step is the gradient's sign
+        after = running.network.state_dict()
+        for key, leaf in leaves.items():
+            moved = after[key] - before[key] * (1 - 1e-4 * 0.03)
+            clear = leaf.grad.abs() > 1e-5
+            assert torch.allclose(
+                moved[clear], -1e-4 * leaf.grad[clear].sign().float(), atol=1e-5
+            ), key  # fmt: skip

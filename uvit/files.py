@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from .network import PUBLISHED_TEXT_TOKENS, Sizes
 
 METADATA_KEY = "uvit"
+TRAINING = "training."
+"""Begins the keys of what a checkpoint has beside the averaged weights, to go on training."""
 PUBLISHED_LATENT_SCALE = 0.23010
 """Latents of Stable Diffusion's VAE times this are what the published U-ViT knows. (The scale of
 Stable Diffusion 1 is another, 0.18215.)"""
@@ -84,7 +87,7 @@ def read_sizes(
             f"{text_tokens} text tokens and a square image. The metadata that Save U-ViT writes "
             f"would say how long its text is: save it with that node."
         )
-    blocks = 1 + len(_numbers(state, "in_blocks")) + len(_numbers(state, "out_blocks"))
+    blocks = 1 + _count(state, "in_blocks") + _count(state, "out_blocks")
     with_cross = [i for i in range(blocks) if f"{_block(i, blocks)}.cross.q.weight" in state]
     if with_cross:
         fused = with_cross[0], with_cross[-1]
@@ -129,8 +132,10 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], n
             )
 
 
-def _numbers(state: Mapping[str, Tensor], part: str) -> set[str]:
-    return {key.split(".")[1] for key in state if key.startswith(f"{part}.")}
+def _count(state: Mapping[str, Tensor], part: str) -> int:
+    """How many blocks a part has, by their numbers."""
+    numbers = [re.match(rf"{part}\.(\d+)\.", key) for key in state]
+    return 1 + max((int(found[1]) for found in numbers if found), default=-1)
 
 
 def _block(i: int, blocks: int) -> str:

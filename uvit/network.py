@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,14 +172,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        text: Tensor,
         skip: Tensor | None = None,
-        text: Tensor | None = None,
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        if self.skip_linear is not None:
+        if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat((x, skip), -1))
         x = x + self.attn(self.norm1(x), transformer_options)
-        if self.cross is not None:
+        if self.cross is not None and self.norm_cross is not None:
             x = x + self.cross(self.norm_cross(x), text, transformer_options)
         return x + self.mlp(self.norm2(x))
 
@@ -248,7 +248,7 @@ class UViT(nn.Module):
     @property
     def blocks(self) -> list[Block]:
         """All blocks, from the first to the last."""
-        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+        return cast(list[Block], [*self.in_blocks, self.mid_block, *self.out_blocks])
 
     @property
     def joint_blocks(self) -> list[Block] | None:
@@ -271,7 +271,7 @@ class UViT(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 bound = module.weight[0].numel() ** -0.5
                 nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+                nn.init.uniform_(cast(Tensor, module.bias), -bound, bound, generator=generator)
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         return self
 
@@ -314,12 +314,13 @@ class UViT(nn.Module):
         concatenates = sizes.conditioning == "concatenation"
         half = len(self.in_blocks)
 
-        tokens, skips = torch.cat((time, image), 1), []
+        tokens = torch.cat((time, image), 1)
+        skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if concatenates and i == sizes.first:
                 tokens = join_text(tokens, text)
             skip = match_text(skips.pop(), tokens, sizes) if i > half else None
-            tokens = block(tokens, skip, text, transformer_options=transformer_options)
+            tokens = block(tokens, text, skip, transformer_options=transformer_options)
             if i < half:
                 skips.append(tokens)
             if concatenates and i == sizes.last:
@@ -380,4 +381,4 @@ def noise_levels(device: Any = None) -> tuple[Tensor, Tensor]:
     start, end = PUBLISHED_SCHEDULE
     betas = torch.linspace(start**0.5, end**0.5, TIMESTEPS, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
-    return tuple(x.sqrt().float().to(device) for x in (kept, 1 - kept))
+    return kept.sqrt().float().to(device), (1 - kept).sqrt().float().to(device)
