@@ -22,6 +22,19 @@ networks differ, not that two others of another seed would.
 
 A run that was stopped goes on where it last saved. ``seconds`` in the log are the process's own CPU
 time, which a busy machine falsifies least.
+
+``cost``: FLOPs and throughput at the published sizes
+-----------------------------------------------------
+U-ViT-S/2 (13 blocks) and U-ViT-S/2-Deep (17), width 512, 1 + 77 + 256 tokens. Early fusion against
+text in the central 1, 3 and 5 blocks, by concatenation and by cross-attention; and beside them
+early fusion in the published code's way, re-implemented: q, k and v cast to float32 for the
+attention (under autocast), AdamW that is not fused, nothing compiled. (Its time token is ours too,
+since the weights are the same.) FLOPs are counted by torch with attention as plain matrix products,
+forward for inference, forward and backward for training. A training step is forward, backward and
+AdamW. Every round runs each method once in a new order, ratios are taken within a round, and
+reported are their median and 10-90 % range. On a CPU one thread and the process's own CPU time, on
+a GPU time. Two kinds of ratio: fusion at equal implementation, and implementation at equal fusion;
+"both" is measured, not multiplied.
 """
 
 from __future__ import annotations
@@ -32,13 +45,17 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from attention import machine, seconds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -48,7 +65,14 @@ import world  # noqa: E402
 from codec import SCALE, Codec  # noqa: E402
 
 from uvit.files import metadata_of, read_sizes  # noqa: E402
-from uvit.network import TIMESTEPS, Sizes, UViT, central, noise_levels  # noqa: E402
+from uvit.network import (  # noqa: E402
+    TIMESTEPS,
+    Sizes,
+    UViT,
+    central,
+    noise_levels,
+    plain_attention,
+)
 
 BLOCKS, WIDTH = 7, 128
 CODEC = ROOT / "demo" / "taca_demo_codec.safetensors"
@@ -240,6 +264,171 @@ def paired(difference: np.ndarray, draws: int = 10_000) -> dict[str, list[float]
     return dict(zip(world.CRITERIA, rows.round(2).tolist(), strict=True))
 
 
+PUBLISHED = {"small": 13, "deep": 17}
+CENTRAL = (1, 3, 5)
+
+
+def published_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+    """As the published code: in float32, whatever autocast says."""
+    q, k, v = (x.float() for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        return plain_attention(q, k, v, heads)
+
+
+def network_sizes(blocks: int, shared: int, conditioning: str) -> Sizes:
+    """The published sizes, where ``shared`` central blocks see the text."""
+    first, last = central(blocks, shared)
+    return Sizes(blocks, first=first, last=last, conditioning=conditioning)
+
+
+def network_of(sizes: Sizes, published: bool) -> UViT:
+    """A new network."""
+    attention = published_attention if published else plain_attention
+    return UViT(sizes, attention).initialise(torch.Generator().manual_seed(0))
+
+
+def inputs_of(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeded latents, timesteps and prompts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, sizes.channels, sizes.side, sizes.side, generator=generator)
+    t = torch.randint(1, TIMESTEPS + 1, (batch,), generator=generator)
+    context = torch.randn(batch, sizes.text_tokens, sizes.text_width, generator=generator)
+    return x.to(device), t.to(device), context.to(device)
+
+
+def flops_of(sizes: Sizes, backward: bool) -> int:
+    """Of one picture, attention counted as matrix products. Nothing is computed."""
+    network = UViT(sizes, device="meta")
+    given = inputs_of(sizes, 1, torch.device("meta"))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = network(*given).square().mean()
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def work_of(network: UViT, what: str, batch: int, published: bool, compiled: bool,
+            device: torch.device) -> Callable[[], None]:  # fmt: skip
+    """One training step, or one call, of a network."""
+    network = network.to(device)
+    x, t, context = inputs_of(network.sizes, batch, device)
+    call = torch.compile(network, dynamic=False) if compiled and not published else network
+    reduced = torch.autocast(device.type, torch.bfloat16)
+
+    def inference() -> None:
+        with torch.no_grad(), reduced:
+            call(x, t, context)
+
+    if what == "inference":
+        return inference
+    optimiser = torch.optim.AdamW(
+        network.parameters(), 2e-4, betas=(0.9, 0.9), weight_decay=0.03,
+        **({} if published else {"fused": True}),
+    )  # fmt: skip
+
+    def training() -> None:
+        with reduced:
+            predicted = call(x, t, context)
+        (predicted.float() - x).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return training
+
+
+def seconds_of(function: Callable[[], None], device: torch.device) -> float:
+    """How long a call takes; on a CPU its own CPU time."""
+    if device.type == "cuda":
+        return seconds(function, device)
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def spread(values: list[float]) -> list[float]:
+    """Median, 10 % and 90 % quantile."""
+    return np.quantile(values, (0.5, 0.1, 0.9)).round(3).tolist()
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    """FLOPs and throughput; see the module's head."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    report: dict[str, Any] = {
+        "machine": machine(device), "device": device.type, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "rounds": arguments.rounds, "note": arguments.note,
+        "compiled": arguments.compile, "flops": {}, "throughput": {},
+    }  # fmt: skip
+    for name, conditioning in itertools.product(arguments.networks, arguments.conditionings):
+        blocks = PUBLISHED[name]
+        rows = {}
+        for shared in (blocks, *CENTRAL[::-1]):
+            sizes = network_sizes(blocks, shared, conditioning)
+            rows[shared] = [flops_of(sizes, backward) / 1e9 for backward in (False, True)]
+        report["flops"][f"{name}, {conditioning}"] = {
+            "early" if k == blocks else f"central {k}": {
+                "inference_gflops": round(forward, 2), "training_gflops": round(both, 2),
+                "saved_percent": round(100 * (1 - both / rows[blocks][1]), 1),
+            }
+            for k, (forward, both) in rows.items()
+        }  # fmt: skip
+        print(name, conditioning, json.dumps(report["flops"][f"{name}, {conditioning}"], indent=1))
+    if arguments.rounds:
+        for setting in itertools.product(
+            arguments.networks, arguments.conditionings, arguments.batches, arguments.what
+        ):
+            label = "{}, {}, batch {}, {}".format(*setting)
+            report["throughput"][label] = throughput(*setting, arguments, device)
+            print(label, json.dumps(report["throughput"][label], indent=1), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def throughput(name: str, conditioning: str, batch: int, what: str, arguments: argparse.Namespace,
+               device: torch.device) -> dict[str, Any]:  # fmt: skip
+    """Pictures a second of every method, and ratios within rounds."""
+    blocks = PUBLISHED[name]
+    methods = {"early": (blocks, False)}
+    methods |= {f"central {k}": (k, False) for k in CENTRAL}
+    if conditioning == "concatenation":
+        methods["early, published way"] = (blocks, True)
+    works = {
+        method: work_of(
+            network_of(network_sizes(blocks, shared, conditioning), published),
+            what,
+            batch,
+            published,
+            arguments.compile,
+            device,
+        )
+        for method, (shared, published) in methods.items()
+    }
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {method: [] for method in works}
+    order = np.random.default_rng(0)
+    for _ in range(arguments.rounds):
+        for i in order.permutation(len(works)):
+            method = list(works)[i]
+            times[method].append(seconds_of(works[method], device))
+
+    def ratio(slow: str, fast: str) -> list[float]:
+        return spread([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+    result: dict[str, Any] = {
+        "pictures_per_second": {m: round(batch / float(np.median(v)), 3) for m, v in times.items()},
+        "fusion_at_equal_implementation": {
+            f"central {k}": ratio("early", f"central {k}") for k in CENTRAL
+        },
+    }
+    if "early, published way" in times:
+        published = "early, published way"
+        result["implementation_at_equal_fusion"] = ratio(published, "early")
+        result["both"] = {f"central {k}": ratio(published, f"central {k}") for k in CENTRAL}
+    return result
+
+
 STEPS = 3000
 
 
@@ -270,6 +459,18 @@ def main() -> None:
     part.add_argument("--ddim-steps", type=int, default=50)
     part.add_argument("--cfg", type=float, default=3.0)
     part.add_argument("--threads", type=int, default=1)
+    part.add_argument("--out", type=Path)
+
+    part = parts.add_parser("cost", help="FLOPs and throughput at the published sizes")
+    part.set_defaults(run=cost)
+    part.add_argument("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
+    kinds = ["concatenation", "cross-attention"]
+    part.add_argument("--conditionings", nargs="+", choices=kinds, default=kinds)
+    part.add_argument("--batches", type=int, nargs="+", default=[1])
+    part.add_argument("--what", nargs="+", default=["training", "inference"])
+    part.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
+    part.add_argument("--compile", action="store_true", help="ours by torch.compile")
+    part.add_argument("--note", default="", help="about the machine, for the record")
     part.add_argument("--out", type=Path)
 
     arguments = parser.parse_args()
