@@ -1,6 +1,6 @@
 """A stand-in for a ComfyUI server: its HTTP protocol, and a small picture for each graph.
 
-For what takes thousands of pictures or a server that misbehaves. As a script: ``PORT``.
+For what takes thousands of pictures, or a server that misbehaves. As a script: ``PORT ...``.
 """
 
 import hashlib

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from comfy_stand_in import StandIn, asked_for, colour_of, png_of
 from PIL import Image
@@ -23,7 +25,7 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "demo")]
 import compbench.__main__ as compbench
 from compbench import cluster, demo, results, run, store
 from compbench.plan import Category, Plan, Problem, read_category
-from compbench.server import Server
+from compbench.server import Lost
 from compbench.workflow import read_workflow
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -68,6 +70,19 @@ def arguments(prompts, workflow, out, *servers, **more):
     for name, value in more.items():
         line += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     return [str(word) for word in line]
+
+
+def wait_until(true, limit=20):
+    deadline = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def running(*words):
+    """Processes with all of these in their command lines."""
+    processes = psutil.process_iter(["cmdline"])
+    return [p for p in processes if all(w in " ".join(p.info["cmdline"] or ()) for w in words)]
 
 
 def files_under(folder):
@@ -595,7 +610,7 @@ def test_two_servers_one_killed(tmp_path, capsys):
                 time.sleep(0.05)
             victim.kill()
 
-        thread = threading.Thread(target=kill)
+        thread = threading.Thread(target=kill, daemon=True)
         thread.start()
         compbench.main(line)
         thread.join()
@@ -633,33 +648,48 @@ def test_on_ray(tmp_path):
                 time.sleep(0.05)
             os.kill(made[0]._ray.get(made[0].actor.process.remote()), signal.SIGKILL)
 
-        thread = threading.Thread(target=kill)
+        thread = threading.Thread(target=kill, daemon=True)
         thread.start()
         compbench.main(line)
         thread.join()
     assert {line["server"] for line in lines_of(out)} == {"worker 0", "worker 1"}
+    wait_until(lambda: not running("--output-directory", "compbench-"))  # theirs ended with them
     assert_drawn_by_the_demo(out, 40)
 
 
 # --- a worker, without Ray ------------------------------------------------------------------------
 
-STAND_IN = f"{sys.executable} {Path(__file__).with_name('comfy_stand_in.py')} {{port}}"
+STAND_IN = f"{sys.executable} {Path(__file__).with_name('comfy_stand_in.py')} {{port}} {{folder}}"
 
 
-def test_a_worker_starts_its_server(tmp_path):
-    worker = cluster.Worker(STAND_IN, 60)
-    try:
-        graph = demo.workflow()
+@posix
+def test_a_worker_starts_its_server():
+    """Again when it has ended; and it goes with the worker, and with it what it has started."""
+    through_a_shell = shlex.join(["sh", "-c", f"{STAND_IN}; true"])
+    worker = cluster.Worker(through_a_shell, 60)
+    graph = changed(save={"filename_prefix": "compbench/ab/abc"})
+    copy = write(Path(worker._folder.name, "compbench/ab/abc_00001_.png"), "")
+    with pytest.raises(Lost):
+        worker.draw(graph, "save")
+    for _ in range(2):
+        worker.check()
         assert store.size_of(worker.draw(graph, "save")) == [8, 8]
-    finally:
-        worker._comfyui.stdin.close()  # what happens when the worker is killed
-        worker._comfyui.wait(10)
-    assert not Server(worker._server.name).is_ready()
+        assert not copy.exists()
+        [shell] = [p for p in running(worker._folder.name) if p.info["cmdline"][0] == "sh"]
+        os.killpg(shell.pid, signal.SIGKILL)
+        wait_until(lambda: not worker._runs())
+    worker.check()
+    url = worker._server.name
+    assert demo.answers(url)
+    worker._guard.stdin.close()  # what happens when the worker is killed
+    wait_until(lambda: not demo.answers(url))
 
 
+@posix
 def test_a_server_that_does_not_start():
-    with pytest.raises(RuntimeError, match=r"ComfyUI did not start[\s\S]*SyntaxError"):
-        cluster.Worker(f"{sys.executable} -c 1+", 60)
+    worker = cluster.Worker(f"{sys.executable} -c 1+", 60)
+    with pytest.raises(Lost, match=r"ComfyUI did not start[\s\S]*SyntaxError"):
+        worker.check()
 
 
 def test_ray_is_optional(tmp_path, color, workflow, monkeypatch):

@@ -13,14 +13,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .plan import Problem
-from .server import Lost, Server
+from .server import Lost, Refused, Server
 
 HERE = Path(__file__).resolve().parent
 START = (
@@ -29,49 +30,68 @@ START = (
 )
 """The ComfyUI in COMFYUI_PATH with this pack; ``{port}`` and ``{folder}`` are filled in."""
 _START_LIMIT = 600  # seconds
+_LOOK = 5
 
 
 class Worker:
-    """The actor: one ComfyUI, beside which it lives and with which it dies."""
+    """The actor: it keeps a ComfyUI running, which ends with it."""
 
     def __init__(self, start: str, patience: float) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._folder = tempfile.TemporaryDirectory(prefix="compbench-")
-        log = Path(self._folder.name, "comfyui.log")
-        command = [part.format(port=port, folder=self._folder.name) for part in shlex.split(start)]
-        with log.open("wb") as output:
-            self._comfyui = subprocess.Popen(
-                [sys.executable, str(HERE / "guard.py"), *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self._log = Path(self._folder.name, "comfyui.log")
+        self._command = [
+            part.format(port=port, folder=self._folder.name) for part in shlex.split(start)
+        ]
         self._server = Server(f"http://127.0.0.1:{port}", patience)
-        deadline = time.monotonic() + _START_LIMIT
-        while not self._server.is_ready():
-            if self._comfyui.poll() is not None or time.monotonic() > deadline:
-                end = log.read_text("utf-8", "replace")[-2000:]
-                raise RuntimeError(f"ComfyUI did not start ({shlex.join(command)}):\n{end}")
-            time.sleep(0.2)
-
-    def is_ready(self) -> bool:
-        """True; it is asked of a worker that has started."""
-        return True
+        self._guard: subprocess.Popen | None = None
+        self._starting = threading.Lock()
 
     def process(self) -> int:
         """The worker's process id."""
         return os.getpid()
 
+    def check(self) -> None:
+        """As `server.Server.check`; a ComfyUI that is not there is started."""
+        with self._starting:
+            if not self._runs():
+                self._start()
+
     def draw(self, graph: dict[str, Any], output: str) -> bytes:
-        """As `server.Server.draw`; without its ComfyUI the worker ends, and Ray starts another."""
+        """As `server.Server.draw`."""
         try:
             return self._server.draw(graph, output)
-        except Lost:
-            if self._comfyui.poll() is not None:
-                os._exit(1)
-            raise
+        finally:  # the caller has the picture; thousands of copies would fill the disk
+            if prefix := graph[output]["inputs"].get("filename_prefix"):
+                for copy in Path(self._folder.name).glob(f"{prefix}_*"):
+                    copy.unlink()
+
+    def _runs(self) -> bool:
+        """Whether ComfyUI's process, and with it its guard, is there."""
+        if self._guard is None:
+            return False
+        try:
+            os.write(self._guard.stdin.fileno(), b".")
+        except BrokenPipeError:
+            return False
+        return True
+
+    def _start(self) -> None:
+        with self._log.open("wb") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, str(HERE / "guard.py"), *self._command],
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        deadline = time.monotonic() + _START_LIMIT
+        while True:
+            with suppress(Lost, Refused):
+                return self._server.check()
+            if not self._runs() or time.monotonic() > deadline:
+                end = self._log.read_text("utf-8", "replace")[-2000:]
+                raise Lost(f"ComfyUI did not start: {shlex.join(self._command)}\n{end}")
+            time.sleep(0.2)
 
 
 class Painter:
@@ -91,14 +111,11 @@ class Painter:
         except (errors.RayError, TimeoutError) as error:
             raise Lost(type(error).__name__) from error
 
+    def check(self) -> None:
+        self._ask(self.actor.check.remote(), timeout=_LOOK)
+
     def draw(self, graph: dict[str, Any], output: str) -> bytes:
         return self._ask(self.actor.draw.remote(graph, output))
-
-    def is_ready(self) -> bool:
-        try:
-            return self._ask(self.actor.is_ready.remote(), timeout=30)
-        except Lost:
-            return False
 
     def close(self) -> None:
         """Nothing: the workers end with the run."""
@@ -124,8 +141,10 @@ def workers(
     Raises
     ------
     Problem
-        If Ray is not installed, or the cluster has no GPU.
+        If Ray is not there, or the cluster has no GPU.
     """
+    if os.name == "nt":
+        raise Problem("Workers on Ray need Linux or macOS: use --servers.")
     try:
         import ray
     except ImportError:

@@ -1,4 +1,4 @@
-"""compbench on the demo's model: two servers, one of them killed on the way, every picture checked.
+"""compbench on the demo's model: one of two servers killed on the way, every picture checked.
 
 ``python dev.py run benchmarks/compbench/demo.py`` draws held-out captions of the demo's world,
 kills a server after a third of the pictures and the command itself after two thirds, starts the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +32,7 @@ import comfy_server  # noqa: E402
 import world  # noqa: E402
 
 from compbench import store  # noqa: E402
-from compbench.server import Server  # noqa: E402
+from compbench.server import Lost, Refused, Server  # noqa: E402
 
 CRITERIA = ("colour", "shape", "relation", "everything")
 
@@ -61,6 +61,15 @@ def workflow(steps: int = 20) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def answers(url: str) -> bool:
+    """Whether a ComfyUI is there."""
+    try:
+        Server(url).check()
+    except (Lost, Refused):
+        return False
+    return True
+
+
 @contextmanager
 def comfyuis(folder: Path, number: int) -> Iterator[list[tuple[str, subprocess.Popen]]]:
     """Servers' addresses and processes, once they answer; a process may be killed."""
@@ -83,7 +92,7 @@ def comfyuis(folder: Path, number: int) -> Iterator[list[tuple[str, subprocess.P
             )
             started.append((f"http://127.0.0.1:{port}", process))
         for i, (url, process) in enumerate(started):
-            while not Server(url).is_ready():
+            while not answers(url):
                 if process.poll() is not None:
                     log = folder / f"server{i}" / "log"
                     raise RuntimeError(log.read_text("utf-8", "replace")[-3000:])
@@ -129,34 +138,55 @@ def judge(out: Path) -> dict[float, Counter[str]]:
     return found
 
 
+def worker_of(command: subprocess.Popen) -> psutil.Process:
+    """One of the command's Ray workers."""
+    family = psutil.Process(command.pid).children(recursive=True)
+    return next(p for p in family if " ".join(p.cmdline()).startswith("ray::Worker"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "compbench")
     parser.add_argument("--captions", type=int, default=30)
     parser.add_argument("--images", type=int, default=10)
+    parser.add_argument("--ray", action="store_true", help="two workers of Ray, on the CPU")
     options = parser.parse_args()
     out = options.out / "pictures"
     arguments = write_inputs(options.out, world.captions("held-out")[: options.captions])
     arguments += ["--out", str(out), "--images", str(options.images)]
     total = 2 * options.captions * options.images
-    with comfyuis(options.out, 2) as servers:
-        command = [sys.executable, str(HERE), *arguments, "--servers", *(url for url, _ in servers)]
+    with ExitStack() as stack:
+        if options.ray:
+            arguments += ["--ray", "--workers", "2", "--gpus-per-worker", "0"]
+        else:
+            servers = stack.enter_context(comfyuis(options.out, 2))
+            arguments += ["--servers", *(url for url, _ in servers)]
+        command = [sys.executable, str(HERE), *arguments]
         started = time.monotonic()
         first = subprocess.Popen(command)
-        kills = [(total // 3, "a server", servers[0][1]), (2 * total // 3, "the command", first)]
-        for after, what, process in kills:
-            while drawn(out) < after and first.poll() is None:
-                time.sleep(0.1)
-            print(f"\nKilling {what} after {drawn(out)} of {total} pictures", flush=True)
-            process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+        wait_for(out, total // 3, first)
+        print(f"\nKilling a server after {drawn(out)} of {total} pictures", flush=True)
+        (worker_of(first) if options.ray else servers[0][1]).kill()
+        wait_for(out, 2 * total // 3, first)
+        print(f"\nKilling the command after {drawn(out)} of {total} pictures", flush=True)
+        first.kill()
         first.wait()
         subprocess.run(command, check=True)
         seconds = time.monotonic() - started
-    print(f"\n{store.check(out)} pictures whole, {drawn(out)} lines in the manifest, "
-          f"{seconds:.0f} s")  # fmt: skip
+    print(
+        f"\n{store.check(out)} pictures whole, {drawn(out)} lines in the manifest, {seconds:.0f} s"
+    )
     for gamma, count in judge(out).items():
         share = {key: f"{count[key] / count['pictures']:.1%}" for key in (*CRITERIA, "chance")}
         print(f"gamma {gamma:g}: right of {count['pictures']}:", share)
+
+
+def wait_for(out: Path, number: int, command: subprocess.Popen) -> None:
+    """Until a run has so many pictures."""
+    while drawn(out) < number:
+        if command.poll() is not None:
+            sys.exit("The command ended early.")
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

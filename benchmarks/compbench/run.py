@@ -29,7 +29,7 @@ class Painter(Protocol):
 
     def draw(self, graph: dict[str, Any], output: str) -> bytes: ...
 
-    def is_ready(self) -> bool: ...
+    def check(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -43,7 +43,8 @@ class _Work:
         self._left = sum(map(len, groups))
         self._tries: Counter[tuple[type, str]] = Counter()
         self._changed = threading.Condition()
-        self.lost: dict[str, float] = {}
+        self.lost: dict[str, float] = {}  # since when, and why
+        self.why: dict[str, str] = {}
         self.problem: Problem | None = None
         self.counts: Counter[str] = Counter()
 
@@ -70,10 +71,8 @@ class _Work:
             self.counts["again"] += 1
             self._tries[kind, unit.path] += 1
             self._groups.appendleft(deque([unit]))
-            if kind is Lost:  # and whatever else this server would have drawn
-                if own := self._own.pop(server, None):
-                    self._groups.append(own)
-                self.lost.setdefault(server, time.monotonic())
+            if kind is Lost and (own := self._own.pop(server, None)):
+                self._groups.append(own)  # what else this server would have drawn
             if self._tries[kind, unit.path] >= _TRIES[kind]:
                 self.stop(f"{unit.path} failed {_TRIES[kind]} times, at last on {server}: {error}")
             self._changed.notify_all()
@@ -154,16 +153,18 @@ def draw(
 
 
 def _look(work: _Work, painters: Sequence[Painter], bar: Any, patience: float) -> None:
-    """Show which servers are there; end the run if none is."""
+    """Show which servers are there; end the run if none has been for too long."""
     away = dict(work.lost)
     bar.set_postfix_str(f"{len(painters) - len(away)} of {len(painters)} servers", refresh=False)
     since = max(away.values(), default=0.0)
     if len(away) == len(painters) and time.monotonic() - since > patience:
-        work.stop(f"No server has answered for {patience / 60:g} minutes.")
+        why = "; ".join(f"{name}: {why}" for name, why in work.why.items())
+        work.stop(f"No server has answered for {patience / 60:g} minutes. ({why})")
 
 
 def _serve(painter: Painter, workflow: Workflow, store: Store, work: _Work, bar: Any) -> None:
     """One thread: draw unit after unit on one server."""
+    _wait_for(painter, work, bar)
     while unit := work.take(painter.name):
         started = time.monotonic()
         try:
@@ -177,10 +178,12 @@ def _serve(painter: Painter, workflow: Workflow, store: Store, work: _Work, bar:
                 bar.write(said, file=sys.stderr)
             work.give_back(unit, painter.name, error)
             if isinstance(error, Lost):
-                _wait_for(painter, work)
+                _wait_for(painter, work, bar)
         except Refused as error:
             work.stop(f"{painter.name} refuses the workflow: {error}")
-        except Exception as error:  # a full disk, say: the main thread must know
+        except OSError as error:  # a full disk, say
+            work.stop(str(error))
+        except Exception as error:
             work.stop(f"{type(error).__name__}: {error}")
             raise
         else:
@@ -188,10 +191,19 @@ def _serve(painter: Painter, workflow: Workflow, store: Store, work: _Work, bar:
             work.finish()
 
 
-def _wait_for(painter: Painter, work: _Work) -> None:
+def _wait_for(painter: Painter, work: _Work, bar: Any) -> None:
+    """Come back when the server answers, or there is nothing left for it."""
+    work.lost.setdefault(painter.name, time.monotonic())
     pauses = list(_PAUSES)
     while not work.is_over:
-        if painter.is_ready():
+        try:
+            painter.check()
+        except (Lost, Refused) as error:
+            if work.why.get(painter.name) != str(error):
+                work.why[painter.name] = str(error)
+                bar.write(f"{painter.name} does not answer: {error}", file=sys.stderr)
+            work.wait(pauses.pop(0) if len(pauses) > 1 else pauses[0])
+        else:
             work.lost.pop(painter.name, None)
+            work.why.pop(painter.name, None)
             return
-        work.wait(pauses.pop(0) if len(pauses) > 1 else pauses[0])

@@ -46,13 +46,9 @@ class Server:
         """Give up what is being drawn."""
         self._closed.set()
 
-    def is_ready(self) -> bool:
-        """Whether it answers."""
-        try:
-            self._ask("GET", "/system_stats")
-        except (Lost, Refused):
-            return False
-        return True
+    def check(self) -> None:
+        """Ask whether it is there; it is `Lost` if not."""
+        self._json("GET", "/system_stats")
 
     def draw(self, graph: dict[str, Any], output: str) -> bytes:
         """Draw one picture.
@@ -73,7 +69,7 @@ class Server:
         ------
         Lost, Failed, Refused
         """
-        number = self._ask("POST", "/prompt", json={"prompt": graph}).json()["prompt_id"]
+        number = self._json("POST", "/prompt", json={"prompt": graph})["prompt_id"]
         try:
             entry = self._wait(number)
         except BaseException:
@@ -101,10 +97,10 @@ class Server:
             pause = min(1.5 * pause, 1.0)
             in_queue = True
             if time.monotonic() - looked > _LOOK:  # a server that was restarted has forgotten
-                queue = self._ask("GET", "/queue").json()
+                queue = self._json("GET", "/queue")
                 in_queue = any(number == item[1] for part in queue.values() for item in part)
                 looked = time.monotonic()
-            history = self._ask("GET", f"/history/{number}").json()
+            history = self._json("GET", f"/history/{number}")
             if number in history:
                 return history[number]
             if not in_queue:
@@ -119,6 +115,12 @@ class Server:
             self._ask("POST", "/interrupt", json={"prompt_id": number}, timeout=5)
         except (Lost, Refused):
             pass
+
+    def _json(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            return self._ask(method, path, **options).json()
+        except requests.JSONDecodeError as error:
+            raise Lost("it answers as no ComfyUI does") from error
 
     def _session(self) -> requests.Session:
         """A connection that is kept open; each thread has its own."""
