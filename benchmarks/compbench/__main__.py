@@ -1,7 +1,7 @@
 """T2I-CompBench and GenEval through ComfyUI: draw the samples, then read what evaluators found.
 
 Prompt files and evaluators are yours to supply. A run that was stopped, whichever way, goes on with
-the same command. ``benchmarks/compbench.md`` tells of one machine, several, Ray and Slurm.
+the same command. ``README.md`` tells of one machine, several, Ray and Slurm.
 """
 
 from __future__ import annotations

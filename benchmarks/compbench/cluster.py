@@ -108,7 +108,9 @@ class Painter:
             return self._ray.get(reply, timeout=timeout)
         except errors.RayTaskError:
             raise  # the worker's own: Lost, Failed, Refused
-        except (errors.RayError, TimeoutError) as error:
+        except TimeoutError:
+            raise Lost("not yet") from None
+        except errors.RayError as error:
             raise Lost(type(error).__name__) from error
 
     def check(self) -> None:
