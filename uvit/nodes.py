@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..nodes import drawing
+from ..nodes.preview import say
 from .files import PUBLISHED_LATENT_SCALE
 from .model import load_uvit, save_uvit
 from .network import Sizes, central
@@ -240,6 +241,7 @@ class TrainUViT(io.ComfyNode):
             training.run(given["steps"], given["checkpoint_every"], watch)
         image = drawing.to_tensor(plot(training.losses))
         said = f"{training.step} steps; {training.path.name} is in output/uvit."
+        say(said)
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(said).as_dict()}
         return io.NodeOutput(load_uvit(str(training.path)), image, ui=shown)
 
@@ -372,7 +374,9 @@ class SaveUViT(io.ComfyNode):
         )
         file = Path(folder, f"{name}_{counter:05}_.safetensors")
         save_uvit(model, str(file))
-        return io.NodeOutput(ui=ui.PreviewText(f"Saved {file.name}."))
+        said = f"Saved {file.name}."
+        say(said)
+        return io.NodeOutput(ui=ui.PreviewText(said))
 
 
 NODES = [LoadUViT, TrainUViT, SaveUViT]

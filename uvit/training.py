@@ -147,7 +147,7 @@ class Training:
             self.losses.append(loss)
             try:
                 watch(self)
-            except Exception:
+            except BaseException:  # as ComfyUI's interrupt is
                 self.save()
                 raise
             if self.step % every == 0 or self.step == steps:
