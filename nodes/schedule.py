@@ -78,9 +78,11 @@ class TACAScheduleNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, gamma: float, window: dict[str, Any]) -> io.NodeOutput:
-        settings = {name: value for name, value in window.items() if value is not None}
-        kind = WINDOWS[settings.pop("window")]
+    def execute(cls, gamma: float, window: dict[str, Any] | None = None) -> io.NodeOutput:
+        settings = {name: value for name, value in (window or {}).items() if value is not None}
+        kind = WINDOWS.get(settings.pop("window", None))
+        if kind is None:  # ComfyUI lets such a workflow through
+            raise ValueError(f"TACA Schedule has no window: choose one of {', '.join(WINDOWS)}.")
         if "curve" in settings:
             from comfy_api.input import CurveInput
 

@@ -151,6 +151,8 @@ class Family:
         calls the encoders whose outputs lie over each other in it.
     has : tuple of str
         Parts that tell it from another family whose class has the same name.
+    before_run : tuple of str
+        Parts that ComfyUI runs on the text once, before the run, where no window is.
     """
 
     name: str
@@ -160,6 +162,7 @@ class Family:
     attention: str = ""
     text: tuple[tuple[str, ...], ...] = ()
     has: tuple[str, ...] = ()
+    before_run: tuple[str, ...] = ()
 
     def includes(self, diffusion_model: nn.Module) -> bool:
         """Whether a model, not compiled, is of this family."""
@@ -336,7 +339,12 @@ FAMILIES = (
         {"patch_blocks": two_streams(text=(1, "y"), image=(0, "x"))},
     ),
     Family("Mochi", ("AsymmDiTJoint",), {"blocks": mochi}),
-    Family("MiniMax-H3", ("MiniMaxH3Model",), {"blocks": minimax}),
+    Family(
+        "MiniMax-H3",
+        ("MiniMaxH3Model",),
+        {"blocks": minimax},
+        before_run=("condition_proj", "token_refiner"),
+    ),
     Family(
         "Ernie-Image",
         ("ErnieImageModel",),

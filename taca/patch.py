@@ -101,7 +101,15 @@ def patch_lora(model: Any, lora: LoRA) -> Any:
     lora : LoRA
         Fitted to this model.
     """
-    family_of(model.get_model_object("diffusion_model"))
+    family = family_of(model.get_model_object("diffusion_model"))
+    early = tuple(f"diffusion_model.{part}." for part in family.before_run)
+    idle = sum(f"{name}.".startswith(early) for name in lora.module_names)
+    if idle:
+        log.warning(
+            "TACA: ComfyUI runs a part of %s once, before the run, where no window is: %d of the "
+            "%d modules of %s have no effect there.",
+            family.name, idle, len(lora.module_names), lora.name,
+        )  # fmt: skip
     patched = model.clone()
     others = patched.get_additional_models_with_key(LORA_KEY)
     patched.set_additional_models(LORA_KEY, [*others, patcher_of(lora)])

@@ -1,5 +1,6 @@
 """TACA beside what users combine it with: each equals the same combination done densely."""
 
+import contextlib
 import gc
 import sys
 from unittest import mock
@@ -157,12 +158,14 @@ def skips(model):
     return model
 
 
-def around(model, patches):
-    """As older packs do: attributes of the model are others for the length of a call."""
-    model = model.clone()
+def around(model, patches, calls=99):
+    """As older packs do: attributes of the model are others for the length of its first calls."""
+    model, left = model.clone(), [calls]
 
     def call(function, args):
-        with mock.patch.multiple(model.model.diffusion_model, **patches):
+        left[0] -= 1
+        theirs = mock.patch.multiple(model.model.diffusion_model, **patches)
+        with theirs if left[0] >= 0 else contextlib.nullcontext():
             return function(args["input"], args["timestep"], **args["c"])
 
     model.set_model_unet_function_wrapper(call)
@@ -227,14 +230,15 @@ class FirstBlock(torch.nn.Module):
         return (txt, img) if streams else (img, txt)
 
 
-def first_block(model):
+def first_block(model, calls=99):
     transformer = model.model.diffusion_model
     if hasattr(transformer, "joint_blocks"):
         one = FirstBlock(list(transformer.joint_blocks))
-        return around(model, {"joint_blocks": torch.nn.ModuleList([one])})
+        return around(model, {"joint_blocks": torch.nn.ModuleList([one])}, calls)
     one = FirstBlock(list(transformer.double_blocks), list(transformer.single_blocks))
     lists = {"double_blocks": [one], "single_blocks": []}
-    return around(model, {name: torch.nn.ModuleList(each) for name, each in lists.items()})
+    lists = {name: torch.nn.ModuleList(each) for name, each in lists.items()}
+    return around(model, lists, calls)
 
 
 CACHES = {
@@ -242,6 +246,7 @@ CACHES = {
     "forward": ("flux", own_forward, lambda model: own_forward(model, hands_options=True)),
     "first block of FLUX": ("flux", first_block, first_block),
     "first block of SD3": ("sd3", first_block, first_block),
+    "first block, then none": ("flux", *(lambda model: first_block(model, 4),) * 2),
 }
 
 

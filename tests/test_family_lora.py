@@ -4,7 +4,7 @@ import comfy.sd
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_families import case, families, sample  # noqa: F401
+from test_families import case, exists, families, named, sample  # noqa: F401
 from test_lora import loras, random_lora  # noqa: F401
 
 
@@ -28,3 +28,21 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
     assert effect > 1e-4
     assert (result - expected).abs().max() < 5e-3 * effect
     assert torch.equal(sample(model, case), plain)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_runs_before_the_run_is_told(
+    folder, pack, apply_taca, loras, monkeypatch, caplog, wide
+):  # noqa: E501, F811
+    """MiniMax-H3's text is refined once: a LoRA's part there does nothing, and the log says so."""
+    [video] = named("MiniMax-H3")
+    if not exists(video):
+        pytest.skip("this ComfyUI has no MiniMax-H3")
+    model = families.load(video, folder, monkeypatch)
+    state = random_lora(model, rank=2, only="" if wide else "diffusion_model.blocks")
+    save_file({k: v for k, v in state.items() if v.ndim < 3}, loras / "lora.safetensors")
+    pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "lora.safetensors", 0.5)
+    told = [r.message for r in caplog.records if "where no window is" in r.message]
+    assert len(told) == wide
+    assert not wide or "MiniMax-H3" in told[0]
+    assert not wide or "lora.safetensors" in told[0]
