@@ -24,7 +24,7 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "demo")]
 
 import compbench.__main__ as compbench
 from compbench import cluster, demo, results, run, store
-from compbench.plan import Category, Plan, Problem, read_category
+from compbench.plan import Category, Plan, Problem, Unit, read_category
 from compbench.server import Lost
 from compbench.workflow import read_workflow
 
@@ -37,6 +37,9 @@ GENEVAL = [
 ]  # fmt: skip
 
 
+STAND_IN = f"{sys.executable} {Path(__file__).with_name('comfy_stand_in.py')} {{port}} {{folder}}"
+
+
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -46,7 +49,7 @@ def write(path, content):
 @pytest.fixture
 def color(tmp_path):
     """T2I-CompBench's prompt files end lines with CRLF, and have no end of the last line."""
-    return write(tmp_path / "color_val.txt", "\r\n".join(PROMPTS))
+    return write(tmp_path / "color_val.txt", " \r\n".join(PROMPTS))
 
 
 @pytest.fixture
@@ -267,6 +270,15 @@ def test_places_that_are_named(tmp_path):
     assert texts == ["a photo: a cup, sharp", "a cup"]
 
 
+def test_a_controlnet(tmp_path):
+    """It hands on both texts; the positive's way leads through its positive."""
+    both = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    control = {"class_type": "ControlNetApplyAdvanced", **both}
+    hinted = {"positive": ["control", 0], "negative": ["control", 1]}
+    found = read_workflow(api_form(tmp_path, changed(control=control, sample=hinted)))
+    assert found.prompt == (("positive", "text"),)
+
+
 def test_a_guider_and_a_schedule(tmp_path):
     """As FLUX's workflows are: RandomNoise, BasicGuider; and gamma from TACA Schedule."""
     graph = changed(
@@ -482,6 +494,16 @@ def test_faults_that_stay(tmp_path, color, workflow, fast, fault, why):
     assert_complete(out)
 
 
+def test_errors_that_ray_hands_on():
+    """They are of a class of their own, which is the worker's too."""
+    units = [Unit("a", "a", 1, 1.0), Unit("b", "b", 1, 1.0)]
+    work = run._Work([units])
+    assert work.take("worker") == units[0]
+    handed_on = type("RayTaskError", (Lost,), {})("no ComfyUI")
+    work.give_back(units[0], "worker", handed_on)
+    assert [work.take("other") for _ in units] == units
+
+
 def test_pictures_of_another_size_are_refused(tmp_path, color, workflow, fast):
     bad = (PROMPTS[2], 43, 1.2)
     with StandIn(lambda graph: "size" if asked_for(graph) == bad else None) as server:
@@ -580,7 +602,7 @@ def test_killed_fifty_times(tmp_path, workflow):
 # --- real servers ---------------------------------------------------------------------------------
 
 
-def assert_drawn_by_the_demo(out, number, plain=0.8):
+def assert_drawn_by_the_demo(out, number):
     """All there, each of the right size, showing its caption, and not another."""
     assert store.check(out) == demo.drawn(out) == number
     for line in lines_of(out):
@@ -588,7 +610,7 @@ def assert_drawn_by_the_demo(out, number, plain=0.8):
     for gamma, count in demo.judge(out).items():
         right, chance = (count[key] / count["pictures"] for key in ("everything", "chance"))
         assert chance < 0.2, gamma
-        assert right > plain, gamma
+        assert right > 0.6, gamma
     for unit in store.known(out).units():  # and the server was asked for just this
         with Image.open(out / unit.path) as image:
             assert asked_for(json.loads(image.info["prompt"])) == (
@@ -657,9 +679,30 @@ def test_on_ray(tmp_path):
     assert_drawn_by_the_demo(out, 40)
 
 
-# --- a worker, without Ray ------------------------------------------------------------------------
+@posix
+@pytest.mark.slow
+def test_on_ray_a_server_ends(tmp_path, workflow):
+    """Its worker stays, and starts another; stand-ins here."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    out = tmp_path / "out"
+    prompts = write(tmp_path / "color_val.txt", "\n".join(f"picture {i}" for i in range(30)))
+    line = arguments([prompts], workflow, out, workers=2, gpus_per_worker=0, start=STAND_IN)
 
-STAND_IN = f"{sys.executable} {Path(__file__).with_name('comfy_stand_in.py')} {{port}} {{folder}}"
+    def kill():
+        while demo.drawn(out) < 100:
+            time.sleep(0.01)
+        for process in running("comfy_stand_in", "compbench-"):
+            if "guard.py" not in " ".join(process.info["cmdline"]):
+                process.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    compbench.main([*line, "--ray"])
+    thread.join()
+    assert_complete(out)
+
+
+# --- a worker, without Ray ------------------------------------------------------------------------
 
 
 @posix

@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"All {total} pictures are there: {total - before} drawn in "
         f"{time.monotonic() - started:.0f} s, {again} tries in vain.\n\nThe evaluators "
-        f"(T2I_COMPBENCH and GENEVAL are their checkouts):\n"
+        f"(T2I_COMPBENCH and GENEVAL are their checkouts, GENEVAL_DETECTOR a folder):\n"
     )
     print("\n".join(results.commands(options.out, plan)))
     print(f"\nThen: compbench --read --out {options.out}")

@@ -106,8 +106,8 @@ class Painter:
         errors = self._ray.exceptions
         try:
             return self._ray.get(reply, timeout=timeout)
-        except errors.RayTaskError:
-            raise  # the worker's own: Lost, Failed, Refused
+        except errors.RayTaskError as error:
+            raise error.cause from None  # the worker's own: Lost, Failed, Refused
         except TimeoutError:
             raise Lost("not yet") from None
         except errors.RayError as error:

@@ -19,6 +19,7 @@ from .workflow import Workflow
 IN_FLIGHT = 2
 """Pictures that a server has at once: one is drawn, the next waits in its queue."""
 _TRIES = {Lost: 10, Failed: 3, NotThePicture: 3}
+_GOODBYE = 15  # seconds for what is being drawn, when the run is stopped
 _PAUSES = (0.5, 1, 2, 5, 10)  # seconds between looks for a lost server
 
 
@@ -67,7 +68,7 @@ class _Work:
     def give_back(self, unit: Unit, server: str, error: Exception) -> None:
         """Let another server, or this one later, draw it; too many times is a problem."""
         with self._changed:
-            kind = type(error)
+            kind = next(kind for kind in _TRIES if isinstance(error, kind))
             self.counts["again"] += 1
             self._tries[kind, unit.path] += 1
             self._groups.appendleft(deque([unit]))
@@ -142,8 +143,9 @@ def draw(
             work.stop("Stopped.")
         for painter in painters:
             painter.close()
+        deadline = time.monotonic() + _GOODBYE
         for thread in threads:
-            thread.join(15)
+            thread.join(max(0.0, deadline - time.monotonic()))
     if work.problem:
         raise Problem(
             f"{work.problem} {len(store.done)} of {total} pictures are kept: the same "
