@@ -112,6 +112,15 @@ class Page:
                 socket.pop("localized_name", None)
         return workflow
 
+    def shorten(self, values):
+        """Set a widget of every node of a type: type -> name and value."""
+        self._page.evaluate(
+            "values => { for (const node of app.graph.nodes) if (node.type in values)"
+            " for (const widget of node.widgets) if (widget.name === values[node.type][0])"
+            " widget.value = values[node.type][1]; }",
+            values,
+        )
+
     def run(self, limit=180):
         """Press the Run button and wait; the run's entry in the history."""
         before = self._server.get("/history").keys()
@@ -177,7 +186,7 @@ def main():
                 text = json.dumps(page.saved(), indent=1, ensure_ascii=False)
                 path.write_text(text + "\n", "utf-8")
                 if path in DEMO:
-                    page.wait_for(page.run()["outputs"])
+                    page.wait_for(page.run(3600)["outputs"])  # some train
                 picture = page.draw()
                 SCREENSHOTS.mkdir(parents=True, exist_ok=True)
                 picture.save(SCREENSHOTS / f"{path.stem}.png")

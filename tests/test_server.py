@@ -1,5 +1,6 @@
 """The nodes and the workflows in a real ComfyUI server."""
 
+import importlib
 import importlib.util
 import io
 import json
@@ -16,9 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from workflow import DEMO, NOTES, ONE_THREAD, ROOT, USERS, api_form, problems_of, read
 
+NETWORK = importlib.import_module("taca_pack.uvit.network")
+FILES = importlib.import_module("taca_pack.uvit.files")
 SCHEMA = Path(__file__).parent / "schema.json"
 DEMO_MODEL = "taca_demo_mmdit.safetensors"
 LORA = "stand_in.safetensors"
+U_VIT = "stand_in_uvit.safetensors"
 
 
 def load(name):
@@ -42,12 +46,19 @@ def save_lora(path):
     save_file({f"diffusion_model.{layer}.{k}.weight": v / 4 for k, v in factors.items()}, path)
 
 
+def save_uvit(path):
+    """A U-ViT of noise for the demo's latents and prompts."""
+    sizes = NETWORK.Sizes(3, 64, 16, 16, 2, 16, 64)
+    torch.manual_seed(0)
+    save_file(NETWORK.UViT(sizes).initialise().state_dict(), path, FILES.metadata_of(sizes, 1.5))
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    loras = folder / "base/output/loras"
-    loras.mkdir(parents=True)
-    save_lora(loras / LORA)
+    for kind, name, save in (("loras", LORA, save_lora), ("diffusion_models", U_VIT, save_uvit)):
+        (folder / "base/output" / kind).mkdir(parents=True)
+        save(folder / "base/output" / kind / name)
     with (
         mock.patch.dict(os.environ, ONE_THREAD),
         load("comfy_server").serving(folder / "base", folder / "log") as running,
@@ -177,6 +188,9 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
     "VAEDecode": ("TACADemoDecode", {"upscale": 1}),
     "MakeTrainingDataset": ("TACADemoDataset", {"count": 4, "seed": 0}),
     "TrainLoraNode": ("TrainLoraNode", {"steps": 1, "training_dtype": "fp32"}),
+    "EmptyLatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
+    "LoadUViT": ("LoadUViT", {"unet_name": U_VIT}),
+    "TrainUViT": ("TrainUViT", {"steps": 2, "batch_size": 2, "blocks": 3, "width": 64}),
 }  # fmt: skip
 
 
@@ -219,6 +233,11 @@ def test_workflow_runs(path, server, object_info):
         assert pictures
         assert all(SAID[path.stem] in text for text in texts)
         assert bool(texts) == bool(SAID[path.stem])
+    elif path.stem == "uvit_training":
+        assert pictures, "a plot of the loss"
+        assert any(name.startswith("uvit_0") for name in server.get("/models/diffusion_models"))
+    elif path.stem == "uvit_sampling":
+        assert pictures
     elif "train" in path.stem:
         assert any(name.startswith(path.stem[:10]) for name in server.get("/models/loras"))
     else:

@@ -85,7 +85,7 @@ def fits(name, kind, options, value):
         return isinstance(value, number) and not isinstance(value, bool) and low <= value <= high
     if kind == "COMBO":
         if name in MODELS:
-            return isinstance(value, str) and value.endswith(".safetensors")
+            return isinstance(value, str) and value.endswith((".safetensors", ".pth"))
         picture = name == PICTURES or options.get(UPLOAD)
         return value in options["options"] or (picture and isinstance(value, str))
     if kind == "COMFY_DYNAMICCOMBO_V3":
