@@ -80,6 +80,7 @@ class Subject:
         self.codec = Codec.load(codec.with_name(f"{codec.name}_codec.safetensors"))
         path = files.with_name(f"{files.name}_mmdit.safetensors")
         self.model = comfy.sd.load_diffusion_model(str(path))
+        self.model.set_model_compute_dtype(torch.bfloat16)  # as in training
 
     def condition(self, captions: list[str]) -> list[Any]:
         """ComfyUI's conditioning of some captions."""
@@ -268,7 +269,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         ]  # fmt: skip
     asked = {
         "model": name, "captions": len(captions), "seeds": options.seeds,
-        "sampler": "euler, simple, 28 steps", "image_tokens": subject.tokens,
+        "sampler": "euler, simple, 28 steps, bfloat16", "image_tokens": subject.tokens,
         "text_tokens": world.TEXTS[subject.text],
     }  # fmt: skip
     result: dict[str, Any] = {**asked, "settings": []}
