@@ -92,6 +92,13 @@ def test_any_input(pack, models, kind, gamma, window, positive, blocks, gammas):
     assert not replaced(model)
 
 
+@pytest.mark.parametrize("window", [None, {}, {"window": None}, {"window": "soon"}])
+def test_a_schedule_without_a_window(pack, window):
+    """ComfyUI lets a workflow through that has none."""
+    with pytest.raises(ValueError, match="TACA Schedule has no window: choose one of timestep"):
+        pack["TACASchedule"].execute(1.2, window)
+
+
 def gamma_at(window, gamma, sigma, sigmas, sampling):
     """gamma of a step, from the words of the window and not from the pack."""
     t, high = 1000 * sigma, 1000.0
