@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.lora_convert
@@ -284,9 +284,17 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A module's forward -> what runs in its place."""
 
 
-def lora_forwards(loras: list[LoRA], model: nn.Module,
-                  inside: Tensor | None) -> Iterator[tuple[nn.Module, Wrap]]:  # fmt: skip
-    """Each module that LoRAs change, and what its forward becomes.
+class Target(NamedTuple):
+    """A module that LoRAs change: what they add to its output, and to its weights."""
+
+    module: nn.Module
+    name: str
+    sums: list[Patch]
+    others: list[Patch]
+
+
+def lora_targets(loras: list[LoRA], model: nn.Module) -> Iterator[Target]:
+    """Each module that LoRAs change.
 
     Parameters
     ----------
@@ -294,17 +302,29 @@ def lora_forwards(loras: list[LoRA], model: nn.Module,
         All that are on the model.
     model : comfy.model_base.BaseModel
         The model that is running.
-    inside : Tensor, optional
-        bool ``(B,)``: which rows of the batch are inside the window; by default all.
     """
     patches: dict[str, list[Patch]] = {}
     for lora in loras:
         for name, each in lora.by_module().items():
             patches.setdefault(name, []).extend(each)
     for name, each in patches.items():
-        module = submodule(model, name)
         sums = [patch for patch in each if patch.is_sum]
         others = [patch for patch in each if not patch.is_sum]
+        yield Target(submodule(model, name), name, sums, others)
+
+
+def lora_forwards(targets: list[Target],
+                  inside: Tensor | None) -> Iterator[tuple[nn.Module, Wrap]]:  # fmt: skip
+    """Each of these modules, and what its forward becomes.
+
+    Parameters
+    ----------
+    targets : list of Target
+        Of one model.
+    inside : Tensor, optional
+        bool ``(B,)``: which rows of the batch are inside the window; by default all.
+    """
+    for module, name, sums, others in targets:
         if others:
             yield module, _adjusted(module, name, others, inside)
         if sums:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import Tokens, temperature_adjusted_attention
 from .families import Locate, Seen, family_of, uncompiled
-from .lora import LoRA, Wrap, lora_forwards, patcher_of
+from .lora import LoRA, Target, Wrap, lora_forwards, lora_targets, patcher_of
 from .options import NO_OPTIONS, Options
 from .schedule import Resolved, Sampling, Schedule
 
@@ -54,12 +54,17 @@ class Run:
         Whether the model's blocks turned out not to compile in one piece.
     schedule : Resolved, optional
         gamma over t in this run.
+    places : dict
+        For each model that ran (one a device), its joint blocks and its LoRAs' modules.
     """
 
     ran: bool = False
     attended: bool = False
     eager: bool = False
     schedule: Resolved | None = None
+    places: dict[nn.Module, tuple[dict[nn.Module, Locate], list[Target]]] = field(
+        default_factory=dict
+    )
 
 
 def patch_model(model: Any, schedule: Schedule, options: Options = NO_OPTIONS) -> Any:
@@ -257,8 +262,7 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
     inside = [resolved.contains(each) for each in t]
     if not any(inside):
         return executor(x, t_model, *args, **kwargs)
-    patcher = base_model.current_patcher  # of this device, in a run over several
-    loras = loras_of(patcher) if patcher is not None else []
+    blocks, targets = _places(settings.options, run, base_model)
     gamma = gamma_of_rows(settings.options, resolved, torch.tensor(t), *args, **kwargs)
     seen = first_seen(*args, **kwargs)
     forwards: list[tuple[nn.Module, Wrap]] = []
@@ -266,13 +270,12 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
         # One factor for all rows, where they have the same: then no graph depends on the batch.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
         gamma = gamma.to(t_model.device, non_blocking=True)
-        blocks = located_blocks(base_model.diffusion_model, settings.options)
         forwards += [
             (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
             for block, locate in blocks.items()
         ]
     some = None if all(inside) else torch.tensor(inside).to(t_model.device, non_blocking=True)
-    forwards += lora_forwards(loras, base_model, some)
+    forwards += lora_forwards(targets, some)
     if not forwards:
         return executor(x, t_model, *args, **kwargs)
     with installed(forwards):
@@ -280,6 +283,25 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
     run.ran |= seen.ran
     run.attended |= seen.attended
     return result
+
+
+def _places(options: Options, run: Run,
+            base_model: Any) -> tuple[dict[nn.Module, Locate], list[Target]]:  # fmt: skip
+    """The joint blocks of a model that is running, and the modules that its LoRAs change.
+
+    Looked for once a run: on FLUX with a LoRA that takes the host longer than all the rest.
+    """
+    if base_model in run.places:
+        return run.places[base_model]
+    patcher = base_model.current_patcher  # of this device, in a run over several
+    loras = loras_of(patcher) if patcher is not None else []
+    places = (
+        located_blocks(base_model.diffusion_model, options),
+        list(lora_targets(loras, base_model)),
+    )
+    if run.schedule is not None:  # a run, which ends; not what a patched model keeps
+        run.places[base_model] = places
+    return places
 
 
 def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any,
@@ -419,14 +441,15 @@ def installed(forwards: list[tuple[nn.Module, Wrap]]) -> Iterator[None]:
     try:
         for module, wrap in forwards:
             before.append((module, module.__dict__.get("forward")))
-            module.forward = wrap(module.forward)
+            # As an attribute would be set, but for nn.Module's search for a parameter of that name.
+            module.__dict__["forward"] = wrap(module.forward)
         yield
     finally:
         for module, forward in reversed(before):
             if forward is None:
-                del module.forward
+                del module.__dict__["forward"]
             else:
-                module.forward = forward
+                module.__dict__["forward"] = forward
 
 
 def taking_options(forward: Callable[..., Any]) -> Callable[..., Any]:
