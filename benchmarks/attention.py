@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -254,7 +253,8 @@ class Case:
         options = {"device": self.device, "dtype": self.dtype}
         head_dim = shape.hidden // shape.heads
         self.text, self.image = shape.text, image
-        self.qkv = torch.randn(3, 1, shape.heads, shape.text + image, head_dim, **options).unbind()
+        joint = (1, shape.heads, shape.text + image, head_dim)
+        self.qkv = [torch.randn(joint, **options) for _ in range(3)]
         self.inputs = [
             torch.randn(1, shape.text, shape.hidden, **options),
             torch.randn(1, image, shape.hidden, **options),
@@ -301,6 +301,16 @@ class Case:
         return found, skipped
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""On a CPU that is shared with other work, the process's own time says more: ``--clock cpu``."""
+clock = CLOCKS["wall"]
+
+
+def set_clock(name: str) -> None:
+    global clock
+    clock = CLOCKS[name]
+
+
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
     """How long one call takes."""
     if device.type == "cuda":
@@ -311,9 +321,9 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
-    start = time.perf_counter()
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def interleaved(
@@ -345,39 +355,26 @@ def interleaved(
     return result
 
 
-def peak_mib(case: Case, name: str) -> float | None:
-    """Peak memory of one step above weights and inputs; on a CPU call it in a fresh process."""
-    case.step(name)
-    if case.device.type == "cuda":
+def peak_mib(function: Callable[[], Any], device: torch.device) -> float:
+    """Peak memory that one call allocates, above weights and inputs.
+
+    On a CPU from the profiler's record of every allocation, so that it is exact.
+    """
+    function()
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        case.step(name)
+        function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():  # not Linux
-        return None
-    clear.write_text("5")  # sets the peak to what is resident now
-    before = _status_kib("VmRSS")
-    case.step(name)
-    return (_status_kib("VmHWM") - before) / 2**10
-
-
-def _status_kib(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{key}:\s+(\d+)", status).group(1))
-
-
-def peak_mib_of_child(case: Case, name: str) -> float | None:
-    """``peak_mib`` in a process of its own, whose allocator gives freed tensors back at once."""
-    arguments = ["--device", "cpu", "--size", str(case.size), "--shapes", case.name]
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--memory-of", name],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    used = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        used += event.nbytes()
+        peak = max(peak, used)
+    return peak / 2**20
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
@@ -398,10 +395,10 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         if name not in PLAIN
     }
     print(f"{case.name}, memory", file=sys.stderr)
-    peak = peak_mib if case.device.type == "cuda" else peak_mib_of_child
-    case.block = case.block if case.device.type == "cuda" else None  # room for the children
     result["step_peak_mib"] = {
-        name: peak(case, name) for name in names if name not in PLAIN or name == "plain"
+        name: peak_mib(lambda name=name: case.step(name), case.device)
+        for name in names
+        if name not in PLAIN or name == "plain"
     }
     return result
 
@@ -416,6 +413,29 @@ def machine(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def slug_of(device: torch.device) -> str:
+    """The machine's name for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def environment(device: torch.device, clock_name: str) -> dict[str, Any]:
+    """What a result depends on."""
+    return {
+        "machine": machine(device),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "clock": "CUDA events" if device.type == "cuda" else clock_name,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -512,6 +532,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+@torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -519,10 +540,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="50 on a GPU, 7 on a CPU")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder")
-    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args()
+    set_clock(options.clock)
 
-    torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", message=".*flex_attention")
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
@@ -530,25 +551,13 @@ def main() -> None:
     size = options.size or (1024 if on_gpu else 512)
     rounds = options.rounds or (50 if on_gpu else 7)
 
-    if options.memory_of:
-        print(json.dumps(peak_mib(Case(options.shapes[0], size, device, dtype), options.memory_of)))
-        return
-
     report: dict[str, Any] = {
-        "environment": {
-            "machine": machine(device),
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "system": platform.system(),
-        },
+        "environment": environment(device, options.clock) | {"dtype": short(dtype)},
         "gamma": GAMMA,
         "size": size,
         "picture": f"{STEPS_INSIDE} of {STEPS} steps inside the window, derived from step ratios",
         "memory": "peak of one step above weights and inputs: "
-        + ("torch.cuda.max_memory_allocated" if on_gpu else "resident set, a process per method"),
+        + ("torch.cuda.max_memory_allocated" if on_gpu else "torch's profiler"),
         "shapes": {},
     }
     print(json.dumps(report["environment"]))
@@ -558,7 +567,7 @@ def main() -> None:
         tokens = f"{result['text_tokens']} text + {result['image_tokens']} image tokens"
         print(f"\n### {name}, {tokens}\n\n{table(result)}")
 
-    slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["machine"].lower()).strip("-")
+    slug = slug_of(device)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{slug}.json"
     file.write_text(json.dumps(report, indent=2) + "\n")
