@@ -251,7 +251,7 @@ def script(python: Path, comfyui: Path, *arguments: str | Path, cwd: Path | None
 
 
 def test(python: Path, comfyui: Path, *arguments: str) -> None:
-    """The linter, the type checker, and the tests; with arguments, pytest alone with those."""
+    """Linter, type checker and the tests but the heavy; with arguments, pytest alone with those."""
     if not arguments:
         say("ruff")
         script(python, comfyui, "-m", "ruff", "check", ".", cwd=ROOT)
@@ -259,7 +259,7 @@ def test(python: Path, comfyui: Path, *arguments: str) -> None:
         say("mypy")
         script(python, comfyui, "-m", "mypy", cwd=ROOT)
     say("pytest")
-    script(python, comfyui, "-m", "pytest", *arguments, cwd=ROOT)
+    script(python, comfyui, "-m", "pytest", *(arguments or ("-m", "not slow")), cwd=ROOT)
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
@@ -276,8 +276,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         epilog="""commands:
   demo    draw the same seed without and with TACA on a real ComfyUI server
           (your own model: --checkpoint FILE; demo --help says more)
-  test    run the linter, the type checker and the whole test suite;
-          with arguments, pytest alone with those
+  test    run the linter, the type checker and the tests;
+          with arguments, pytest alone with those (-m slow: the heavy tests)
   serve   open ComfyUI with this pack and the demo's loaded
   run     run a script in the environment: run SCRIPT [ARGUMENTS]
   env     print the environment in use as JSON
