@@ -139,15 +139,16 @@ def is_ours(kind):
     return "TACA" in str(kind) and "Demo" not in kind
 
 
-def sockets_of(kind, info):
-    """The inputs of a type of node that only a link can fill."""
+def checked(kind, info):
+    """The inputs of a type of node at which ComfyUI looks at links; whether they are sockets."""
     groups = info.get(kind, {"input": {}})["input"]
     specs = {n: spec for g in ("required", "optional") for n, spec in groups.get(g, {}).items()}
-    return [
-        name
+    return {
+        name: (type(kind) is str and kind not in WIDGETS)
+        or bool(more and more[0].get("forceInput"))
         for name, (kind, *more) in specs.items()
-        if (type(kind) is str and kind not in WIDGETS) or (more and more[0].get("forceInput"))
-    ]
+        if "DYNAMIC" not in kind
+    }
 
 
 def broken(graph, chance, info):
@@ -182,12 +183,12 @@ def broken(graph, chance, info):
             graph[name].pop(chance.choice(["inputs", "class_type"]))
             graph[name].setdefault("inputs", {})
     for each in graph.values():
-        sockets = sockets_of(each.get("class_type"), info)
+        is_socket = checked(each.get("class_type"), info)
         for name, value in list(each["inputs"].items()):
-            lost = type(value) is list and str(value[:1])[2:-2] not in graph
-            # ComfyUI's worker dies of a link from nowhere to what is no socket; and it takes a
+            # ComfyUI's worker dies of a link that is wrong where it does not look; and it takes a
             # value in place of a link, which the page cannot make.
-            if (lost and name not in sockets) or (type(value) is not list and name in sockets):
+            is_link = type(value) is list
+            if (is_link and name not in is_socket) or (not is_link and is_socket.get(name)):
                 del each["inputs"][name]
     return graph
 
