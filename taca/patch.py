@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,8 @@ KEY = "taca"
 LORA_KEY = "taca_lora"
 TRAINING_KEY = "taca_training"
 OVERRIDE = "optimized_attention_override"
+
+Lists = dict[str, tuple[nn.Module, ...]]
 
 log = logging.getLogger("taca")
 
@@ -55,14 +57,15 @@ class Run:
     schedule : Resolved, optional
         gamma over t in this run.
     places : dict
-        For each model that ran (one a device), its joint blocks and its LoRAs' modules.
+        For each model that ran (one a device): its lists of blocks as they were, the joint blocks
+        of those, and its LoRAs' modules.
     """
 
     ran: bool = False
     attended: bool = False
     eager: bool = False
     schedule: Resolved | None = None
-    places: dict[nn.Module, tuple[dict[nn.Module, Locate], list[Target]]] = field(
+    places: dict[nn.Module, tuple[Lists, dict[nn.Module, Locate], list[Target]]] = field(
         default_factory=dict
     )
 
@@ -289,19 +292,28 @@ def _places(options: Options, run: Run,
             base_model: Any) -> tuple[dict[nn.Module, Locate], list[Target]]:  # fmt: skip
     """The joint blocks of a model that is running, and the modules that its LoRAs change.
 
-    Looked for once a run: on FLUX with a LoRA that takes the host longer than all the rest.
+    Looked for once a run: on FLUX with a LoRA that takes the host longer than all the rest. And
+    once more where a cache puts blocks of its own in their place for some of the calls.
     """
+    transformer = uncompiled(base_model.diffusion_model)
     if base_model in run.places:
-        return run.places[base_model]
+        lists, blocks, targets = run.places[base_model]
+        if lists == _lists(transformer, lists):
+            return blocks, targets
     patcher = base_model.current_patcher  # of this device, in a run over several
     loras = loras_of(patcher) if patcher is not None else []
-    places = (
-        located_blocks(base_model.diffusion_model, options),
-        list(lora_targets(loras, base_model)),
-    )
+    blocks = located_blocks(transformer, options)
+    targets = list(lora_targets(loras, base_model))
     if run.schedule is not None:  # a run, which ends; not what a patched model keeps
-        run.places[base_model] = places
-    return places
+        family = family_of(transformer)
+        lists = _lists(transformer, (*family.before, *family.joint))
+        run.places[base_model] = (lists, blocks, targets)
+    return blocks, targets
+
+
+def _lists(transformer: nn.Module, names: Iterable[str]) -> Lists:
+    """A model's lists of blocks, as they are now."""
+    return {name: tuple(getattr(transformer, name) or ()) for name in names}
 
 
 def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any,
