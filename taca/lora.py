@@ -274,9 +274,22 @@ def _fits(patch: Patch, module: Any) -> bool:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """A module by name, through whatever torch.compile has wrapped."""
+    """A module by name, through whatever torch.compile has wrapped.
+
+    Raises
+    ------
+    RuntimeError
+        If there is none, for another pack has put modules of its own in the place of the model's.
+    """
     for part in name.split("."):
-        model = getattr(uncompiled(model), part)
+        found = getattr(uncompiled(model), part, None)
+        if found is None:
+            raise RuntimeError(
+                f"Load TACA LoRA does not find {name} in the model as it runs: another node has "
+                f"put blocks of its own in its place, as caches by the first block do. Take that "
+                f"node out, or Load TACA LoRA."
+            )
+        model = found
     return uncompiled(model)
 
 

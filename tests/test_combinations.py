@@ -276,6 +276,20 @@ def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
     assert not installed_on(model)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_hides_the_modules_of_a_lora(folder, apply_taca, kind):
+    """A first-block cache and Load TACA LoRA: an error that names both, and nothing left behind."""
+    model = tiny.load(folder, kind)
+    taca = apply_taca(model, 1.4, 0.0)
+    lora = sys.modules["taca_pack.taca.lora"].fit_lora(
+        random_lora(model, only="blocks"), taca.model, "lora", 1.0
+    )
+    patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
+    with pytest.raises(RuntimeError, match=r"Load TACA LoRA does not find .* first block"):
+        sample(first_block(patch_lora(taca, lora)), kind, steps=2)
+    assert not installed_on(model)
+
+
 WINDOWS = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
 
 

@@ -31,9 +31,8 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_what_runs_before_the_run_is_told(
-    folder, pack, apply_taca, loras, monkeypatch, caplog, wide
-):  # noqa: E501, F811
+def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,  # noqa: F811
+                                          monkeypatch, caplog, wide):  # fmt: skip
     """MiniMax-H3's text is refined once: a LoRA's part there does nothing, and the log says so."""
     [video] = named("MiniMax-H3")
     if not exists(video):
