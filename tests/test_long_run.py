@@ -180,7 +180,7 @@ def broken(graph, chance, info):
         elif what == 7:
             inputs[chance.choice(MORE)] = chance.choice(ODD)
         elif name in ours:
-            graph[name].pop(chance.choice(["inputs", "class_type"]))
+            graph[name].pop(chance.choice(["inputs", "class_type"]), None)
             graph[name].setdefault("inputs", {})
     for each in graph.values():
         is_socket = checked(each.get("class_type"), info)
