@@ -182,7 +182,7 @@ def find_words(words: str, prompt: Sequence[Sequence[Sequence[int]]],
         if tokenize is None:
             raise ValueError(
                 f"TACA needs clip and prompt to find the word {part!r}; or give the numbers of its "
-                f"text tokens: {part}=2 or {part}=2-3."
+                f"text tokens: word=2 or word=2-3."
             )
         places: list[int] = []
         offset = 0

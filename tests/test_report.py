@@ -204,6 +204,10 @@ def test_words_by_the_tokenizer():
         find("six", [], None)
     with pytest.raises(ValueError, match="cannot read"):
         find("six=a", [], None)
+    for half in ("\ud83d", "\ud83d=x"):  # ComfyUI's worker dies of a message it cannot write
+        with pytest.raises(ValueError, match="TACA") as error:
+            find(half, [], None)
+        str(error.value).encode()
     assert options_module.without_ends([49406, 5, 49407, 49407]) == [5]
     assert options_module.without_ends([15, 16, 1, 0, 0]) == [15, 16]
 
