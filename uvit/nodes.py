@@ -201,6 +201,7 @@ class TrainUViT(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**32 - 1,
+                    control_after_generate=False,  # else the page draws another, and none goes on
                     tooltip="Of the first weights, and of the noise.",
                 ),
                 io.String.Input(
