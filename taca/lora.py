@@ -93,6 +93,9 @@ class Patch(nn.Module):
         Whether it adds to the module's output, so that the weight need not be known.
     """
 
+    tensor0: Tensor
+    tensor1: Tensor
+
     def __init__(self, parameter: str, rows: tuple[int, int, int] | None,
                  permute: Callable[[Tensor], Tensor] | None, value: Any, strength: float,
                  is_sum: bool) -> None:  # fmt: skip
@@ -105,9 +108,13 @@ class Patch(nn.Module):
         for i, part in enumerate(parts):
             if isinstance(part, Tensor):
                 self.register_parameter(f"tensor{i}", nn.Parameter(part, requires_grad=False))
+        self._scale: float | None = None
         if isinstance(value, WeightAdapterBase):
             self._like = type(value)(set(), ())
             self._like.multiplier = strength
+            if isinstance(value, LoRAAdapter) and permute is None and is_sum:
+                _, down, alpha = parts[:3]
+                self._scale = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
 
     def value(self, device: torch.device) -> Any:
         """The adapter or the difference, on a device."""
@@ -134,15 +141,14 @@ class Patch(nn.Module):
         inside : Tensor, optional
             bool ``(B,)``: which of the batch is inside the window; by default all.
         """
-        value = self.value(x.device)
-        if isinstance(value, LoRAAdapter) and self.permute is None and inside is None:
-            # W x + strength (alpha / r) B A x, without a copy of y's size.
-            up, down, alpha = (part if i == 2 else part.to(x.dtype) for i, part in
-                               enumerate(value.weights[:3]))  # fmt: skip
-            scale = self.strength * (1.0 if alpha is None else alpha / down.shape[0])
-            low = F.linear(x, down * scale).flatten(0, -2)
-            y.view(-1, y.shape[-1]).addmm_(low, up.T)
+        if self._scale is not None and inside is None:
+            # W x + strength (alpha / r) B A x, without a copy of y's size, and without building an
+            # adapter: a model has hundreds of such layers.
+            up, down = self.tensor0.to(x), self.tensor1.to(x)
+            low = F.linear(x, down).flatten(0, -2)
+            y.view(-1, y.shape[-1]).addmm_(low, up.T, alpha=self._scale)
             return
+        value = self.value(x.device)
         if isinstance(value, WeightAdapterBase):
             delta = value.h(x, y)
         else:
@@ -295,6 +301,20 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A module's forward -> what runs in its place."""
+
+
+def remembering(wrap: Wrap) -> Wrap:
+    """``wrap``, made once for the forward that it was last given."""
+    of: Callable[..., Any] | None = None
+    made: Callable[..., Any] | None = None
+
+    def wrap_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+        nonlocal of, made
+        if made is None or forward != of:
+            of, made = forward, wrap(forward)
+        return made
+
+    return wrap_once
 
 
 class Target(NamedTuple):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_sampling
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from .attention import Tokens, temperature_adjusted_attention
 from .families import Locate, Seen, family_of, uncompiled
-from .lora import LoRA, Target, Wrap, lora_forwards, lora_targets, patcher_of
+from .lora import (
+    LoRA,
+    Target,
+    Wrap,
+    lora_forwards,
+    lora_targets,
+    patcher_of,
+    remembering,
+)
 from .options import NO_OPTIONS, Options
 from .schedule import Resolved, Sampling, Schedule
 
@@ -31,6 +39,9 @@ OVERRIDE = "optimized_attention_override"
 
 Lists = dict[str, tuple[nn.Module, ...]]
 
+frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: False)
+"""What dynamo does with the frames of this thread: None where nothing is being compiled."""
+
 log = logging.getLogger("taca")
 
 
@@ -40,6 +51,27 @@ class Settings:
 
     schedule: Schedule
     options: Options = NO_OPTIONS
+
+
+class Places(NamedTuple):
+    """Where TACA and its LoRAs act in one model that is running.
+
+    Parameters
+    ----------
+    lists : dict
+        Its lists of blocks as they were.
+    blocks : dict
+        The joint blocks of those.
+    targets : list of Target
+        Its LoRAs' modules.
+    loras : list
+        Those modules, and what their forwards become where all rows of a call are inside.
+    """
+
+    lists: Lists
+    blocks: dict[nn.Module, Locate]
+    targets: list[Target]
+    loras: list[tuple[nn.Module, Wrap]]
 
 
 @dataclass
@@ -57,17 +89,14 @@ class Run:
     schedule : Resolved, optional
         gamma over t in this run.
     places : dict
-        For each model that ran (one a device): its lists of blocks as they were, the joint blocks
-        of those, and its LoRAs' modules.
+        For each model that ran (one a device): where TACA and its LoRAs act in it.
     """
 
     ran: bool = False
     attended: bool = False
     eager: bool = False
     schedule: Resolved | None = None
-    places: dict[nn.Module, tuple[Lists, dict[nn.Module, Locate], list[Target]]] = field(
-        default_factory=dict
-    )
+    places: dict[nn.Module, Places] = field(default_factory=dict)
 
 
 def patch_model(model: Any, schedule: Schedule, options: Options = NO_OPTIONS) -> Any:
@@ -265,7 +294,7 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
     inside = [resolved.contains(each) for each in t]
     if not any(inside):
         return executor(x, t_model, *args, **kwargs)
-    blocks, targets = _places(settings.options, run, base_model)
+    places = _places(settings.options, run, base_model)
     gamma = gamma_of_rows(settings.options, resolved, torch.tensor(t), *args, **kwargs)
     seen = first_seen(*args, **kwargs)
     forwards: list[tuple[nn.Module, Wrap]] = []
@@ -275,10 +304,13 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
         gamma = gamma.to(t_model.device, non_blocking=True)
         forwards += [
             (block, partial(_joint_forward, locate=locate, gamma=gamma, seen=seen))
-            for block, locate in blocks.items()
+            for block, locate in places.blocks.items()
         ]
-    some = None if all(inside) else torch.tensor(inside).to(t_model.device, non_blocking=True)
-    forwards += lora_forwards(targets, some)
+    if all(inside):
+        forwards += places.loras
+    else:
+        some = torch.tensor(inside).to(t_model.device, non_blocking=True)
+        forwards += lora_forwards(places.targets, some)
     if not forwards:
         return executor(x, t_model, *args, **kwargs)
     with installed(forwards):
@@ -288,27 +320,28 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
     return result
 
 
-def _places(options: Options, run: Run,
-            base_model: Any) -> tuple[dict[nn.Module, Locate], list[Target]]:  # fmt: skip
-    """The joint blocks of a model that is running, and the modules that its LoRAs change.
+def _places(options: Options, run: Run, base_model: Any) -> Places:
+    """Where TACA and its LoRAs act in a model that is running.
 
     Looked for once a run: on FLUX with a LoRA that takes the host longer than all the rest. And
     once more where a cache puts blocks of its own in their place for some of the calls.
     """
     transformer = uncompiled(base_model.diffusion_model)
-    if base_model in run.places:
-        lists, blocks, targets = run.places[base_model]
-        if lists == _lists(transformer, lists):
-            return blocks, targets
+    known = run.places.get(base_model)
+    if known is not None and known.lists == _lists(transformer, known.lists):
+        return known
     patcher = base_model.current_patcher  # of this device, in a run over several
-    loras = loras_of(patcher) if patcher is not None else []
-    blocks = located_blocks(transformer, options)
-    targets = list(lora_targets(loras, base_model))
+    family = family_of(transformer)
+    targets = list(lora_targets(loras_of(patcher) if patcher is not None else [], base_model))
+    places = Places(
+        _lists(transformer, (*family.before, *family.joint)),
+        located_blocks(transformer, options),
+        targets,
+        [(module, remembering(wrap)) for module, wrap in lora_forwards(targets, None)],
+    )
     if run.schedule is not None:  # a run, which ends; not what a patched model keeps
-        family = family_of(transformer)
-        lists = _lists(transformer, (*family.before, *family.joint))
-        run.places[base_model] = (lists, blocks, targets)
-    return blocks, targets
+        run.places[base_model] = places
+    return places
 
 
 def _lists(transformer: nn.Module, names: Iterable[str]) -> Lists:
@@ -501,7 +534,7 @@ def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
         if torch.compiler.is_compiling():
             with torch._dynamo.error_on_graph_break(True):  # see _without_graph_breaks
                 return with_options(*args, **kwargs)
-        if "torch._dynamo" in sys.modules:
+        if "torch._dynamo" in sys.modules and frame_callback() is not None:
             # Past its limit of recompilations dynamo runs this function as it is; what it compiled
             # for the plain block, without guards on transformer_options, must not run inside.
             return torch.compiler.disable(with_options)(*args, **kwargs)
