@@ -248,7 +248,7 @@ def score(arguments: argparse.Namespace) -> None:
         "captions": len(captions), "noises": arguments.noises, "ddim_steps": arguments.ddim_steps,
         "cfg": arguments.cfg, "networks": {}, "differences": {},
     }  # fmt: skip
-    judged = {}
+    judged: dict[str, dict[int, np.ndarray]] = {}
     for path in arguments.files:
         network, said = load(path)
         right = []
@@ -256,29 +256,46 @@ def score(arguments: argparse.Namespace) -> None:
             pictures = sample(network, codec, captions, seed, arguments.ddim_steps, arguments.cfg)
             checks = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
             right.append([[check[key] for key in world.CRITERIA] for check in checks])
-        judged[path.stem] = np.array(right, dtype=float)  # (noises, captions, criteria)
-        means = judged[path.stem].mean((0, 1)).round(4).tolist()
-        shares = dict(zip(world.CRITERIA, means, strict=True))
+        name = "early" if said["shared"] == BLOCKS else f"central {said['shared']}"
+        name += f", {said['steps']} steps"
+        of_seed = np.array(right, dtype=float)  # (noises, captions, criteria)
+        judged.setdefault(name, {})[said["seed"]] = of_seed
+        shares = dict(zip(world.CRITERIA, of_seed.mean((0, 1)).round(4).tolist(), strict=True))
         report["networks"][path.stem] = {"training": said, "right": shares}
         print(path.stem, shares, flush=True)
     first = next(iter(judged))
     for name in list(judged)[1:]:
-        report["differences"][f"{name} minus {first}"] = paired(judged[name] - judged[first])
-        print(name, "minus", first, report["differences"][f"{name} minus {first}"])
+        seeds = sorted(judged[name].keys() & judged[first].keys())
+        difference = np.stack([judged[name][seed] - judged[first][seed] for seed in seeds])
+        found = {"seeds": seeds, **paired(difference)}
+        report["differences"][f"{name}, minus {first}"] = found
+        print(name, "minus", first, found)
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def paired(difference: np.ndarray, draws: int = 10_000) -> dict[str, list[float]]:
-    """Mean and 95 % interval of paired differences ``(noises, captions, criteria)``, in points.
+def paired(difference: np.ndarray, draws: int = 10_000) -> dict[str, dict[str, Any]]:
+    """Differences ``(seeds, noises, captions, criteria)`` in points: mean, 95 % interval, by seed.
 
-    Captions come in pairs that tell the same scene, which are drawn together.
+    Captions come in pairs that tell the same scene, which are drawn together; so are all pictures
+    of a training seed.
     """
-    scenes = difference.mean(0).reshape(-1, 2, difference.shape[2]).mean(1)
-    chosen = np.random.default_rng(0).integers(len(scenes), size=(draws, len(scenes)))
-    means = scenes[chosen].mean(1)
-    rows = np.stack([scenes.mean(0), *np.quantile(means, (0.025, 0.975), axis=0)], 1) * 100
-    return dict(zip(world.CRITERIA, rows.round(2).tolist(), strict=True))
+    scenes = 100 * difference.mean(1).reshape(len(difference), -1, 2, difference.shape[3]).mean(2)
+    rng = np.random.default_rng(0)
+    means = np.empty((draws, scenes.shape[2]))
+    for i in range(draws):
+        seeds = rng.integers(scenes.shape[0], size=scenes.shape[0])
+        chosen = rng.integers(scenes.shape[1], size=scenes.shape[1])
+        means[i] = scenes[seeds][:, chosen].mean((0, 1))
+    interval = np.quantile(means, (0.025, 0.975), axis=0).round(2)
+    return {
+        what: {
+            "mean": round(float(scenes[:, :, i].mean()), 2),
+            "interval": interval[:, i].tolist(),
+            "by_seed": scenes[:, :, i].mean(1).round(2).tolist(),
+        }
+        for i, what in enumerate(world.CRITERIA)
+    }
 
 
 PUBLISHED = {"small": 13, "deep": 17}

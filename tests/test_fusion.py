@@ -1,0 +1,85 @@
+"""The comparison of early and intermediate fusion: its training, its score, its arithmetic."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_alignment import ROOT, load
+
+
+@pytest.fixture(scope="module")
+def fusion():
+    kept = list(sys.path)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield load(ROOT / "benchmarks" / "fusion.py")
+    finally:
+        sys.path[:] = kept
+
+
+@pytest.fixture
+def train(fusion, tmp_path, monkeypatch):
+    """``shared, steps -> the trained file``, in a folder of the test's own."""
+    monkeypatch.setattr(fusion, "FALL", 2)
+
+    def run(shared, steps, folder="work", seed=0):
+        work = tmp_path / folder
+        with torch.enable_grad():
+            fusion.train(argparse.Namespace(
+                shared=shared, steps=steps, batch=4, lr=1e-3, warmup=2, ema=0.998, dropout=0.1,
+                pool=1, threads=1, seed=seed, work=work,
+            ))  # fmt: skip
+        return work / f"shared-{shared}-seed-{seed}-steps-{steps}.safetensors"
+
+    return run
+
+
+def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train, fusion):
+    """And is what it would be from its own beginning, to the bit."""
+    train(3, 4)
+    constant = 4 - fusion.FALL
+    continued = train(3, 6)
+    whole = train(3, 6, folder="alone")
+    assert [f.name for f in whole.parent.glob("*constant*")] == ["shared-3-seed-0-constant-4.pt"]
+    assert (continued.parent / f"shared-3-seed-0-constant-{constant}.pt").exists()
+    (one, said), (other, _) = map(fusion.load, (continued, whole))
+    assert (said["shared"], said["steps"]) == (3, 6)
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    first = (continued.parent / "shared-3-seed-0-steps-6.jsonl").exists()
+    assert not first, "six steps are no hundred, of which there would be a line"
+
+
+@pytest.mark.slow
+def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path):
+    files = [train(shared, 3, seed=seed) for shared in (7, 3) for seed in (0, 1)]
+    out = tmp_path / "score.json"
+    fusion.score(argparse.Namespace(files=files, noises=1, ddim_steps=2, cfg=3.0, threads=1,
+                                    out=out))  # fmt: skip
+    report = json.loads(out.read_text())
+    assert list(report["networks"]) == [file.stem for file in files]
+    ((name, found),) = report["differences"].items()
+    assert (name, found["seeds"]) == ("central 3, 3 steps, minus early, 3 steps", [0, 1])
+    shares = [report["networks"][file.stem]["right"] for file in files]
+    for what in fusion.world.CRITERIA:
+        early, central = (np.array([s[what] for s in half]) for half in (shares[:2], shares[2:]))
+        expected = 100 * (central - early)
+        assert np.allclose(found[what]["by_seed"], expected, atol=0.02)
+        assert found[what]["mean"] == pytest.approx(expected.mean(), abs=0.02)
+
+
+def test_interval_covers_the_truth_where_seeds_differ(fusion):
+    """As often as three seeds allow, which is less than it says; far more often than without."""
+    rng = np.random.default_rng(0)
+    hits = {"seeds": 0, "scenes": 0}
+    for _ in range(40):
+        of_seed = 0.1 + 0.05 * rng.standard_normal((6, 1, 1, 1))
+        difference = of_seed + 0.3 * rng.standard_normal((6, 1, 204, 5))
+        low, high = fusion.paired(difference, 200)["colour"]["interval"]
+        hits["seeds"] += low <= 10 <= high
+        alone = fusion.paired(difference.mean(0, keepdims=True), 200)["colour"]["interval"]
+        hits["scenes"] += alone[0] <= 10 <= alone[1]
+    assert hits["seeds"] / 40 > 0.8 > hits["scenes"] / 40 + 0.05
