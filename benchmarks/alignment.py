@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -68,6 +69,11 @@ class Setting:
         return {"paper": 970.0, "snr": round(1000 * odds / (1 + odds)), "all": 0.0}[self.window]
 
 
+def sha256(path: Path) -> str:
+    """What tells a file from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class Subject:
     """A model of the series, its codec and how it reads a caption."""
 
@@ -79,6 +85,7 @@ class Subject:
         self.tokens = (self.size // TOKEN) ** 2
         self.codec = Codec.load(codec.with_name(f"{codec.name}_codec.safetensors"))
         path = files.with_name(f"{files.name}_mmdit.safetensors")
+        self.sha256 = sha256(path)
         self.model = comfy.sd.load_diffusion_model(str(path))
         self.model.set_model_compute_dtype(torch.bfloat16)  # as in training
 
@@ -113,9 +120,27 @@ class Subject:
     def judge(self, setting: Setting, seed: int, captions: list[str],
               lora: Path | None) -> list[dict[str, bool]]:  # fmt: skip
         """Sample and check the captions once."""
-        latents = self.sample(self.patched(setting, lora), captions, seed, setting.cfg)
-        pictures = self.codec.decode(latents).numpy()
+        pictures = self.draw(setting, seed, captions, lora)
         return [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
+
+    def draw(self, setting: Setting, seed: int, captions: list[str],
+             lora: Path | None) -> np.ndarray:  # fmt: skip
+        """Pictures of the captions."""
+        latents = self.sample(self.patched(setting, lora), captions, seed, setting.cfg)
+        return self.codec.decode(latents).numpy()
+
+    def chance(self, captions: list[str], cfg: float) -> dict[str, float]:
+        """What pictures at gamma 1 get right of captions that are not theirs, in percent.
+
+        The checker takes the better of two ways to match the objects, so this is far from 0.
+        """
+        pictures = self.draw(Setting(cfg=cfg), 0, captions, None)
+        judged = [
+            world.check(picture, other)
+            for shift in (51, 102, 153)
+            for picture, other in zip(pictures, np.roll(captions, shift), strict=True)
+        ]
+        return {what: round(100 * float(np.mean([j[what] for j in judged])), 1) for what in JUDGED}
 
     def text_share(self, captions: list[str]) -> list[float]:
         """Share of the image queries' attention on text, by block, averaged over a run at CFG 1."""
@@ -131,10 +156,12 @@ def paired(judged: np.ndarray, plain: np.ndarray) -> tuple[float, float]:
     Parameters
     ----------
     judged, plain : numpy.ndarray
-        Bool, ``(seeds, captions)``: right or wrong, with TACA and without. A caption's pictures
-        are a cluster.
+        Bool, ``(seeds, captions)``: right or wrong, with TACA and without. A scene's pictures are
+        a cluster: all seeds and, where all captions are there, the two that tell it.
     """
     difference = 100 * (judged.astype(float) - plain.astype(float)).mean(0)
+    if len(difference) == len(world.captions("held-out")):
+        difference = difference.reshape(-1, 2).mean(1)
     return difference.mean(), 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
 
 
@@ -144,7 +171,9 @@ def best_gamma(rows: dict[float, np.ndarray], rounds: int = 2000) -> tuple[float
     by_caption = np.stack([rows[gamma].mean(0) for gamma in gammas])
     drawn = np.random.default_rng(0).integers(0, by_caption.shape[1], (rounds, by_caption.shape[1]))
     best = np.array(gammas)[by_caption[:, drawn].mean(2).argmax(0)]
-    whole = gammas[int(by_caption.mean(1).argmax())]
+    means = by_caption.mean(1)
+    whole = min((g for g, m in zip(gammas, means, strict=True) if m == means.max()),
+                key=lambda gamma: abs(gamma - 1))  # fmt: skip
     return whole, *np.quantile(best, (0.025, 0.975), method="nearest").tolist()
 
 
@@ -188,11 +217,13 @@ def summary(result: dict[str, Any]) -> str:
     """What the table is of, and the best gamma of each window."""
     share = ", ".join(f"{100 * s:.1f}" for s in result["text_share"])
     count = len(result["settings"][0]["judged"][JUDGED[0]])
+    chance = ", ".join(f"{what} {result['chance'][what]:g} %" for what in JUDGED)
     lines = [
         f"{result['model']}: {result['image_tokens']} image tokens to {result['text_tokens']} of "
         f"text; {share} % of the image's attention on text in blocks 0.. (even: "
         f"{100 * result['text_tokens'] / (result['text_tokens'] + result['image_tokens']):.1f} %); "
-        f"{count} pictures a setting."
+        f"{count} pictures a setting. Of captions that are not theirs these pictures get right: "
+        f"{chance}."
     ]
     for cfg in sorted({s["cfg"] for s in result["settings"]}, reverse=True):
         for window in WINDOWS:
@@ -270,16 +301,21 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     asked = {
         "model": name, "captions": len(captions), "seeds": options.seeds,
         "sampler": "euler, simple, 28 steps, bfloat16", "image_tokens": subject.tokens,
-        "text_tokens": world.TEXTS[subject.text],
+        "text_tokens": world.TEXTS[subject.text], "weights": subject.sha256,
     }  # fmt: skip
     result: dict[str, Any] = {**asked, "settings": []}
     if path.exists():
         result = json.loads(path.read_text())
         if {key: result[key] for key in asked} != asked:
-            sys.exit(f"{path} is of other captions, seeds or tokens: move it away, or use --out.")
+            sys.exit(f"{path} is of other captions, seeds or weights: move it away, or use --out.")
+    lora = sha256(options.lora) if options.lora else None
+    if lora and result.setdefault("lora", lora) != lora:
+        sys.exit(f"{path} is of another LoRA: move it away, or use --out.")
     load_pack()
     if "text_share" not in result:
-        result["text_share"] = subject.text_share(captions[:34])
+        result["text_share"] = subject.text_share(captions[::6])
+    if "chance" not in result:
+        result["chance"] = subject.chance(captions, options.cfg[0])
     done = {Setting(s["gamma"], s["window"], s["cfg"], s["lora"]) for s in result["settings"]}
     todo = [setting for setting in wanted if setting not in done]
     for number, setting in enumerate(todo, 1):

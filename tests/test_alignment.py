@@ -145,4 +145,4 @@ def test_a_short_run(tmp_path):
     assert json.loads((tmp_path / "alignment-demo.json").read_text()) == result
     refused = run("--gammas", "2", "--seeds", "0", "1")
     assert refused.returncode != 0
-    assert "other captions, seeds or tokens" in refused.stderr
+    assert "other captions, seeds or weights" in refused.stderr
