@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -73,10 +74,11 @@ def parse() -> argparse.Namespace:
 
 def load_pack() -> Any:
     """The pack's modules, in ComfyUI."""
-    spec = importlib.util.spec_from_file_location("taca_pack", ROOT / "__init__.py")
-    pack = importlib.util.module_from_spec(spec)
-    sys.modules["taca_pack"] = pack
-    spec.loader.exec_module(pack)
+    if "taca_pack" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("taca_pack", ROOT / "__init__.py")
+        pack = importlib.util.module_from_spec(spec)
+        sys.modules["taca_pack"] = pack
+        spec.loader.exec_module(pack)
     return (
         importlib.import_module("taca_pack.taca.patch"),
         importlib.import_module("taca_pack.taca.schedule"),
@@ -398,11 +400,13 @@ def hot_spots(methods: Methods) -> list[dict[str, Any]]:
             call()
             if methods.device.type == "cuda":
                 torch.cuda.synchronize()
-        times = {}
+        times: dict[str, tuple[float, int]] = {}
         for event in profile.key_averages():
             on_gpu = methods.device.type == "cuda"
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            times[event.key] = (own / 1000, event.count)
+            key = re.sub(r"(CompiledFxGraph|Region:) \S+", r"\1", event.key)  # a name of its own
+            before = times.get(key, (0.0, 0))
+            times[key] = (before[0] + own / 1000, before[1] + event.count)
         return times
 
     found: dict[str, list[dict[str, tuple[float, int]]]] = {"plain": [], "inside": []}
@@ -473,7 +477,7 @@ def measure(plain: Any, name: str, size: int, batch: int, options: argparse.Name
     with Warnings() as warnings:
         if options.compile:
             uncompiled = check(Methods(plain, model, size, batch, device, False), names, {})
-            torch._dynamo.reset()
+            torch.compiler.reset()
             plain = plain.clone()
             filtered = {"guard_filter_fn": skip_torch_compile_dict}  # as core's own node
             set_torch_compile_wrapper(plain, backend="inductor", options=filtered)

@@ -223,7 +223,7 @@ class Results:
     def write(self, text: str) -> None:
         """Keep the cases as Markdown, beside the JSON."""
         self.file.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(f"\nSaved {self.file.name}, .md and .png in {self.file.parent}")
+        print(f"\nSaved {self.file.name} and the rest of that name in {self.file.parent}")
 
 
 def cell(row: dict[str, Any], digits: int = 3) -> str:
