@@ -1,7 +1,7 @@
-"""What was aimed at, what was measured, how far that is and why: tables in ``README.md``.
+"""What was aimed at, what was measured, how far that is and why; memory, the host, what was tried.
 
 ``python dev.py run benchmarks/targets.py`` after the others; it reads their results and writes
-between README's marks.
+these tables between the marks of ``README.md``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import attention
 import timing
 
 README = timing.RESULTS.parent / "README.md"
-BEGIN, END = "<!-- targets -->\n", "<!-- /targets -->\n"
 NO_GPU = "not measured: no GPU was at hand"
 
 TWO_CALLS = (
@@ -169,14 +169,60 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def tried() -> str:
+    """Ways to scale the text keys as Markdown: a column for each case."""
+    cases = read("tried")
+    heads = [attention.heading(case) for case in cases.values()]
+    lines = [f"| one attention call | {' | '.join(heads)} |", "|---" * (len(cases) + 1) + "|"]
+    for name, label in attention.TRIED.items():
+        cells = [timing.cell(case["call"][name]) for case in cases.values() if name != "plain"]
+        if cells:
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    environments = {timing.said(case["environment"]) for case in cases.values()}
+    return "\n".join([*lines, "", *sorted(environments)])
+
+
+def host() -> str:
+    """The host's work as Markdown: a column for each result, in microseconds a call."""
+    cases = read("host")
+    lines = [f"| µs a call | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for key, row in next(iter(cases.values()), {"rows": {}})["rows"].items():
+        found = [case["rows"][key] for case in cases.values()]
+        cells = [f"{each['us']:.0f} ({each['low']:.0f} to {each['high']:.0f})" for each in found]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    notes = [
+        f"{name}: {case['calls']} calls of each kind in each of {case['rounds']} rounds, beside "
+        f"the plain call's {case['plain_ms']} ms; medians and their 95 % intervals. "
+        f"`torch.compiler.disable` made and called for {case['blocks']} blocks: "
+        f"{case['disable_us']:.0f}. {timing.said(case['environment'])}."
+        for name, case in cases.items()
+    ]  # fmt: skip
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+
+
+def write(readme: str, name: str, text: str) -> str:
+    """The README with this text between the marks of that name.
+
+    Raises
+    ------
+    SystemExit
+        If it has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, first, rest = readme.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise SystemExit(f"{README.name} has no marks {begin.strip()} and {end.strip()}.")
+    return f"{before}{begin}\n{text}\n\n{end}{after}"
+
+
 def main() -> None:
-    text = f"\n{table()}\n\n{memory()}\n\n"
-    print(text)
-    before, mark, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise SystemExit(f"{README.name} has no marks {BEGIN.strip()} and {END.strip()}.")
-    README.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    parts = {"targets": f"{table()}\n\n{memory()}", "tried": tried(), "host": host()}
+    for name, text in parts.items():
+        print(f"\n{text}")
+        readme = write(readme, name, text)
+    README.write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def test_targets_say_how_far_they_were_missed(monkeypatch, tmp_path):
     assert "1.0030 (1.0020 to 1.0040)" in picture
     assert "missed by 0.0010" in picture
     assert "| flux, small | 100.0 | 100.5 |" in targets.memory()
+    readme = targets.README.read_text(encoding="utf-8")
+    for name in ("targets", "tried", "host"):
+        assert f"\n{name} of ours\n" in targets.write(readme, name, f"{name} of ours")
+    with pytest.raises(SystemExit, match="has no marks"):
+        targets.write(readme, "other", "")
 
 
 def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
