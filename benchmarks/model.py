@@ -426,9 +426,13 @@ def hot_spots(methods: Methods) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (not row["calls"], -abs(row["ms"])))[:10]
 
 
+BLOCKS = {"depth": "double", "depth_single_blocks": "single", "num_blocks": "joint",
+          "num_layers": "joint"}  # fmt: skip
+
+
 def heading(case: dict[str, Any]) -> str:
-    depth = ", ".join(f"{value} {key}" for key, value in case["depth"].items()
-                      if isinstance(value, int) and key != "hidden_dim")  # fmt: skip
+    depth = ", ".join(f"{case['depth'][k]} {kind}" for k, kind in BLOCKS.items()
+                      if k in case["depth"]) + " blocks"  # fmt: skip
     masked = {"": "", "keys": ", padding masked", "regions": ", regions masked"}[case["mask"]]
     return (
         f"{case['model']}, {case['size']}², {case['dtype']} weights, batch {case['batch']}, "

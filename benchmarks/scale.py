@@ -71,12 +71,12 @@ def points(most: int, affordable: int) -> list[dict[str, int]]:
     most : int
         Image tokens of an attention.
     affordable : int
-        Tokens of an attention with all heads.
+        Tokens of an attention with all heads, or of a step.
     """
     found = [{"image": n} for n in (256, 1024, 4096, 16384, 65536) if n <= most]
     found += [{"text": text} for text in TEXT]
     found += [{"batch": batch} for batch in (2, 4)]
-    found += [{"image": 256, "depth": depth} for depth in (2, 4, 8)]
+    found += [{"image": 256, "depth": depth} for depth in (2, 4, 8) if 768 * depth <= affordable]
     found += [{"heads": heads} for heads in (1, 4)]
     whole = [BASE | each for each in found]
     for point in whole:
@@ -223,6 +223,9 @@ def plot(report: dict[str, Any], file: timing.Path) -> None:
     colours = {"call": "#61a5c2", "step": "#013a63"}
     for axis, (key, label) in zip(axes, AXES.items(), strict=True):
         rows = series(report["points"], key)
+        axis.set_visible(bool(rows))
+        if not rows:
+            continue
         for kind, colour in colours.items():
             some = [row for row in rows if kind in row]
             inside = [row[kind]["inside"] for row in some]

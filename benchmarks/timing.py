@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -259,7 +260,7 @@ def bars(panels: dict[str, dict[str, dict[str, Any]]], labels: dict[str, str], f
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.8 * rows), squeeze=False)
     shades = ("#2a6f97", "#a9d6e5")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -288,7 +289,7 @@ def bars(panels: dict[str, dict[str, dict[str, Any]]], labels: dict[str, str], f
         axis.minorticks_off()
         axis.axvline(1, color="black", lw=0.8)
         axis.set_yticks(range(len(methods)), [labels[method] for method in methods])
-        axis.set_title(name, fontsize=10)
+        axis.set_title(textwrap.fill(name, 56), fontsize=9)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
         if len(kinds) > 1:
