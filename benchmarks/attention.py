@@ -1,7 +1,9 @@
-"""What TACA costs: one step of a FLUX- and of an SD3.5-shaped block, and the paper's own ways.
+"""What TACA costs one joint block of a model, and what the paper's own ways do.
 
-Pure torch, random weights, one block: all blocks of a model cost alike, so its ratios are those of
-a model whose steps are spent in such blocks. ``README.md`` says how to read the result.
+Pure torch, random weights, one block shaped as those of FLUX.1, SD3.5-Medium and -Large,
+Qwen-Image and Chroma: all blocks of a model cost alike, so its ratios are those of a model whose
+steps are spent in such blocks. ``--tried`` times other ways to scale the text keys instead.
+``README.md`` says how to read the result.
 """
 
 from __future__ import annotations
@@ -9,48 +11,56 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
-import os
-import platform
-import re
+import itertools
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
+import timing
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-HERE = Path(__file__).resolve().parent
 GAMMA = 1.2
-STEPS, STEPS_INSIDE = 30, 3
-SLOW_ROUNDS = 3
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = [timing.short(dtype) for dtype in TOLERANCE]
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""q, k, v as ``(B, heads, N, D)``, and a mask that is added to the logits."""
 
 METHODS = {
     "plain": "plain",
     "plain again": "plain, again",
-    "outside": "TACA, outside the window",
     "inside": "TACA, inside the window",
     "two full": "paper: two full attentions",
     "flex compiled": "paper: flex, compiled",
     "flex": "paper: flex, uncompiled",
     "dense": "paper: dense matrix",
 }
-PLAIN = ("plain", "plain again", "outside")
+PLAIN = ("plain", "plain again")
 SLOW = ("flex", "dense")
+TRIED = {
+    "plain": "plain",
+    "plain again": "plain, again",
+    "two calls": "two calls, nothing else (no TACA)",
+    "joined": "and their outputs joined by `cat` (no TACA)",
+    "inside": "**TACA: text keys scaled where they lie, and put back**",
+    "one buffer": "the same, both outputs copied into one buffer instead of `cat`",
+    "written once": "K written once (`mul(out=)` and `copy_`)",
+    "cloned": "K cloned, its text keys scaled (without inference mode, and traced)",
+    "cat": "text keys scaled, then `cat` with the rest",
+    "rows again": "all queries with scaled K, text queries again with K",
+}
 
 
+@cache
 def load_pack() -> Any:
     """Import the pack's ``taca.attention`` by its path, without ComfyUI or ``sys.path``."""
-    folder = HERE.parent / "taca"
+    folder = timing.RESULTS.parent.parent / "taca"
     spec = importlib.util.spec_from_file_location(
         "taca", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -74,6 +84,11 @@ class Shape:
         Whether queries and keys are rotated.
     attn2 : bool
         Whether a second attention is among the image tokens alone.
+    modulated : bool
+        Whether the block computes its modulation; else it is given.
+    mask : str
+        ``"keys"``: the last text tokens are padding, for all queries. ``"regions"``: one half of
+        the prompt is for each half of the picture.
     """
 
     hidden: int
@@ -81,15 +96,40 @@ class Shape:
     text: int
     rope: bool = False
     attn2: bool = False
+    modulated: bool = True
+    mask: str = ""
 
 
 SHAPES = {
     "flux": Shape(hidden=3072, heads=24, text=512, rope=True),
     "sd35-medium": Shape(hidden=1536, heads=24, text=333, attn2=True),
+    "sd35-large": Shape(hidden=2432, heads=38, text=333),
+    # of a batch of two prompts, the shorter one padded
+    "qwen-image": Shape(hidden=3072, heads=24, text=256, rope=True, mask="keys"),
+    # with regional prompts; alone ComfyUI masks nothing there
+    "chroma": Shape(hidden=3072, heads=24, text=512, rope=True, modulated=False, mask="regions"),
 }
 
 
-class Attend(nn.Module):
+def mask_of(kind: str, text: int, image: int, dtype: torch.dtype,
+            device: torch.device) -> Tensor | None:  # fmt: skip
+    """Zero where a query may attend to a key, as ComfyUI hands it to attention."""
+    if not kind:
+        return None
+    length = text + image
+    if kind == "keys":
+        mask = torch.zeros(1, 1, length, dtype=dtype, device=device)
+        mask[:, :, text - text // 4 : text] = torch.finfo(dtype).min
+        return mask
+    mask = torch.zeros(1, length, length, dtype=dtype, device=device)
+    halves = [slice(0, text // 2), slice(text // 2, text)]
+    pictures = [slice(text, text + image // 2), slice(text + image // 2, length)]
+    for queries, keys in zip(pictures, halves[::-1], strict=True):
+        mask[:, queries, keys] = torch.finfo(dtype).min
+    return mask
+
+
+class Projections(nn.Module):
     """The projections around one attention."""
 
     def __init__(self, hidden: int, heads: int) -> None:
@@ -109,19 +149,22 @@ class Attend(nn.Module):
 class Stream(nn.Module):
     """One kind of token's weights: modulation, attention and MLP."""
 
-    def __init__(self, hidden: int, heads: int, attn2: bool = False) -> None:
+    def __init__(self, shape: Shape, attn2: bool) -> None:
         super().__init__()
-        self.attn = Attend(hidden, heads)
-        self.attn2 = Attend(hidden, heads) if attn2 else None
-        self.modulation = nn.Linear(hidden, (9 if attn2 else 6) * hidden)
+        hidden, heads = shape.hidden, shape.heads
+        self.parts = 9 if attn2 else 6
+        self.attn = Projections(hidden, heads)
+        self.attn2 = Projections(hidden, heads) if attn2 else None
+        self.modulation = nn.Linear(hidden, self.parts * hidden) if shape.modulated else None
         self.mlp = nn.Sequential(
             nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden)
         )
 
     def modulate(self, vector: Tensor) -> tuple[Tensor, ...]:
         """(shift, scale, gate) for attention, MLP and, where there is one, attn2."""
-        parts = 9 if self.attn2 else 6
-        return self.modulation(F.silu(vector)).unsqueeze(1).chunk(parts, -1)
+        if self.modulation is not None:
+            vector = self.modulation(F.silu(vector))
+        return vector.unsqueeze(1).chunk(self.parts, -1)
 
     def finish(
         self, x: Tensor, attended: Tensor, attended2: Tensor | None, mod: tuple[Tensor, ...]
@@ -138,11 +181,16 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.text = Stream(shape.hidden, shape.heads)
-        self.image = Stream(shape.hidden, shape.heads, shape.attn2)
+        self.text = Stream(shape, attn2=False)
+        self.image = Stream(shape, shape.attn2)
 
     def forward(
-        self, text: Tensor, image: Tensor, vector: Tensor, rope: Tensor | None, joint: Attention
+        self,
+        text: Tensor,
+        image: Tensor,
+        vector: Tensor,
+        rope: Tensor | None,
+        joint: Callable[..., Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Text and image tokens after the block."""
         text_mod, image_mod = self.text.modulate(vector), self.image.modulate(vector)
@@ -177,6 +225,8 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Plain attention as ComfyUI's backends return it: ``(B, N, heads * D)``."""
+    if mask is not None and mask.ndim == 3:
+        mask = mask[:, None]
     return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
@@ -184,54 +234,148 @@ def _merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def methods(text: int, image: int, device: torch.device) -> dict[str, Attention]:
-    """Every method of ``METHODS`` as ``(q, k, v) -> output``, for these numbers of tokens."""
-    pack = load_pack()
-    gamma = torch.full((1,), GAMMA, device=device)
-    tokens = (pack.Span("text", text), pack.Span("image", image))
+def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """The mask of these queries."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
 
-    def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return pack.temperature_adjusted_attention(plain, q, k, v, gamma, tokens, out_dim=1)
 
-    def two_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def two_full(attend: Attend, text: int, gamma: Tensor) -> Attend:
+    """The paper's "selective recomposition": two whole attentions, rows picked."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scaled = k.clone()
         scaled[:, :, :text] *= gamma
-        return torch.cat([plain(q, k, v)[:, :text], plain(q, scaled, v)[:, text:]], 1)
+        adjusted = attend(q, scaled, v, mask)
+        return torch.cat([attend(q, k, v, mask)[:, :text], adjusted[:, text:]], 1)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return run
+
+
+def dense(text: int, gamma: Tensor) -> Attend:
+    """All logits as a matrix."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         logits[:, :, text:, :text] *= gamma
+        if mask is not None:
+            logits += mask[:, None]
         return _merge(logits.softmax(-1) @ v)
 
-    def score(logit: Tensor, _b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return torch.where((query >= text) & (key < text), logit * gamma[0], logit)
+    return run
 
-    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _merge(flex_attention(q, k, v, score_mod=score))
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+def flex(text: int, gamma: Tensor, compiled: bool) -> Attend:
+    """Flex attention, whose score function multiplies by gamma."""
+    function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def flex_compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _merge(compiled(q, k, v, score_mod=score))
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def score(logit: Tensor, _b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            logit = torch.where((query >= text) & (key < text), logit * gamma[0], logit)
+            if mask is None:
+                return logit
+            return logit + (mask[0, 0, key] if mask.shape[1] == 1 else mask[0, query, key])
 
+        return _merge(function(q, k, v, score_mod=score))
+
+    return run
+
+
+def taca(attend: Attend, text: int, image: int, gamma: Tensor) -> Attend:
+    """The pack's."""
+    pack = load_pack()
+    tokens = (pack.Span("text", text), pack.Span("image", image))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return pack.temperature_adjusted_attention(attend, q, k, v, gamma, tokens, mask, out_dim=1)
+
+    return run
+
+
+def methods(text: int, image: int, device: torch.device) -> dict[str, Attend]:
+    """Every method of ``METHODS``, for these numbers of tokens."""
+    gamma = torch.full((1,), GAMMA, device=device)
     return {
         **dict.fromkeys(PLAIN, plain),
-        "inside": inside,
-        "two full": two_full,
-        "flex compiled": flex_compiled,
-        "flex": flex,
-        "dense": dense,
+        "inside": taca(plain, text, image, gamma),
+        "two full": two_full(plain, text, gamma),
+        "flex compiled": flex(text, gamma, compiled=True),
+        "flex": flex(text, gamma, compiled=False),
+        "dense": dense(text, gamma),
     }
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, text: int, gamma: float) -> Tensor:
-    """Eq. 10 in float64, head by head."""
+def tried(text: int, image: int, device: torch.device) -> dict[str, Attend]:
+    """Every method of ``TRIED``: ways to give image queries other text keys."""
+    gamma = torch.full((1,), GAMMA, device=device)
+    first, last = slice(text), slice(text, None)
+
+    def both(q: Tensor, k: Tensor, scaled: Tensor, v: Tensor,
+             mask: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        image_rows = plain(q[:, :, last], scaled, v, _rows(mask, last))
+        return plain(q[:, :, first], k, v, _rows(mask, first)), image_rows
+
+    def in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        own = k[:, :, first].clone()
+        k[:, :, first].mul_(gamma)
+        image_rows = plain(q[:, :, last], k, v, _rows(mask, last))
+        k[:, :, first].copy_(own)
+        return plain(q[:, :, first], k, v, _rows(mask, first)), image_rows
+
+    def one_buffer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        pieces = in_place(q, k, v, mask)
+        output = torch.empty(q.shape[0], text + image, pieces[0].shape[2], dtype=q.dtype,
+                             device=q.device)  # fmt: skip
+        for rows, piece in zip((first, last), pieces, strict=True):
+            output[:, rows] = piece
+        return output
+
+    def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scaled = torch.empty_like(k)
+        torch.mul(k[:, :, first], gamma.to(k.dtype), out=scaled[:, :, first])
+        scaled[:, :, last].copy_(k[:, :, last])
+        return torch.cat(both(q, k, scaled, v, mask), 1)
+
+    def cloned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scaled = k.clone()
+        scaled[:, :, first].mul_(gamma)
+        return torch.cat(both(q, k, scaled, v, mask), 1)
+
+    def by_cat(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scaled = torch.cat([(k[:, :, first] * gamma).to(k.dtype), k[:, :, last]], 2)
+        return torch.cat(both(q, k, scaled, v, mask), 1)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scaled = k.clone()
+        scaled[:, :, first].mul_(gamma)
+        output = plain(q, scaled, v, mask)
+        output[:, first] = plain(q[:, :, first], k, v, _rows(mask, first))
+        return output
+
+    return {
+        **dict.fromkeys(PLAIN, plain),
+        "two calls": lambda q, k, v, mask: both(q, k, k, v, mask),
+        "joined": lambda q, k, v, mask: torch.cat(both(q, k, k, v, mask), 1),
+        "inside": taca(plain, text, image, gamma),
+        "one buffer": one_buffer,
+        "written once": written,
+        "cloned": cloned,
+        "cat": by_cat,
+        "rows again": again,
+    }
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text: int, gamma: float,
+              rows: list[int]) -> Tensor:  # fmt: skip
+    """Eq. 10 in float64 for some queries, of the first of the batch, head by head."""
     heads = []
+    is_image = torch.tensor(rows, device=q.device) >= text
     for one_q, one_k, one_v in zip(*(x[0].double() for x in (q, k, v)), strict=True):
-        logits = one_q @ one_k.T * q.shape[-1] ** -0.5
-        logits[text:, :text] *= gamma
+        logits = one_q[rows] @ one_k.T * q.shape[-1] ** -0.5
+        logits[is_image, :text] *= gamma
+        if mask is not None:
+            logits += mask[0] if mask.shape[1] == 1 else mask[0, rows]
         heads.append(logits.softmax(-1) @ one_v)
-    return torch.cat(heads, -1)[None]
+    return torch.cat(heads, -1)
 
 
 # Measuring
@@ -239,12 +383,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, text: int, gamma: float) -> Tenso
 
 @dataclass
 class Case:
-    """What one shape needs: seeded inputs, and the two things that are timed."""
+    """What one measurement needs: seeded inputs, and the two things that are timed."""
 
     name: str
     size: int
+    batch: int
     device: torch.device
     dtype: torch.dtype
+    tried: bool = False
 
     def __post_init__(self) -> None:
         shape = SHAPES[self.name]
@@ -253,30 +399,41 @@ class Case:
         options = {"device": self.device, "dtype": self.dtype}
         head_dim = shape.hidden // shape.heads
         self.text, self.image = shape.text, image
-        joint = (1, shape.heads, shape.text + image, head_dim)
+        joint = (self.batch, shape.heads, shape.text + image, head_dim)
         self.qkv = [torch.randn(joint, **options) for _ in range(3)]
+        vector = shape.hidden if shape.modulated else 6 * shape.hidden
         self.inputs = [
-            torch.randn(1, shape.text, shape.hidden, **options),
-            torch.randn(1, image, shape.hidden, **options),
-            torch.randn(1, shape.hidden, **options),
+            torch.randn(self.batch, shape.text, shape.hidden, **options),
+            torch.randn(self.batch, image, shape.hidden, **options),
+            torch.randn(self.batch, vector, **options),
         ]
         self.rope = None
         if shape.rope:
             angles = torch.randn(shape.text + image, head_dim // 2, device=self.device)
             self.rope = torch.stack([angles.cos(), angles.sin()])
+        self.mask = mask_of(shape.mask, shape.text, image, self.dtype, self.device)
         with self.device:
             self.block = Block(shape).to(self.dtype)
-        self.methods = methods(shape.text, image, self.device)
+        self.methods = (tried if self.tried else methods)(shape.text, image, self.device)
 
-    def call(self, method: str) -> Tensor:
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.size}², {timing.short(self.dtype)}, batch {self.batch}"
+
+    def call(self, method: str) -> Any:
         """Call the attention alone."""
-        return self.methods[method](*self.qkv)
+        return self.methods[method](*self.qkv, self.mask)
 
     def step(self, method: str) -> Any:
         """Run the whole block."""
-        return self.block(*self.inputs, self.rope, self.methods[method])
+        attend = self.methods[method]
+        return self.block(*self.inputs, self.rope, partial(attend, mask=self.mask))
 
-    def errors(self) -> tuple[dict[str, float], dict[str, str]]:
+    def seconds(self, kind: str, method: str) -> float:
+        """Of a ``call`` or a ``step``."""
+        return timing.seconds(partial(getattr(self, kind), method), self.device)
+
+    def check(self, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
         """Each method's largest difference from float64; the reasons of those that cannot run.
 
         Raises
@@ -284,121 +441,55 @@ class Case:
         ValueError
             If a method computes something else.
         """
+        length = self.text + self.image
+        rows = sorted({int(i) for i in torch.linspace(0, length - 1, 64).tolist()})
+        matrix = 4 * self.qkv[0].shape[0] * self.qkv[0].shape[1] * length**2
         # gamma as float32 holds it
-        adjusted = reference(*self.qkv, self.text, torch.tensor(GAMMA).item())
-        unadjusted = reference(*self.qkv, self.text, 1.0)
+        right = {
+            gamma: reference(*self.qkv, self.mask, self.text, gamma, rows)
+            for gamma in (1.0, torch.tensor(GAMMA).item())
+        }
         found, skipped = {}, {}
-        for name in METHODS:
+        for name in names:
+            if name in SLOW and 3 * matrix > timing.free_bytes(self.device):
+                skipped[name] = f"its matrices, {3 * matrix / 2**30:.0f} GiB, do not fit"
+                continue
             try:
                 output = self.call(name)
             except Exception as error:
                 skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 continue
-            right = unadjusted if name in PLAIN else adjusted
-            found[name] = (output.double() - right).abs().max().item()
+            if name == "two calls":
+                output = torch.cat(output, 1)
+            wanted = [*right.values()][name not in (*PLAIN, "two calls", "joined")]
+            found[name] = (output[0, rows].double() - wanted).abs().max().item()
             if not found[name] <= TOLERANCE[self.dtype]:
-                raise ValueError(f"{self.name}, {name}: off by {found[name]:.1e}")
+                raise ValueError(f"{self.label}, {name}: off by {found[name]:.1e}")
         return found, skipped
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""On a CPU that is shared with other work, the process's own time says more: ``--clock cpu``."""
-clock = CLOCKS["wall"]
-
-
-def set_clock(name: str) -> None:
-    global clock
-    clock = CLOCKS[name]
-
-
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long one call takes."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        function()  # keeps the GPU busy while the timed call is queued, as in sampling
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    start = clock()
-    function()
-    return clock() - start
-
-
-def interleaved(
-    function: Callable[[str], Any], names: list[str], rounds: int, device: torch.device, label: str
-) -> dict[str, dict[str, float]]:
-    """Time every method once per round, in a new order each; the slow ones in the first rounds."""
-    times: dict[str, list[float]] = {name: [] for name in names}
-    shuffle = torch.Generator().manual_seed(0)
-    for name in names:  # warm-up
-        seconds(lambda name=name: function(name), device)
-    for index in range(rounds):
-        print(f"\r{label}: round {index + 1}/{rounds} ", end="", file=sys.stderr, flush=True)
-        for i in torch.randperm(len(names), generator=shuffle).tolist():
-            name = names[i]
-            if name not in SLOW or index < SLOW_ROUNDS:
-                times[name].append(seconds(lambda name=name: function(name), device))
-    print(file=sys.stderr)
-    result = {}
-    for name, own in times.items():
-        ratios = torch.tensor([a / b for a, b in zip(own, times["plain"], strict=False)])
-        low, middle, high = ratios.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        result[name] = {
-            "rounds": len(own),
-            "median_s": torch.tensor(own).quantile(0.5).item(),
-            "ratio": middle,
-            "ratio_p10": low,
-            "ratio_p90": high,
-        }
-    return result
-
-
-def peak_mib(function: Callable[[], Any], device: torch.device) -> float:
-    """Peak memory that one call allocates, above weights and inputs.
-
-    On a CPU from the profiler's record of every allocation, so that it is exact.
-    """
-    function()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    return peak / 2**20
-
-
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Everything about one shape."""
-    errors, skipped = case.errors()
+def measure(case: Case, rounds: int, kinds: list[str]) -> dict[str, Any]:
+    """Everything about one case."""
+    labels = TRIED if case.tried else METHODS
+    errors, skipped = case.check(list(labels))
     names = list(errors)
     result: dict[str, Any] = {
-        "image_tokens": case.image,
-        "text_tokens": case.text,
-        "max_abs_error": errors,
-        "skipped": skipped,
-        "call": interleaved(case.call, names, 3 * rounds, case.device, f"{case.name}, call"),
-        "step": interleaved(case.step, names, rounds, case.device, f"{case.name}, step"),
-    }
-    result["picture_ratio"] = {  # outside the window a step is a plain one, for all ways
-        name: (STEPS_INSIDE * row["ratio"] + STEPS - STEPS_INSIDE) / STEPS
-        for name, row in result["step"].items()
-        if name not in PLAIN
-    }
-    print(f"{case.name}, memory", file=sys.stderr)
-    result["step_peak_mib"] = {
-        name: peak_mib(lambda name=name: case.step(name), case.device)
-        for name in names
-        if name not in PLAIN or name == "plain"
+        "shape": case.name, "size": case.size, "batch": case.batch,
+        "dtype": timing.short(case.dtype), "image_tokens": case.image, "text_tokens": case.text,
+        "mask": SHAPES[case.name].mask, "max_abs_error": errors, "skipped": skipped,
+    }  # fmt: skip
+    for kind in kinds:
+        result[kind] = timing.interleaved(
+            partial(case.seconds, kind), names, rounds * (3 if kind == "call" else 1),
+            f"{case.label}, {kind}", SLOW,
+        )  # fmt: skip
+    result["peak_mib"] = {
+        kind: {
+            name: timing.peak_mib(partial(getattr(case, kind), name), case.device)
+            for name in names
+            if name != "plain again"
+        }
+        for kind in kinds
     }
     return result
 
@@ -406,173 +497,96 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 # Reporting
 
 
-def machine(device: torch.device) -> str:
-    """Name the model of GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
-def slug_of(device: torch.device) -> str:
-    """The machine's name for a file."""
-    return re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def environment(device: torch.device, clock_name: str) -> dict[str, Any]:
-    """What a result depends on."""
-    return {
-        "machine": machine(device),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "clock": "CUDA events" if device.type == "cuda" else clock_name,
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """One shape as Markdown."""
-    lines = [
-        "| method | attention call | one step | step (ms) | 30 steps | peak MiB | max error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, label in METHODS.items():
-        if name in result["skipped"]:
-            lines.append(f"| {label} | skipped: {result['skipped'][name]} | | | | | |")
+def table(result: dict[str, Any], labels: dict[str, str]) -> str:
+    """One case as Markdown."""
+    kinds = [kind for kind in ("call", "step") if kind in result]
+    names = {"call": "attention call", "step": "one step"}
+    head = [names[kind] for kind in kinds] + [f"{names[kind]} (ms)" for kind in kinds]
+    head += [f"{names[kind]}, peak MiB" for kind in kinds]
+    head += ["30 steps"] * ("step" in result) + ["max error"]
+    lines = [f"| method | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+    for name, label in labels.items():
+        if name not in result["max_abs_error"]:
+            reason = result["skipped"].get(name, "not measured")
+            lines.append(f"| {label} | skipped: {reason} |" + " |" * (len(head) - 1))
             continue
-        call, step = (
-            "{ratio:.3f} ({ratio_p10:.3f}–{ratio_p90:.3f})".format(**result[kind][name])
-            for kind in ("call", "step")
-        )
-        picture = result["picture_ratio"].get(name)
-        peak = result["step_peak_mib"].get(name)
-        cells = [
-            label,
-            call,
-            step,
-            f"{1000 * result['step'][name]['median_s']:.4g}",
-            "" if picture is None else f"{picture:.3f}",
-            "" if peak is None else f"{peak:.0f}",
-            f"{result['max_abs_error'][name]:.0e}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [timing.cell(result[kind][name]) for kind in kinds]
+        cells += [f"{1000 * result[kind][name]['median_s']:.4g}" for kind in kinds]
+        for kind in kinds:
+            peak, plain = (result["peak_mib"][kind].get(n) for n in (name, "plain"))
+            cells.append("" if peak is None else f"{peak:.0f} ({peak / plain:.3f}×)")
+        if "step" in result:
+            low, middle, high = timing.picture(result["step"][name])
+            show = name not in PLAIN
+            cells.append(f"{middle:.4f} ({low:.4f}-{high:.4f})" if show else "")
+        cells.append(f"{result['max_abs_error'][name]:.0e}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
-    """Bars of the ratios, a panel for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shapes = report["shapes"]
-    figure, axes = plt.subplots(
-        1, len(shapes), figsize=(6 * len(shapes), 4.2), sharey=True, squeeze=False
+def heading(case: dict[str, Any]) -> str:
+    masked = {"": "", "keys": ", padding masked", "regions": ", regions masked"}[case["mask"]]
+    return (
+        f"{case['shape']}, {case['size']}², {case['dtype']}, batch {case['batch']}: "
+        f"{case['text_tokens']} text + {case['image_tokens']} image tokens{masked}"
     )
-    colours = {"step": "#2a6f97", "call": "#a9d6e5"}
-    labels = {"step": "one step (whole block)", "call": "attention call alone"}
-    for axis, (shape, result) in zip(axes[0], shapes.items(), strict=True):
-        names = [name for name in METHODS if name in result["step"] and name != "plain"]
-        for offset, kind in ((-0.2, "step"), (0.2, "call")):
-            rows = [result[kind][name] for name in names]
-            ratios = [row["ratio"] for row in rows]
-            spread = [
-                [row["ratio"] - row["ratio_p10"] for row in rows],
-                [row["ratio_p90"] - row["ratio"] for row in rows],
-            ]
-            places = [i + offset for i in range(len(names))]
-            axis.barh(
-                places,
-                [ratio - 1 for ratio in ratios],
-                0.38,
-                left=1,
-                xerr=spread,
-                error_kw={"lw": 0.8, "capsize": 2},
-                color=colours[kind],
-                label=labels[kind],
-            )
-            for place, row in zip(places, rows, strict=True):
-                axis.annotate(
-                    f"{row['ratio']:.2f}",
-                    (max(row["ratio_p90"], 1), place),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8,
-                )
-        top = max(result[kind][name]["ratio_p90"] for kind in colours for name in names)
-        axis.set_xscale("log")
-        axis.set_xlim(0.8, max(2.0, 1.35 * top))
-        ticks = [t for t in (1, 2, 5, 10, 20, 50) if t <= 1.3 * top]
-        axis.set_xticks(ticks, [f"{t}×" for t in ticks])
-        axis.minorticks_off()
-        axis.axvline(1, color="black", lw=0.8)
-        axis.set_yticks(range(len(names)), [METHODS[name] for name in names])
-        axis.set_title(
-            f"{shape}: {result['text_tokens']} text + {result['image_tokens']} image tokens"
-        )
-        axis.set_xlabel("time / plain (median, 10–90 %; log)")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].invert_yaxis()
-    axes[0][-1].legend(loc="upper right", fontsize=8, frameon=False)
-    environment = report["environment"]
-    figure.suptitle(
-        f"{environment['machine']}, {environment['dtype']}, torch {environment['torch']}"
-    )
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+
+
+def report(results: timing.Results, labels: dict[str, str], title: str) -> None:
+    """Table and plot of all cases."""
+    parts = [f"# {title}\n"]
+    panels = {}
+    for case in results.cases.values():
+        environment = timing.said(case["environment"])
+        parts.append(f"## {heading(case)}\n\n{environment}\n\n{table(case, labels)}\n")
+        kinds = {"one step": "step", "attention call": "call"}
+        panels[heading(case)] = {
+            kind: {m: row for m, row in case[key].items() if m != "plain"}
+            for kind, key in kinds.items()
+            if key in case
+        }
+    timing.bars(panels, labels, results.file.with_suffix(".png"), environment)
+    results.write("\n".join(parts))
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, help="width and height; 1024 on a GPU, 512 on a CPU")
-    parser.add_argument("--rounds", type=int, help="50 on a GPU, 7 on a CPU")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--sizes", type=int, nargs="+",
+                        help="512 to 2048; 1024 on a GPU, 512 on a CPU")  # fmt: skip
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES,
+                        help="bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
+    parser.add_argument("--kinds", nargs="+", choices=("call", "step"),
+                        help="attention alone (3 times the rounds), whole block")  # fmt: skip
+    parser.add_argument("--tried", action="store_true", help="other ways to scale the text keys")
+    parser.add_argument("--rounds", type=int, help="50 on a GPU, 7 on a CPU")
+    parser.add_argument("--out", type=timing.Path, default=timing.RESULTS, help="folder")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
     options = parser.parse_args()
-    set_clock(options.clock)
+    timing.set_clock(options.clock)
 
     warnings.filterwarnings("ignore", message=".*flex_attention")
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    size = options.size or (1024 if on_gpu else 512)
-    rounds = options.rounds or (50 if on_gpu else 7)
-
-    report: dict[str, Any] = {
-        "environment": environment(device, options.clock) | {"dtype": short(dtype)},
-        "gamma": GAMMA,
-        "size": size,
-        "picture": f"{STEPS_INSIDE} of {STEPS} steps inside the window, derived from step ratios",
-        "memory": "peak of one step above weights and inputs: "
-        + ("torch.cuda.max_memory_allocated" if on_gpu else "torch's profiler"),
-        "shapes": {},
-    }
-    print(json.dumps(report["environment"]))
-    for name in options.shapes:
-        result = measure(Case(name, size, device, dtype), rounds)
-        report["shapes"][name] = result
-        tokens = f"{result['text_tokens']} text + {result['image_tokens']} image tokens"
-        print(f"\n### {name}, {tokens}\n\n{table(result)}")
-
-    slug = slug_of(device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"{slug}.json"
-    file.write_text(json.dumps(report, indent=2) + "\n")
-    plot(report, file.with_suffix(".png"))
-    print(f"\nSaved {file} and {file.with_suffix('.png').name}")
+    kinds = options.kinds or (["call"] if options.tried else ["call", "step"])
+    labels = TRIED if options.tried else METHODS
+    results = timing.Results("tried" if options.tried else "attention", options.out, device)
+    for name, size, dtype, batch in itertools.product(
+        options.shapes,
+        options.sizes or [1024 if on_gpu else 512],
+        options.dtypes or ["bfloat16" if on_gpu else "float32"],
+        options.batches,
+    ):
+        case = Case(name, size, batch, device, getattr(torch, dtype), options.tried)
+        result = measure(case, options.rounds or (50 if on_gpu else 7), kinds)
+        result["environment"] = timing.environment(device, options.clock)
+        results.add(case.label, result)
+        print(f"\n### {heading(result)}\n\n{table(result, labels)}", flush=True)
+    title = "Ways to scale the text keys" if options.tried else "One joint block, and its attention"
+    report(results, labels, title)
 
 
 if __name__ == "__main__":

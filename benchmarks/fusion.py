@@ -39,12 +39,15 @@ U-ViT-S/2 (13 blocks) and U-ViT-S/2-Deep (17), width 512, 1 + 77 + 256 tokens. E
 text in the central 1, 3 and 5 blocks, by concatenation and by cross-attention; and beside them
 early fusion in the published code's way, re-implemented: q, k and v cast to float32 for the
 attention (under autocast), AdamW that is not fused, nothing compiled. (Its time token is ours too,
-since the weights are the same.) FLOPs are counted by torch with attention as plain matrix products,
-forward for inference, forward and backward for training. A training step is forward, backward and
-AdamW. Every round runs each method once in a new order, ratios are taken within a round, and
-reported are their median and 10-90 % range. On a CPU one thread and the process's own CPU time, on
-a GPU time. Two kinds of ratio: fusion at equal implementation, and implementation at equal fusion;
-"both" is measured, not multiplied.
+since the weights are the same.) Of the networks that ``--compile`` names, early fusion and one
+central block by torch.compile are further methods in the same rounds. FLOPs are counted by torch
+with attention as plain matrix products, forward for inference, forward and backward for training. A
+training step is forward, backward and AdamW. Every round runs each method once in a new order,
+ratios are taken within a round, and reported are their median and 10-90 % range. On a CPU one
+thread and the process's own CPU time, on a GPU time; at most ``--seconds`` for a setting, though 5
+rounds at least. Two kinds of ratio: fusion at equal implementation, and implementation at equal
+fusion; "both" is measured, not multiplied. One command writes the whole file, and the table beside
+it.
 """
 
 from __future__ import annotations
@@ -60,8 +63,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timing
 import torch
-from attention import machine, seconds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -300,6 +303,7 @@ def paired(difference: np.ndarray, draws: int = 10_000) -> dict[str, dict[str, A
 
 PUBLISHED = {"small": 13, "deep": 17}
 CENTRAL = (1, 3, 5)
+COMPILED = ("early", "central 1")  # compiling takes longer than all else
 
 
 def published_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
@@ -346,7 +350,7 @@ def work_of(network: UViT, what: str, batch: int, published: bool, compiled: boo
     """One training step, or one call, of a network."""
     network = network.to(device)
     x, t, context = inputs_of(network.sizes, batch, device)
-    call = torch.compile(network, dynamic=False) if compiled and not published else network
+    call = torch.compile(network, dynamic=False) if compiled else network
     reduced = torch.autocast(device.type, torch.bfloat16)
 
     def inference() -> None:
@@ -373,7 +377,7 @@ def work_of(network: UViT, what: str, batch: int, published: bool, compiled: boo
 def seconds_of(function: Callable[[], None], device: torch.device) -> float:
     """How long a call takes; on a CPU its own CPU time."""
     if device.type == "cuda":
-        return seconds(function, device)
+        return timing.seconds(function, device)
     start = time.process_time()
     function()
     return time.process_time() - start
@@ -384,16 +388,21 @@ def spread(values: list[float]) -> list[float]:
     return np.quantile(values, (0.5, 0.1, 0.9)).round(3).tolist()
 
 
+FEWEST_ROUNDS = 5
+
+
 def cost(arguments: argparse.Namespace) -> None:
     """FLOPs and throughput; see the module's head."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
     report: dict[str, Any] = {
-        "machine": machine(device), "device": device.type, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "rounds": arguments.rounds, "note": arguments.note,
-        "compiled": arguments.compile, "flops": {}, "throughput": {},
+        "environment": timing.environment(device, "cpu"), "note": arguments.note,
+        "rounds": arguments.rounds, "compiled": arguments.compile, "flops": {}, "throughput": {},
     }  # fmt: skip
+    file = arguments.out
+    if file is None and arguments.rounds:
+        file = timing.RESULTS / f"fusion-cost-{timing.slug_of(device)}.json"
     for name, conditioning in itertools.product(arguments.networks, arguments.conditionings):
         blocks = PUBLISHED[name]
         rows = {}
@@ -415,52 +424,97 @@ def cost(arguments: argparse.Namespace) -> None:
             label = "{}, {}, batch {}, {}".format(*setting)
             report["throughput"][label] = throughput(*setting, arguments, device)
             print(label, json.dumps(report["throughput"][label], indent=1), flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    if file:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        file.with_suffix(".md").write_text(cost_table(report), encoding="utf-8")
+        print(f"Saved {file} and {file.with_suffix('.md').name}")
 
 
 def throughput(name: str, conditioning: str, batch: int, what: str, arguments: argparse.Namespace,
                device: torch.device) -> dict[str, Any]:  # fmt: skip
     """Pictures a second of every method, and ratios within rounds."""
-    blocks = PUBLISHED[name]
-    methods = {"early": (blocks, False)}
-    methods |= {f"central {k}": (k, False) for k in CENTRAL}
+    blocks, published = PUBLISHED[name], "early, published way"
+    torch.compiler.reset()
+    fusions = {"early": blocks} | {f"central {k}": k for k in CENTRAL}
+    methods = {fusion: (shared, False, False) for fusion, shared in fusions.items()}
     if conditioning == "concatenation":
-        methods["early, published way"] = (blocks, True)
+        methods[published] = (blocks, True, False)
+    if name in arguments.compile:
+        methods |= {f"{fusion}, compiled": (fusions[fusion], False, True) for fusion in COMPILED}
     works = {
         method: work_of(
-            network_of(network_sizes(blocks, shared, conditioning), published),
+            network_of(network_sizes(blocks, shared, conditioning), is_published),
             what,
             batch,
-            published,
-            arguments.compile,
+            is_published,
+            is_compiled,
             device,
         )
-        for method, (shared, published) in methods.items()
+        for method, (shared, is_published, is_compiled) in methods.items()
     }
     for work in works.values():
         work()
     times: dict[str, list[float]] = {method: [] for method in works}
     order = np.random.default_rng(0)
-    for _ in range(arguments.rounds):
+    started = time.monotonic()
+    for done in range(arguments.rounds):
+        if done >= FEWEST_ROUNDS and time.monotonic() - started > arguments.seconds:
+            break
         for i in order.permutation(len(works)):
             method = list(works)[i]
             times[method].append(seconds_of(works[method], device))
 
-    def ratio(slow: str, fast: str) -> list[float]:
-        return spread([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+    def ratios(slow: str, suffix: str = "", same: bool = False) -> dict[str, list[float]]:
+        """Of one method to every fusion's, or with ``same`` to its own, where they were timed."""
+        pairs = {fusion: (slow, f"{fusion}{suffix}") for fusion in fusions}
+        if same:
+            pairs = {fusion: (fusion, f"{fusion}{suffix}") for fusion in fusions}
+        return {
+            fusion: spread([a / b for a, b in zip(times[one], times[other], strict=True)])
+            for fusion, (one, other) in pairs.items()
+            if one in times and other in times and one != other
+        }
 
-    result: dict[str, Any] = {
+    return {
+        "rounds": len(times["early"]),
         "pictures_per_second": {m: round(batch / float(np.median(v)), 3) for m, v in times.items()},
-        "fusion_at_equal_implementation": {
-            f"central {k}": ratio("early", f"central {k}") for k in CENTRAL
+        "fusion_at_equal_implementation": ratios("early"),
+        "fusion_at_equal_implementation, compiled": ratios("early, compiled", ", compiled"),
+        "implementation_at_equal_fusion": {
+            "ours": ratios(published).get("early"),
+            "ours, compiled": ratios(published, ", compiled").get("early"),
         },
+        "compiled_at_equal_fusion": ratios("", ", compiled", same=True),
+        "both": ratios(published),
+        "both, compiled": ratios(published, ", compiled"),
     }
-    if "early, published way" in times:
-        published = "early, published way"
-        result["implementation_at_equal_fusion"] = ratio(published, "early")
-        result["both"] = {f"central {k}": ratio(published, f"central {k}") for k in CENTRAL}
-    return result
+
+
+def cost_table(report: dict[str, Any]) -> str:
+    """FLOPs saved and ratios as Markdown."""
+
+    def cell(found: list[float] | None) -> str:
+        return "{:.3f} ({:.3f}-{:.3f})".format(*found) if found else ""
+
+    lines = [
+        "# Early against intermediate fusion: cost", "", timing.said(report["environment"]), "",
+        "Speed; early fusion = 1, in the columns \"both\" the published way of it, in the last one "
+        "the same uncompiled. Medians and 10-90 % of the rounds.", "",
+        "| setting | text in | FLOPs saved | rounds | fusion alone | both | fusion alone, compiled "
+        "| both, compiled | compiled |", "|---|" + "---|" * 8,
+    ]  # fmt: skip
+    for setting, found in report["throughput"].items():
+        flops = report["flops"][setting.partition(", batch")[0]]
+        for fusion in ("early", *(f"central {k}" for k in CENTRAL)):
+            kinds = ("fusion_at_equal_implementation", "both",
+                     "fusion_at_equal_implementation, compiled", "both, compiled",
+                     "compiled_at_equal_fusion")  # fmt: skip
+            cells = [cell(found[kind].get(fusion)) for kind in kinds]
+            saved = f"{flops[fusion]['saved_percent']} %"
+            lines.append(
+                f"| {setting} | {fusion} | {saved} | {found['rounds']} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -500,9 +554,11 @@ def main() -> None:
     part.add_argument("--batches", type=int, nargs="+", default=[1])
     part.add_argument("--what", nargs="+", default=["training", "inference"])
     part.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
-    part.add_argument("--compile", action="store_true", help="ours by torch.compile")
+    part.add_argument("--seconds", type=float, default=float("inf"), help="most for a setting")
+    part.add_argument("--compile", nargs="*", choices=PUBLISHED, default=[],
+                      help="networks that are timed by torch.compile too")  # fmt: skip
     part.add_argument("--note", default="", help="about the machine, for the record")
-    part.add_argument("--out", type=Path)
+    part.add_argument("--out", type=Path, help="JSON; by default among the results")
 
     arguments = parser.parse_args()
     arguments.run(arguments)

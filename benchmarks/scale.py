@@ -1,11 +1,15 @@
-"""How TACA's cost grows with tokens, text and batch: the attention call and a FLUX-shaped block.
+"""How TACA's cost grows: with image and text tokens, batch, blocks and heads.
 
-With the model that explains it. Of a block of width h, N tokens of which T are text:
+Measured on the attention call and on FLUX-shaped blocks, with the model that explains it. For a
+batch of B, D blocks of width h, N tokens of which T are text:
 
-    plain   = a N h^2 + b N^2 h          the linear layers, and attention
-    extra   = c T h + d N h + e          text keys to and fro; the joined outputs; one call more
+    plain   = D (a B N h^2 + b B N^2 h)           the linear layers, and attention
+    extra   = D (c B T h + d B N h + e)           text keys to and fro; joined outputs; two calls
 
-so that the ratio falls with the tokens, and blocks and batch do not change it.
+a to e are fitted to all points, each weighted by its own spread, and the same numbers are then
+compared with each point: whether batch and blocks leave the ratio as it is, the points say and not
+the model. What is not affordable is left out: attention over very many tokens is measured with
+fewer heads, in few rounds, and a whole step over so many is the model's word alone.
 """
 
 from __future__ import annotations
@@ -14,33 +18,38 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import attention as blocks
+import timing
 import torch
 from torch import Tensor
 
 SHAPE = blocks.SHAPES["flux"]
+HEAD = SHAPE.hidden // SHAPE.heads
 TEXT = (77, 256, 512, 1024, 4096)
+BASE = {"image": 1024, "text": 512, "batch": 1, "depth": 1, "heads": SHAPE.heads}
+NAMES = ["plain", "plain again", "inside"]
 
 
 class Block:
-    """One FLUX-shaped block, or several, at some number of tokens."""
+    """FLUX-shaped blocks at some number of tokens, and one attention among them."""
 
-    def __init__(self, text: int, image: int, batch: int, depth: int, weights: blocks.Block,
+    def __init__(self, point: dict[str, int], weights: blocks.Block,
                  device: torch.device) -> None:  # fmt: skip
-        dtype, width = next(weights.parameters()).dtype, SHAPE.hidden
-        options = {"device": device, "dtype": dtype}
+        text, image, batch, heads = (point[key] for key in ("text", "image", "batch", "heads"))
+        options = {"device": device, "dtype": next(weights.parameters()).dtype}
         torch.manual_seed(0)
-        joint = (batch, SHAPE.heads, text + image, width // SHAPE.heads)
-        self.qkv = [torch.randn(joint, **options) for _ in range(3)]
-        self.inputs = [torch.randn(batch, n, width, **options) for n in (text, image)]
-        self.vector = torch.randn(batch, width, **options)
-        angles = torch.randn(text + image, width // SHAPE.heads // 2, device=device)
+        self.qkv = [torch.randn(batch, heads, text + image, HEAD, **options) for _ in range(3)]
+        self.inputs = [torch.randn(batch, n, SHAPE.hidden, **options) for n in (text, image)]
+        self.vector = torch.randn(batch, SHAPE.hidden, **options)
+        angles = torch.randn(text + image, HEAD // 2, device=device)
         self.rope = torch.stack([angles.cos(), angles.sin()])
-        self.weights, self.depth = weights, depth
-        self.methods = blocks.methods(text, image, device)
+        self.weights, self.depth, self.device = weights, point["depth"], device
+        self.methods = {
+            method: partial(attend, mask=None)
+            for method, attend in blocks.methods(text, image, device).items()
+        }
 
     def call(self, method: str) -> Tensor:
         """The attention alone."""
@@ -54,133 +63,265 @@ class Block:
         return list(tokens)
 
 
-def cases(largest: int) -> list[dict[str, int]]:
-    """Image tokens, text tokens, batch and blocks: each varied while the others stay."""
-    image = [256 * 4**i for i in range(5) if 256 * 4**i <= largest]
-    found = [{"image": n, "text": 512} for n in image]
-    found += [{"image": 1024, "text": text} for text in TEXT if text <= max(512, largest)]
-    found += [{"image": 1024, "text": 512, "batch": batch} for batch in (2, 4)]
-    found += [{"image": 256, "text": 512, "depth": depth} for depth in (2, 4, 8)]
-    filled = [{"batch": 1, "depth": 1} | case for case in found]
-    return [case for i, case in enumerate(filled) if case not in filled[:i]]
+def points(most: int, affordable: int) -> list[dict[str, int]]:
+    """Image tokens, text tokens, batch, blocks and heads: each varied while the others stay.
+
+    Parameters
+    ----------
+    most : int
+        Image tokens of an attention.
+    affordable : int
+        Tokens of an attention with all heads, or of a step.
+    """
+    found = [{"image": n} for n in (256, 1024, 4096, 16384, 65536) if n <= most]
+    found += [{"text": text} for text in TEXT]
+    found += [{"batch": batch} for batch in (2, 4)]
+    found += [{"image": 256, "depth": depth} for depth in (2, 4, 8) if 768 * depth <= affordable]
+    found += [{"heads": heads} for heads in (1, 4)]
+    whole = [BASE | each for each in found]
+    for point in whole:
+        tokens = point["image"] + point["text"]
+        if tokens > 1.2 * affordable:
+            point["heads"] = max(1, min(SHAPE.heads, 64 * affordable**2 // tokens**2))
+    return [point for i, point in enumerate(whole) if point not in whole[:i]]
 
 
-def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The model's constants, in seconds per unit, by least squares on relative errors."""
-    h = float(SHAPE.hidden)
-    one = [row for row in rows if row["batch"] == row["depth"] == 1]
-    n = torch.tensor([float(row["image"] + row["text"]) for row in one])
-    text = torch.tensor([float(row["text"]) for row in one])
-
-    def solve(columns: list[Tensor], y: Tensor) -> list[float]:
-        weight = 1 / y.abs().clamp_min(1e-9)
-        scale = torch.stack([column.mean() for column in columns])
-        matrix = torch.stack(columns, 1) / scale * weight[:, None]
-        solution = torch.linalg.lstsq(matrix.double(), (y * weight).double()[:, None]).solution
-        return (solution[:, 0] / scale).tolist()
-
-    plain = torch.tensor([row["step"]["plain"]["median_s"] for row in one])
-    extra = torch.tensor([row["call_extra_s"] for row in one])
-    a, b = solve([n * h * h, n * n * h], plain)
-    c, d, e = solve([text * h, n * h, torch.ones_like(n)], extra)
-    return {"a": a, "b": b, "c": c, "d": d, "e": e}
+def rounds_of(point: dict[str, int], rounds: int, affordable: int) -> int:
+    """Twice as many for a call; one to three where even that takes long."""
+    ratio = (point["image"] + point["text"]) / affordable
+    return 2 * rounds if ratio <= 1.2 else 3 if ratio <= 5 else 1
 
 
-def predicted(constants: dict[str, float], image: float, text: float) -> float:
-    """The model's ratio of a step inside the window to a plain one."""
-    h, n = SHAPE.hidden, image + text
-    plain = constants["a"] * n * h * h + constants["b"] * n * n * h
-    return 1 + (constants["c"] * text * h + constants["d"] * n * h + constants["e"]) / plain
-
-
-def measure(case: dict[str, int], weights: blocks.Block, rounds: int,
+def measure(point: dict[str, int], weights: blocks.Block, rounds: int, affordable: int,
             device: torch.device) -> dict[str, Any]:  # fmt: skip
-    """One point."""
-    block, names = Block(**case, weights=weights, device=device), ["plain", "plain again", "inside"]
-    label = ", ".join(f"{key} {value}" for key, value in case.items())
+    """One point: a call, and a step where there are all heads."""
+    block = Block(point, weights, device)
+    label = ", ".join(f"{key} {value}" for key, value in point.items())
 
     def timed(function: Callable[[str], Any], count: int) -> Any:
-        return blocks.interleaved(function, names, count, device, label)
+        return timing.interleaved(
+            lambda method: timing.seconds(partial(function, method), device),
+            NAMES, count, label, warm_up=count > 1,
+        )  # fmt: skip
 
-    call, step = timed(block.call, 2 * rounds), timed(block.step, rounds)
-    peaks = {m: blocks.peak_mib(partial(block.step, m), device) for m in ("plain", "inside")}
-    extra = call["plain"]["median_s"] * (call["inside"]["ratio"] - 1)
-    return {**case, "call": call, "step": step, "call_extra_s": extra, "peak_mib": peaks}
+    found = {**point, "call": timed(block.call, rounds_of(point, rounds, affordable))}
+    kinds = {"call": block.call}
+    tokens = (point["image"] + point["text"]) * point["batch"] * point["depth"]
+    if point["heads"] == SHAPE.heads and tokens <= affordable:
+        found["step"] = timed(block.step, rounds)
+        kinds["step"] = block.step
+    found["peak_mib"] = {
+        kind: {m: timing.peak_mib(partial(function, m), device) for m in ("plain", "inside")}
+        for kind, function in kinds.items()
+    }
+    return found
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
-    """Ratio over image tokens, text tokens, batch and blocks; the model's line with the first."""
+# The model
+
+
+def terms(point: dict[str, Any], kind: str) -> tuple[list[float], list[float]]:
+    """What a, b and what c, d, e are multiplied by, for a point."""
+    h = float(point["heads"] * HEAD)
+    n, text, batch = point["image"] + point["text"], point["text"], point["batch"]
+    depth = point["depth"] if kind == "step" else 1
+    linear = n * h * h if kind == "step" else 0.0
+    plain = [depth * batch * x for x in (linear, n * n * h)]
+    return plain, [depth * x for x in (batch * text * h, batch * n * h, 1.0)]
+
+
+def error_of(row: dict[str, Any], again: dict[str, Any] | None = None) -> float:
+    """Standard error of a median, from the 10-90 % range; at least that of plain against plain.
+
+    A spread can be small by chance where rounds are few.
+    """
+
+    def one(each: dict[str, Any]) -> float:
+        return 1.25 * (each["extra_p90_s"] - each["extra_p10_s"]) / 2.56 / each["rounds"] ** 0.5
+
+    return max(one(row), one(again) if again else 0.0, 1e-7)
+
+
+def solve(columns: list[list[float]], y: list[float],
+          error: list[float]) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Weighted least squares with no constant below zero: values and standard errors."""
+    matrix = torch.tensor(columns).double() / torch.tensor(error).double()[:, None]
+    right = torch.tensor(y).double() / torch.tensor(error).double()
+    kept = list(range(matrix.shape[1]))
+    while True:
+        scale = matrix[:, kept].norm(dim=0)
+        normal = torch.linalg.pinv(matrix[:, kept] / scale)
+        values = normal @ right / scale
+        if not len(kept) or values.min() >= 0:
+            break
+        kept.pop(int(values.argmin()))
+    # Larger where the points scatter more than their spread explains.
+    rest = right - matrix[:, kept] @ values
+    excess = max(1.0, (rest.square().sum() / max(1, len(y) - len(kept))).item() ** 0.5)
+    spread = excess * normal.norm(dim=1) / scale
+    found = {k: (values[i].item(), spread[i].item()) for i, k in enumerate(kept)}
+    return tuple(map(list, zip(*(found.get(k, (0.0, 0.0)) for k in range(matrix.shape[1])),
+                               strict=True)))  # type: ignore[return-value]  # fmt: skip
+
+
+def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The constants in seconds, with standard errors, and how far each point is from them."""
+    plain, extra = [], []
+    for row in rows:
+        for kind in ("call", "step"):
+            if kind not in row or row[kind]["plain"]["rounds"] < 2:
+                continue
+            times, own = row[kind], terms(row, kind)
+            # Of the plain time itself the machine's slow drift is the error: 3 % at least.
+            error = max(error_of(times["plain again"]), 0.03 * times["plain"]["median_s"])
+            plain.append((own[0], times["plain"]["median_s"], error))
+            extra.append((own[1], times["inside"]["extra_s"],
+                          error_of(times["inside"], times["plain again"])))  # fmt: skip
+    (a, b), plain_errors = solve(*map(list, zip(*plain, strict=True)))
+    (c, d, e), extra_errors = solve(*map(list, zip(*extra, strict=True)))
+    constants = dict(zip("abcde", (a, b, c, d, e), strict=True))
+    errors = dict(zip("abcde", (*plain_errors, *extra_errors), strict=True))
+    within = sum(
+        abs(y - sum(constants[k] * x for k, x in zip("cde", own, strict=True))) <= 2 * error
+        for own, y, error in extra
+    )
+    return {"constants": constants, "errors": errors,
+            "within_two_errors": [within, len(extra)]}  # fmt: skip
+
+
+def predicted(constants: dict[str, float], point: dict[str, Any], kind: str) -> float:
+    """The model's ratio of a call, or a step, inside the window to a plain one."""
+    plain, extra = terms(point, kind)
+    first = sum(constants[k] * x for k, x in zip("ab", plain, strict=True))
+    return 1 + sum(constants[k] * x for k, x in zip("cde", extra, strict=True)) / first
+
+
+# Reporting
+
+AXES = {"image": "image tokens", "text": "text tokens", "batch": "batch", "depth": "blocks",
+        "heads": "heads"}  # fmt: skip
+
+
+def series(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The points where ``key`` alone varies; of many image tokens those of fewer heads too."""
+    fixed = BASE | ({"image": 256} if key == "depth" else {})
+    free = {key, "heads"} if key == "image" else {key}
+    found = [row for row in rows if all(row[k] == fixed[k] for k in fixed if k not in free)]
+    if key == "image":
+        found = [row for row in found if row["heads"] == SHAPE.heads or row["image"] > 4096]
+    return sorted(found, key=lambda row: row[key])
+
+
+def plot(report: dict[str, Any], file: timing.Path) -> None:
+    """Ratio over each of ``AXES``, and the model's lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), sharey=True)
-    axis_of = {"image": ("text", 512), "text": ("image", 1024), "batch": None, "depth": None}
-    base = {"image": 1024, "text": 512, "batch": 1, "depth": 1}
-    for axis, key in zip(axes, axis_of, strict=True):
-        fixed = base | ({"image": 256} if key == "depth" else {})
-        rows = sorted(
-            (row for row in report["points"]
-             if all(row[other] == fixed[other] for other in fixed if other != key)),
-            key=lambda row: row[key],
-        )  # fmt: skip
-        x = [row[key] for row in rows]
-        for kind, colour in (("call", "#a9d6e5"), ("step", "#2a6f97")):
-            inside = [row[kind]["inside"] for row in rows]
-            ratio = [each["ratio"] for each in inside]
+    figure, axes = plt.subplots(1, len(AXES), figsize=(3.9 * len(AXES), 3.8), sharey=True)
+    colours = {"call": "#61a5c2", "step": "#013a63"}
+    for axis, (key, label) in zip(axes, AXES.items(), strict=True):
+        rows = series(report["points"], key)
+        axis.set_visible(bool(rows))
+        if not rows:
+            continue
+        for kind, colour in colours.items():
+            some = [row for row in rows if kind in row]
+            inside = [row[kind]["inside"] for row in some]
             spread = [[each["ratio"] - each["ratio_p10"] for each in inside],
                       [each["ratio_p90"] - each["ratio"] for each in inside]]  # fmt: skip
-            axis.errorbar(x, ratio, spread, color=colour, marker="o", capsize=2, label=kind)
-        memory = [row["peak_mib"]["inside"] / row["peak_mib"]["plain"] for row in rows]
-        axis.plot(x, memory, color="#999999", marker="s", ls=":", label="peak memory of a step")
-        if key in ("image", "text") and report["constants"]:
-            fine = torch.logspace(8, 16 if key == "image" else 12, 50, 2).tolist()
-            line = [predicted(report["constants"], **{**{"image": 1024, "text": 512}, key: each})
-                    for each in fine]  # fmt: skip
-            axis.plot(fine, line, color="#2a6f97", lw=0.8, ls="--", label="step, by the model")
+            if inside:
+                axis.errorbar([row[key] for row in some], [each["ratio"] for each in inside],
+                              spread, color=colour, marker="o", ls="", capsize=2,
+                              label=f"{kind}, measured")  # fmt: skip
+            if report["fit"] and (inside or kind == "call") and len(rows) > 1:
+                ends = [rows[0][key], 65536 if key == "image" else rows[-1][key]]
+                fine = torch.logspace(*torch.tensor(ends).double().log2().tolist(), 50, 2).tolist()
+                base = BASE | ({"image": 256} if key == "depth" else {})
+                line = [predicted(report["fit"]["constants"], base | {key: each}, kind)
+                        for each in fine]  # fmt: skip
+                axis.plot(fine, line, color=colour, lw=0.9, ls="--", label=f"{kind}, by the model")
+        memory = [row["peak_mib"]["call"]["inside"] / row["peak_mib"]["call"]["plain"]
+                  for row in rows]  # fmt: skip
+        axis.plot([row[key] for row in rows], memory, color="#999999", marker="s", ms=4, ls=":",
+                  label="call, peak memory")  # fmt: skip
         axis.axhline(1, color="black", lw=0.8)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel({"image": "image tokens (512 text)", "text": "text tokens (1024 image)",
-                         "batch": "batch", "depth": "blocks"}[key])  # fmt: skip
+        axis.set_xlabel(label)
     axes[0].set_ylabel("inside / plain (median, 10–90 %)")
-    axes[0].legend(fontsize=8, frameon=False)
-    machine, dtype = (report["environment"][key] for key in ("machine", "dtype"))
-    figure.suptitle(f"{machine}, {dtype}")
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.suptitle(timing.said(report["environment"]), fontsize=10)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=90)
+
+
+def table(report: dict[str, Any]) -> str:
+    """All points beside what the model says."""
+    lines = [
+        "| image | text | batch | blocks | heads | call | plain again | by the model | step | "
+        "by the model | call, peak MiB | step, peak MiB |", "|---|" + "---|" * 11,
+    ]  # fmt: skip
+    constants = report["fit"].get("constants")
+    for row in report["points"]:
+        cells = [str(row[key]) for key in AXES]
+        for kind in ("call", "step"):
+            cells.append(timing.cell(row[kind]["inside"]) if kind in row else "")
+            if kind == "call":
+                cells.append(timing.cell(row[kind]["plain again"]))
+            cells.append(f"{predicted(constants, row, kind):.3f}" if constants else "")
+        for kind in ("call", "step"):
+            peaks = row["peak_mib"].get(kind)
+            cells.append(f"{peaks['inside']:.0f} ({peaks['inside'] / peaks['plain']:.3f}×)"
+                         if peaks else "")  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    if constants:
+        fitted = report["fit"]
+        said = ", ".join(f"{k} = {constants[k]:.3g} ± {fitted['errors'][k]:.1g}" for k in constants)
+        inside, of = fitted["within_two_errors"]
+        lines += ["", f"Constants in seconds: {said}. Within two standard errors of what the model "
+                  f"says is the extra time of {inside} of {of} measurements. A step where none is "
+                  "given is extrapolated."]  # fmt: skip
+    return "\n".join(lines)
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--largest", type=int, help="image tokens: 65536 on a GPU, 4096 on a CPU")
+    parser.add_argument("--most", type=int, default=65536, help="image tokens, of an attention")
+    parser.add_argument("--affordable", type=int,
+                        help="tokens of a step, blocks and batch included; of an attention with "
+                        "all heads: 70000 on a GPU, 4608 on a CPU")  # fmt: skip
     parser.add_argument("--rounds", type=int, help="30 on a GPU, 5 on a CPU")
-    parser.add_argument("--clock", choices=blocks.CLOCKS, default="wall")
-    parser.add_argument("--out", type=Path, default=blocks.HERE / "results", help="folder")
+    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
+    parser.add_argument("--out", type=timing.Path, default=timing.RESULTS, help="folder")
     options = parser.parse_args()
-    blocks.set_clock(options.clock)
+    timing.set_clock(options.clock)
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
+    affordable = options.affordable or (70000 if on_gpu else 4608)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     with device:
         weights = blocks.Block(SHAPE).to(dtype)
-    environment = blocks.environment(device, options.clock) | {"dtype": blocks.short(dtype)}
-    report: dict[str, Any] = {"environment": environment, "points": [], "constants": {}}
-    file = options.out / f"scale-{blocks.slug_of(device)}.json"
-    for case in cases(options.largest or (65536 if on_gpu else 4096)):
-        point = measure(case, weights, options.rounds or (30 if on_gpu else 5), device)
-        report["points"].append(point)
-        ratios = (f"{k} {point[k]['inside']['ratio']:.3f} (plain again "
-                  f"{point[k]['plain again']['ratio']:.3f})" for k in ("call", "step"))  # fmt: skip
-        print(case, *ratios, {k: round(v) for k, v in point["peak_mib"].items()}, flush=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
-    if len(report["points"]) > 5:
-        report["constants"] = fit(report["points"])
-    file.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, file.with_suffix(".png"))
-    print(f"Saved {file}")
+    environment = timing.environment(device, options.clock) | {"dtype": timing.short(dtype)}
+    report: dict[str, Any] = {"environment": environment, "points": [], "fit": {}}
+    results = timing.Results("scale", options.out, device)
+    for point in points(options.most, affordable):
+        rounds = options.rounds or (30 if on_gpu else 5)
+        row = measure(point, weights, rounds, affordable, device)
+        report["points"].append(row)
+        ratios = (f"{kind} {timing.cell(row[kind]['inside'])}" for kind in ("call", "step")
+                  if kind in row)  # fmt: skip
+        print(json.dumps(point), *ratios, flush=True)
+        results.add("scale", report)
+    report["fit"] = fit(report["points"])
+    results.add("scale", report)
+    plot(report, results.file.with_suffix(".png"))
+    text = f"# How the cost grows\n\n{timing.said(environment)}\n\n{table(report)}\n"
+    results.write(text)
 
 
 if __name__ == "__main__":
