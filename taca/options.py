@@ -127,8 +127,8 @@ def parse_blocks(text: str, has: dict[str, int]) -> set[tuple[str, int]]:
 
 
 def _short(name: str) -> str:
-    """``double`` for ``double_blocks``."""
-    return name.partition("_")[0]
+    """``double`` for ``double_blocks``, ``layers`` for ``language_model.layers``."""
+    return name.rpartition(".")[2].partition("_")[0]
 
 
 def prompt_tokens(parts: Sequence[Sequence[Sequence[int]]]) -> tuple[float, ...]:

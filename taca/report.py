@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from .attention import Tokens, scale_text
+from .attention import Tokens, attends_over, scale_text
 from .families import Locate, Seen
 from .lora import Wrap
 from .options import NO_OPTIONS
@@ -25,9 +25,11 @@ from .patch import (
     Settings,
     first_seen,
     gamma_of_rows,
+    handing,
     installed,
     joint_blocks,
     located_blocks,
+    options_of,
     resolve,
     settings_of,
     taking_options,
@@ -199,10 +201,9 @@ def _measured(forward: Callable[..., Any], locate: Locate, gamma: Tensor, seen: 
         tokens = locate(args, kwargs, seen)
         if not tokens:
             return forward(*args, **kwargs)
-        options = kwargs.get("transformer_options") or {}
+        options = options_of(kwargs)
         override = _measuring(gamma, tokens, probe, block, options.get(OVERRIDE))
-        kwargs = {**kwargs, "transformer_options": {**options, OVERRIDE: override}}
-        return with_options(*args, **kwargs)
+        return with_options(*args, **handing(kwargs, {**options, OVERRIDE: override}))
 
     return measured_forward
 
@@ -214,7 +215,7 @@ def _measuring(gamma: Tensor, tokens: Tokens, probe: Probe, block: int,
         backend = func if other is None else partial(other, func)
         result = backend(q, k, v, heads, *args, **kwargs)
         dim = 2 if kwargs.get("skip_reshape") else 1
-        if q.shape[dim] == k.shape[dim] == sum(span.length for span in tokens):
+        if attends_over(tokens, q, k, dim):
             ask(func, q, k, heads, gamma, tokens, probe, block, dim, args, kwargs)
         return result
 
@@ -225,8 +226,9 @@ def ask(func: Callable[..., Tensor], q: Tensor, k: Tensor, heads: int, gamma: Te
         tokens: Tokens, probe: Probe, block: int, dim: int, args: tuple[Any, ...],
         kwargs: dict[str, Any]) -> None:  # fmt: skip
     """One attention's share of text, with plain and with adjusted keys, and its maps of words."""
-    starts = [sum(span.length for span in tokens[:i]) for i in range(len(tokens))]
-    image = max((span.length, start) for span, start in zip(tokens, starts, strict=True)
+    asking = [span for span in tokens if span.asks]
+    starts = [sum(span.length for span in asking[:i]) for i in range(len(asking))]
+    image = max((span.length, start) for span, start in zip(asking, starts, strict=True)
                 if span.kind == "image")  # fmt: skip
     places, grid = probe.places(image[0])
     queries = (places + image[1]).to(q.device)

@@ -51,6 +51,8 @@ class Case:
         1 where core cannot take both prompts together: HunyuanVideo's masks, references.
     options : bool
         Whether core hands its attention ``transformer_options``.
+    kept : int
+        Tokens at the front that are keys only: the model asks with the others.
     needs : str
         A method of the class; ComfyUI versions without it are skipped.
     """
@@ -67,6 +69,7 @@ class Case:
     published: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda state: state)
     cfg: float = 3.0
     options: bool = True
+    kept: int = 0
     needs: str = ""
 
     def __str__(self) -> str:
@@ -263,6 +266,12 @@ Z_IMAGE = LUMINA | {"dim": 256, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "rop
                     "pad_tokens_multiple": 8}  # fmt: skip
 Z_IMAGE_PIXEL = Z_IMAGE | {"patch_size": 8, "in_channels": 3, "decoder_hidden_size": 32,
                            "decoder_num_res_blocks": 1, "decoder_in_channels": 192}  # fmt: skip
+HIDREAM_O1 = {
+    "text_config_overrides": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+                              "rope_dims": [4, 2, 2]},
+    "vision_config_overrides": {"hidden_size": 32, "num_heads": 2, "intermediate_size": 64,
+                                "depth": 1, "num_position_embeddings": 16}}  # fmt: skip
 HIDREAM = {"patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2,
            "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
            "caption_channels": [48, 40], "text_emb_dim": 24, "num_routed_experts": 2,
@@ -312,6 +321,18 @@ def omni(text):
     }
 
 
+def words(text):
+    """``conds`` with HiDream-O1's token ids: three of the prompt's frame, words, and the time's."""
+    ids = torch.randint(1000, (text,), generator=torch.manual_seed(text))
+    ids[:3], ids[-1] = torch.tensor([151644, 872, 198]), 151673
+    return {"text_input_ids": ids[None]}
+
+
+def looked_at(text):
+    """``conds`` with a picture of 32 x 64 for HiDream-O1."""
+    return {"reference_latents": [torch.rand(1, 32, 64, 3, generator=torch.manual_seed(11))]}
+
+
 SINGLE_STREAM_CASES = [
     Case("Lumina 2", LUMINA_CLASS, LUMINA, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 2),
     # Text and image are filled up to a multiple of pad_tokens_multiple with learned tokens.
@@ -327,6 +348,13 @@ SINGLE_STREAM_CASES = [
          (9, 48), [("text", 16), ("image", 16)], 2, detected={"image_model": "zimage_pixel"}),
     Case("HiDream-I1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
          [("image", 12), ("text", 9 + 5 + 5)], 4, llama),
+    # The text is read by itself: it is keys only. The token that tells the time is neither.
+    Case("HiDream-O1", "hidream_o1.model:HiDreamO1Transformer", HIDREAM_O1, (3, 128, 96), (9, 1),
+         [("text", 8), ("other", 1), ("image", 12)], 2, words, kept=8),
+    # Core enlarges the reference; the vision encoder's 9 x 14 tokens lie between two more.
+    Case("HiDream-O1, editing", "hidream_o1.model:HiDreamO1Transformer", HIDREAM_O1, (3, 128, 96),
+         (9, 1), [("text", 3), ("other", 128), ("text", 5), ("other", 1), ("image", 12 + 10)], 2,
+         lambda text: words(text) | looked_at(text), kept=8 + 128),
     Case("OmniGen2", OMNIGEN_CLASS, OMNIGEN | {"text_feat_dim": 48}, (16, 8, 6), (9, 48),
          [("text", 9), ("image", 12)], 2, whole()),
     Case("OmniGen2, editing", OMNIGEN_CLASS, OMNIGEN | {"text_feat_dim": 48}, (16, 8, 6), (9, 48),

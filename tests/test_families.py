@@ -62,13 +62,13 @@ def dense(model, case, gamma, calls=None):
     is_image, is_text = (
         torch.tensor([kind == wanted for kind in kinds]) for wanted in ("image", "text")
     )
-    adjusted = torch.where(is_image[:, None] & is_text[None, :], gamma, 1.0).double()
+    adjusted = torch.where(is_image[case.kept :, None] & is_text[None, :], gamma, 1.0).double()
 
     def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
                  **kwargs):  # fmt: skip
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        joint = q.shape[2] == k.shape[2] == len(kinds)
+        joint = k.shape[2] == len(kinds) == q.shape[2] + case.kept
         if joint and calls is not None:
             calls.append(len(kinds))
         if mask is not None and mask.ndim == 3:
@@ -175,13 +175,20 @@ def core_models():
     return sorted(found, key=lambda cls: cls.__name__)
 
 
+class Parts(tuple):
+    """No blocks, with any parts."""
+
+    def __getattr__(self, name):
+        return self
+
+
 def with_any_blocks(cls):
     """A model of this class that is not built."""
 
     def blocks(self, name):
         if name == "_orig_mod":
             raise AttributeError(name)
-        return ()
+        return Parts()
 
     model = type(cls.__name__, (cls,), {"__getattr__": blocks})
     return model.__new__(model)
@@ -192,6 +199,8 @@ NOT_IMAGE = {
     "HunYuanDiTPlain", "Hunyuan3Dv2", "LatentSeqMMFlowModel",  # 3D, from a picture
     "DepthAnything3Net", "RTv4", "SAM3Model",  # look at pictures
 }  # fmt: skip
+NUNCHAKU = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel", "ComfyFlux2Wrapper",
+            "NunchakuQwenImageTransformer2DModel"}  # fmt: skip
 
 
 on_newest = pytest.mark.skipif(
@@ -221,16 +230,42 @@ def test_every_model_of_core_is_known_or_refused_with_the_reason():
 @on_newest
 def test_every_refusal_is_of_a_class_that_core_has():
     names = {base.__name__ for cls in core_models() for base in cls.__mro__}
-    others = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel", "UViT"}  # nunchaku, the pack
-    assert set(TABLE.REFUSED) <= names | others
+    assert set(TABLE.REFUSED) <= names | NUNCHAKU | {"UViT"}  # the pack's own
     assert names >= NOT_IMAGE
 
 
-def test_the_training_of_a_model_without_options_is_refused(pack, folder, apply_taca, monkeypatch):
-    """See ``Family.attention``: nothing would tell its blocks of TACA in the backward pass."""
-    (case,) = (case for case in families.CASES if not case.options)
-    if not exists(case):
-        pytest.skip(f"this ComfyUI has no {case.name}")
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("NunchakuQwenImageTransformer2DModel", "nunchaku's Qwen-Image"),
+        ("PacksQwenImageTransformer2DModel", ""),
+    ],
+)
+def test_a_packs_own_subclass(folder, apply_taca, monkeypatch, name, called):
+    """nunchaku makes its Qwen-Image from core's class, and its blocks take no options."""
+    [case] = named("Qwen-Image")
+    model = families.load(case, folder, monkeypatch)
+    transformer = model.model.diffusion_model
+    monkeypatch.setattr(
+        transformer, "__class__", type(name, (type(transformer),), {"__module__": "a_pack"})
+    )
+    if called:
+        with pytest.raises(ValueError, match=f"{called} .{name}.: .*or as GGUF"):
+            apply_taca(model)
+    else:
+        assert not torch.equal(sample(apply_taca(model, 1.4), case), sample(model, case))
+
+
+@pytest.mark.parametrize("name", sorted(NUNCHAKU))
+def test_nunchakus_models_are_refused(name):
+    model = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=r"nunchaku's .*Load the model with one of ComfyUI's own"):
+        TABLE.family_of(model)
+
+
+@pytest.mark.parametrize("case", named("Ernie-Image", "HiDream-O1"), ids=str, indirect=True)
+def test_the_training_of_some_models_is_refused(case, pack, folder, apply_taca, monkeypatch):
+    """See ``Family.attention`` and ``Family.kept_keys``."""
     model = apply_taca(families.load(case, folder, monkeypatch))
-    with pytest.raises(ValueError, match="Ernie-Image in training"):
+    with pytest.raises(ValueError, match=f"{case.name} in training"):
         pack["TACATrainingWindow"].execute(model)
