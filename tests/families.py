@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,22 +37,24 @@ class Case:
         Shape of the latents, without the batch; or a shape for each of nested latents.
     text : tuple
         Tokens and width of the conditioning.
-    spans : list
-        The joint sequence in its order: (kind, length), image, text or other.
+    spans : callable
+        Text tokens, image tokens of a frame -> the joint sequence in its order: (kind, length) with
+        kind image, text or other, and False behind those that are keys only.
     joint : int
         How many of the model's attentions are over that sequence.
     conds : callable
-        What else the conditioning holds, seeded; given the number of text tokens.
+        What else the conditioning holds, seeded; given the number of text tokens, and the height
+        and width of the latents.
     detected : dict
         What detection is to say beside ``config``; None takes a key out.
     published : callable
         The state dict of the class -> as the checkpoint has it, where core renames.
-    cfg : float
-        1 where core cannot take both prompts together: HunyuanVideo's masks, references.
+    alone : str
+        Why core takes no two rows together; empty where it does.
+    tokens : int
+        Image tokens of a frame.
     options : bool
         Whether core hands its attention ``transformer_options``.
-    kept : int
-        Tokens at the front that are keys only: the model asks with the others.
     needs : str
         A method of the class; ComfyUI versions without it are skipped.
     """
@@ -62,18 +64,42 @@ class Case:
     config: dict[str, Any]
     latent: tuple[Any, ...]
     text: tuple[int, int]
-    spans: list[tuple[str, int]]
+    spans: Callable[[int, int], list[tuple[Any, ...]]]
     joint: int
-    conds: Callable[[int], dict[str, Any]] = field(default=lambda text: {})
+    conds: Callable[..., dict[str, Any]] = field(default=lambda text, *size: {})
     detected: dict[str, Any] = field(default_factory=dict)
     published: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda state: state)
-    cfg: float = 3.0
+    alone: str = ""
+    tokens: int = 12
     options: bool = True
-    kept: int = 0
     needs: str = ""
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the latents, or the first of them."""
+        shape = self.latent if isinstance(self.latent[0], int) else self.latent[0]
+        return shape[-2], shape[-1]
+
+    def wide(self) -> Case:
+        """The same, 2 x 5 tokens in place of 4 x 3."""
+        height, width = self.size
+        size = (height // 4 * 2, width // 3 * 5)
+        if isinstance(self.latent[0], int):
+            latent = (*self.latent[:-2], *size)
+        else:
+            latent = ((*self.latent[0][:-2], *size), *self.latent[1:])
+        return replace(self, latent=latent, tokens=10)
+
+
+def text_image(text, tokens):
+    return [("text", text), ("image", tokens)]
+
+
+def image_text(text, tokens):
+    return [("image", tokens), ("text", text)]
 
 
 def load(case, folder, monkeypatch, seed=0):
@@ -117,32 +143,32 @@ def seeded(model, seed):
     return state
 
 
-def conditioning(case, seed=1):
-    """A seeded CONDITIONING for the case."""
+def conditioning(case, seed=1, shorter=0):
+    """A seeded CONDITIONING for the case, of all its text tokens or fewer."""
     generator = torch.Generator().manual_seed(seed)
-    tokens, width = case.text
-    conds = {"pooled_output": None, **case.conds(tokens)}
+    tokens, width = case.text[0] - shorter, case.text[1]
+    conds = {"pooled_output": None, **case.conds(tokens, *case.size)}
     return [[torch.randn(1, tokens, width, generator=generator), conds]]
 
 
-def empty(case):
+def empty(case, batch=1):
     """An empty LATENT for the case."""
     if isinstance(case.latent[0], int):
-        return {"samples": torch.zeros(1, *case.latent)}
+        return {"samples": torch.zeros(batch, *case.latent)}
     from comfy.nested_tensor import NestedTensor  # not in every ComfyUI
 
-    return {"samples": NestedTensor([torch.zeros(1, *shape) for shape in case.latent])}
+    return {"samples": NestedTensor([torch.zeros(batch, *shape) for shape in case.latent])}
 
 
 def pooled(width):
     """``conds`` with a pooled vector."""
-    return lambda text: {"pooled_output": torch.randn(1, width, generator=torch.manual_seed(4))}
+    return lambda *sizes: {"pooled_output": torch.randn(1, width, generator=torch.manual_seed(4))}
 
 
 def masked(last):
     """``conds`` with an attention mask that takes out the last text tokens."""
 
-    def conds(text):
+    def conds(text, *size):
         mask = torch.ones(1, text, dtype=torch.long)
         mask[:, -last:] = 0
         return {"attention_mask": mask}
@@ -153,7 +179,7 @@ def masked(last):
 def references(*shapes):
     """``conds`` with reference latents of these shapes."""
 
-    def conds(text):
+    def conds(text, *size):
         generator = torch.manual_seed(6)
         return {"reference_latents": [torch.randn(1, *s, generator=generator) for s in shapes]}
 
@@ -165,17 +191,18 @@ QWEN = {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
 QWEN_CLASS = "qwen_image.model:QwenImageTransformer2DModel"
 
 QWEN_CASES = [
-    Case("Qwen-Image", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48), [("text", 9), ("image", 12)], 2),
+    Case("Qwen-Image", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48), text_image, 2),
     Case("Qwen-Image, masked", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48),
-         [("text", 9), ("image", 12)], 2, masked(3)),
+         text_image, 2, masked(3)),
     Case("Qwen-Image-Edit", QWEN_CLASS, QWEN, (16, 1, 8, 6), (9, 48),
-         [("text", 9), ("image", 12 + 16 + 4)], 2, references((16, 1, 8, 8), (16, 1, 4, 4))),
+         lambda t, n: [("text", t), ("image", n + 16 + 4)], 2,
+         references((16, 1, 8, 8), (16, 1, 4, 4))),
 ]  # fmt: skip
 
 
 def also(**more):
     """``conds`` with these."""
-    return lambda text: more
+    return lambda text, *size: more
 
 
 def pixeldit_checkpoint(prefix):
@@ -215,46 +242,52 @@ MINIMAX = {"hidden_size": 64, "num_layers": 2, "token_refiner_num_layers": 1,
            "num_attention_heads": 2, "attention_head_dim": 32, "ffn_hidden_size": 128,
            "text_dim": 48, "timestep_input_dim": 64, "time_embed_hidden_size": 64,
            "time_embed_dim": 32, "rope_inv_freq_len": 4}  # fmt: skip
+MINIMAX_ALONE = "core refuses more than one row"
 ERNIE = {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 128,
          "text_in_dim": 48, "rope_axes_dim": (8, 12, 12)}  # fmt: skip
 
 OTHER_CASES = [
     Case("JoyImage", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6), (9, 48),
-         [("image", 12), ("text", 9)], 2),
+         image_text, 2),
     Case("JoyImage-Edit", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6),
-         (9, 48), [("image", 12 + 16 + 4), ("text", 9)], 2,
+         (9, 48), lambda t, n: [("image", n + 16 + 4), ("text", t)], 2,
          references((16, 1, 8, 8), (16, 1, 4, 4))),
     Case("Mage-Flow", "mage_flow.model:MageFlowTransformer2DModel", MAGE_FLOW, (128, 4, 3),
-         (9, 2560), [("text", 9), ("image", 12)], 2, masked(3)),
+         (9, 2560), text_image, 2, masked(3)),
     Case("Mage-Flow-Edit", "mage_flow.model:MageFlowTransformer2DModel", MAGE_FLOW, (128, 4, 3),
-         (9, 2560), [("text", 9), ("image", 12 + 16 + 4)], 2,
+         (9, 2560), lambda t, n: [("text", t), ("image", n + 16 + 4)], 2,
          references((128, 4, 4), (128, 2, 2))),
     Case("CogVideoX", COGVIDEO_CLASS, COGVIDEO, (16, 3, 8, 6), (9, 48),
-         [("text", 9), ("image", 3 * 12)], 2),
+         lambda t, n: [("text", t), ("image", 3 * n)], 2),
     # Two frames a token, of which the last is padded; the first frame is given in 16 channels more.
     Case("CogVideoX 1.5 I2V", COGVIDEO_CLASS,
          COGVIDEO | {"patch_size_t": 2, "in_channels": 32, "ofs_embed_dim": 64}, (16, 3, 8, 6),
-         (9, 48), [("text", 9), ("image", 2 * 12)], 2),
+         (9, 48), lambda t, n: [("text", t), ("image", 2 * n)], 2),
     # The model takes no more than its longest prompt.
     Case("PixelDiT", "pixeldit.model:PixDiT_T2I", PIXELDIT, (3, 64, 48), (9, 48),
-         [("text", 7), ("image", 12)], 2, published=pixeldit_checkpoint("core.")),
+         lambda t, n: [("text", min(t, 7)), ("image", n)], 2,
+         published=pixeldit_checkpoint("core.")),
     Case("PiD", "pixeldit.pid:PidNet", PIXELDIT | PID, (3, 64, 48), (5, 48),
-         [("text", 5), ("image", 12)], 2,
+         text_image, 2,
          also(lq_latent=torch.ones(1, 16, 2, 2), degrade_sigma=torch.zeros(1)),
          published=pixeldit_checkpoint("")),
     Case("Mochi", "genmo.joint_model.asymm_models_joint:AsymmDiTJoint", MOCHI, (12, 2, 8, 6),
-         (9, 48), [("image", 24), ("text", 6)], 2, masked(3)),
+         (9, 48), lambda t, n: [("image", 2 * n), ("text", t - 3)], 2, masked(3)),
     # Video and audio, which has two channels.
     Case("MiniMax-H3", "minimax.model:MiniMaxH3Model", MINIMAX, ((24, 2, 8, 6), (32, 2, 5)),
-         (9, 48), [("text", 9), ("other", 2 * 5), ("image", 24)], 2),
+         (9, 48), lambda t, n: [("text", t), ("other", 2 * 5), ("image", 2 * n)], 2,
+         alone=MINIMAX_ALONE),
     # The first frame is given, and the prompt holds a picture of two tokens.
     Case("MiniMax-H3 I2V", "minimax.model:MiniMaxH3Model", MINIMAX, ((24, 2, 8, 6), (32, 2, 5)),
-         (9, 48), [("text", 2), ("image", 2), ("text", 5), ("image", 12), ("other", 2 * 5),
-                   ("image", 24)], 2,
-         also(minimax_keyframes=[{"resolved_frame_index": 0, "latent": torch.ones(1, 24, 1, 8, 6)}],
-              minimax_token_tags=torch.tensor([1, 1, 0, 0, 1, 1, 1, 1, 1]))),
+         (9, 48), lambda t, n: [("text", 2), ("image", 2), ("text", t - 4), ("image", n),
+                                ("other", 2 * 5), ("image", 2 * n)], 2,
+         lambda text, *size: {
+             "minimax_keyframes": [
+                 {"resolved_frame_index": 0, "latent": torch.ones(1, 24, 1, *size)}],
+             "minimax_token_tags": torch.tensor([1, 1, 0, 0, 1, 1, 1, 1, 1][:text])},
+         alone=MINIMAX_ALONE),
     Case("Ernie-Image", "ernie.model:ErnieImageModel", ERNIE, (128, 4, 3), (9, 48),
-         [("image", 12), ("text", 9)], 2, options=False),
+         image_text, 2, options=False),
 ]  # fmt: skip
 
 LUMINA = {"patch_size": 2, "in_channels": 16, "dim": 64, "n_layers": 2, "n_refiner_layers": 2,
@@ -294,7 +327,16 @@ LENS = {"in_channels": 128, "out_channels": 32, "num_layers": 2, "attention_head
         "selected_layer_index": (0, 1, 2)}  # fmt: skip
 
 
-def llama(text):
+def eights(tokens):
+    """As many tokens, filled up to a multiple of eight."""
+    return -(-tokens // 8) * 8
+
+
+def filled(text, tokens):
+    return [("text", eights(text)), ("image", eights(tokens))]
+
+
+def llama(text, *size):
     """``conds`` with HiDream's Llama tokens, of every layer, and its pooled vector."""
     tokens = torch.randn(1, 3, 5, 40, generator=torch.manual_seed(7))
     return {"conditioning_llama3": tokens, **pooled(24)(text)}
@@ -303,10 +345,12 @@ def llama(text):
 def whole(*shapes):
     """``conds`` with a mask that takes out nothing, and reference latents of these shapes."""
     refs = references(*shapes) if shapes else also()
-    return lambda text: {"attention_mask": torch.ones(1, text, dtype=torch.long), **refs(text)}
+    return lambda text, *size: {
+        "attention_mask": torch.ones(1, text, dtype=torch.long), **refs(text, *size)
+    }  # fmt: skip
 
 
-def omni(text):
+def omni(text, *size):
     """``conds`` of Z-Image Omni: two references with a text each, one looked at by SigLIP."""
     generator = torch.manual_seed(8)
     look = SimpleNamespace(
@@ -321,84 +365,84 @@ def omni(text):
     }
 
 
-def words(text):
+def words(text, *size):
     """``conds`` with HiDream-O1's token ids: three of the prompt's frame, words, and the time's."""
     ids = torch.randint(1000, (text,), generator=torch.manual_seed(text))
     ids[:3], ids[-1] = torch.tensor([151644, 872, 198]), 151673
     return {"text_input_ids": ids[None]}
 
 
-def looked_at(text):
+def looked_at():
     """``conds`` with a picture of 32 x 64 for HiDream-O1."""
     return {"reference_latents": [torch.rand(1, 32, 64, 3, generator=torch.manual_seed(11))]}
 
 
 SINGLE_STREAM_CASES = [
-    Case("Lumina 2", LUMINA_CLASS, LUMINA, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 2),
+    Case("Lumina 2", LUMINA_CLASS, LUMINA, (16, 8, 6), (9, 48), text_image, 2),
     # Text and image are filled up to a multiple of pad_tokens_multiple with learned tokens.
-    Case("Z-Image", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48), [("text", 16), ("image", 16)], 2),
+    Case("Z-Image", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48), filled, 2),
     Case("Z-Image, masked", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48),
-         [("text", 16), ("image", 16)], 2, masked(3)),
+         filled, 2, masked(3)),
     # Texts of 5, 3 and 9 tokens; SigLIP's 6, and padding for the reference and the image without.
     Case("Z-Image Omni", LUMINA_CLASS, Z_IMAGE | {"siglip_feat_dim": 24}, (16, 8, 6), (9, 48),
-         [("text", 8 + 8 + 16), ("other", 8 + 8 + 8), ("image", 16 + 8 + 16)], 2, omni),
+         lambda t, n: [("text", 8 + 8 + eights(t)), ("other", 8 + 8 + 8),
+                       ("image", 16 + 8 + eights(n))], 2, omni),
     Case("Z-Image with references and no SigLIP", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48),
-         [("text", 8 + 8 + 16), ("image", 16 + 8 + 16)], 2, omni),
+         lambda t, n: [("text", 8 + 8 + eights(t)), ("image", 16 + 8 + eights(n))], 2, omni),
     Case("Z-Image, pixel space", "lumina.model:NextDiTPixelSpace", Z_IMAGE_PIXEL, (3, 32, 24),
-         (9, 48), [("text", 16), ("image", 16)], 2, detected={"image_model": "zimage_pixel"}),
+         (9, 48), filled, 2, detected={"image_model": "zimage_pixel"}),
     Case("HiDream-I1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
-         [("image", 12), ("text", 9 + 5 + 5)], 4, llama),
+         lambda t, n: [("image", n), ("text", t + 5 + 5)], 4, llama),
     # The text is read by itself: it is keys only. The token that tells the time is neither.
     Case("HiDream-O1", "hidream_o1.model:HiDreamO1Transformer", HIDREAM_O1, (3, 128, 96), (9, 1),
-         [("text", 8), ("other", 1), ("image", 12)], 2, words, kept=8),
-    # Core enlarges the reference; the vision encoder's 9 x 14 tokens lie between two more.
+         lambda t, n: [("text", t - 1, False), ("other", 1), ("image", n)], 2, words),
+    # Core makes the reference as large as the picture; the vision encoder's 9 x 14 tokens lie
+    # between two more.
     Case("HiDream-O1, editing", "hidream_o1.model:HiDreamO1Transformer", HIDREAM_O1, (3, 128, 96),
-         (9, 1), [("text", 3), ("other", 128), ("text", 5), ("other", 1), ("image", 12 + 10)], 2,
-         lambda text: words(text) | looked_at(text), kept=8 + 128),
+         (9, 1), lambda t, n: [("text", 3, False), ("other", 128, False), ("text", t - 4, False),
+                               ("other", 1), ("image", n + (2 * 5 if n == 12 else 3 * 7))], 2,
+         lambda text, *size: words(text) | looked_at()),
     Case("OmniGen2", OMNIGEN_CLASS, OMNIGEN | {"text_feat_dim": 48}, (16, 8, 6), (9, 48),
-         [("text", 9), ("image", 12)], 2, whole()),
+         text_image, 2, whole()),
     Case("OmniGen2, editing", OMNIGEN_CLASS, OMNIGEN | {"text_feat_dim": 48}, (16, 8, 6), (9, 48),
-         [("text", 9), ("image", 16 + 4 + 12)], 2, whole((16, 8, 8), (16, 4, 4))),
+         lambda t, n: [("text", t), ("image", 16 + 4 + n)], 2, whole((16, 8, 8), (16, 4, 4))),
     Case("Boogu", BOOGU_CLASS,
          OMNIGEN | {"num_double_stream_layers": 2, "instruction_feat_dim": 48}, (16, 8, 6), (9, 48),
-         [("text", 9), ("image", 12)], 4, whole()),
+         text_image, 4, whole()),
     Case("Boogu, editing", BOOGU_CLASS,
          OMNIGEN | {"num_double_stream_layers": 2, "instruction_feat_dim": 48}, (16, 8, 6), (9, 48),
-         [("text", 9), ("image", 16 + 4 + 12)], 4, whole((16, 8, 8), (16, 4, 4))),
+         lambda t, n: [("text", t), ("image", 16 + 4 + n)], 4, whole((16, 8, 8), (16, 4, 4))),
     Case("Ideogram 4", IDEOGRAM_CLASS, IDEOGRAM, (128, 4, 3), (9, 48),
-         [("text", 9), ("image", 12)], 2),
+         text_image, 2),
     Case("Ideogram 4, masked", IDEOGRAM_CLASS, IDEOGRAM, (128, 4, 3), (9, 48),
-         [("text", 9), ("image", 12)], 2, masked(3)),
-    Case("Krea 2", KREA_CLASS, KREA, (16, 1, 8, 6), (9, 72), [("text", 9), ("image", 12)], 2),
+         text_image, 2, masked(3)),
+    Case("Krea 2", KREA_CLASS, KREA, (16, 1, 8, 6), (9, 72), text_image, 2),
     Case("Krea 2, editing", KREA_CLASS, KREA, (16, 1, 8, 6), (9, 72),
-         [("text", 9), ("image", 12 + 16 + 4)], 2,
-         lambda text: {"reference_latents_method": "index_timestep_zero",
+         lambda t, n: [("text", t), ("image", n + 16 + 4)], 2,
+         lambda text, *size: {"reference_latents_method": "index_timestep_zero",
                        **references((16, 1, 8, 8), (16, 1, 4, 4))(text)},
          needs="process_img"),
     Case("Lens", "lens.model:LensTransformer2DModel", LENS, (128, 4, 3), (9, 48),
-         [("image", 12), ("text", 9)], 2, masked(3)),
+         image_text, 2, masked(3)),
 ]  # fmt: skip
 
 
 def together(*conds):
     """``conds`` with what each of these holds."""
-    return lambda text: {key: value for each in conds for key, value in each(text).items()}
+    return lambda *sizes: {key: value for each in conds for key, value in each(*sizes).items()}
 
 
-def regional(height, width):
+def regional(text, height, width):
     """``conds`` with a mask over text and image, as core's Redux node and regional prompts make."""
-
-    def conds(text):
-        tokens = text + height * width
-        mask = 2 * torch.randn(1, tokens, tokens, generator=torch.manual_seed(7))
-        return {"attention_mask": mask, "attention_mask_img_shape": (height, width)}
-
-    return conds
+    grid = height // 2, width // 2
+    tokens = text + grid[0] * grid[1]
+    mask = 2 * torch.randn(1, tokens, tokens, generator=torch.manual_seed(7))
+    return {"attention_mask": mask, "attention_mask_img_shape": grid}
 
 
 def glyphs(tokens):
     """``conds`` with ByT5's tokens."""
-    return lambda text: {
+    return lambda text, *size: {
         "conditioning_byt5small": torch.randn(1, tokens, 1472, generator=torch.manual_seed(8))
     }
 
@@ -406,7 +450,7 @@ def glyphs(tokens):
 def vision(tokens):
     """``conds`` with a picture as SigLIP sees it."""
     states = torch.randn(1, tokens, 1152, generator=torch.manual_seed(9))
-    return lambda text: {"clip_vision_output": SimpleNamespace(last_hidden_state=states)}
+    return lambda text, *size: {"clip_vision_output": SimpleNamespace(last_hidden_state=states)}
 
 
 FLUX2 = {"in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": 48,
@@ -448,50 +492,56 @@ HUNYUAN_IMAGE = HUNYUAN | {"in_channels": 64, "out_channels": 64, "vec_in_dim": 
                            "meanflow": True}  # fmt: skip
 REFINER = HUNYUAN_IMAGE | {"in_channels": 128, "patch_size": [1, 1, 1], "axes_dim": [8, 12, 12],
                            "byt5": False}  # fmt: skip
+MASK = "core fills the mask of one row"
 FLUX_CLASS, HUNYUAN_CLASS = "flux.model:Flux", "hunyuan_video.model:HunyuanVideo"
 CHROMA_CLASS = "chroma.model:Chroma"
 
 FLUX_LIKE_CASES = [
     # Core fills up its text to 512 tokens.
-    Case("FLUX.2", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48), [("text", 512), ("image", 12)], 4),
+    Case("FLUX.2", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48),
+         lambda t, n: [("text", 512), ("image", n)], 4),
     Case("FLUX.2 with references", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48),
-         [("text", 512), ("image", 12 + 16 + 4)], 4, references((128, 4, 4), (128, 2, 2))),
+         lambda t, n: [("text", 512), ("image", n + 16 + 4)], 4,
+         references((128, 4, 4), (128, 2, 2))),
     Case("FLUX.2 Klein, references without noise", FLUX_CLASS, FLUX2 | {"guidance_embed": False},
-         (128, 4, 3), (9, 48), [("text", 512), ("image", 12 + 4)], 4,
+         (128, 4, 3), (9, 48), lambda t, n: [("text", 512), ("image", n + 4)], 4,
          together(references((128, 2, 2)),
                   also(reference_latents_method="index_timestep_zero"))),
     Case("LongCat-Image", FLUX_CLASS, LONGCAT, (16, 8, 6), (9, 3584),
-         [("text", 9), ("image", 12)], 4),
-    Case("Ovis-Image", FLUX_CLASS, OVIS, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 4),
-    Case("Chroma", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48), [("text", 9), ("image", 12)], 4),
+         text_image, 4),
+    Case("Ovis-Image", FLUX_CLASS, OVIS, (16, 8, 6), (9, 48), text_image, 4),
+    Case("Chroma", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48), text_image, 4),
     Case("Chroma, regional", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48),
-         [("text", 9), ("image", 12)], 4, regional(4, 3)),
+         text_image, 4, regional),
     Case("Chroma Radiance", "chroma_radiance.model:ChromaRadiance", RADIANCE, (3, 64, 48), (9, 48),
-         [("text", 9), ("image", 12)], 4),
+         text_image, 4),
     Case("AuraFlow", "aura.mmdit:MMDiT", AURA, (4, 8, 6), (9, 2048),
-         [("other", 8), ("text", 9), ("image", 12)], 4),
+         lambda t, n: [("other", 8), ("text", t), ("image", n)], 4),
     Case("HunyuanVideo", HUNYUAN_CLASS, HUNYUAN, (16, 3, 8, 6), (9, 48),
-         [("text", 9), ("image", 3 * 12)], 4, together(pooled(768), masked(3)), cfg=1),
+         lambda t, n: [("text", t), ("image", 3 * n)], 4,
+         together(pooled(768), masked(3)), alone=MASK),
     # The reference comes first.
     Case("HunyuanVideo Custom", HUNYUAN_CLASS, HUNYUAN, (16, 3, 8, 6), (9, 48),
-         [("text", 9), ("image", 12 + 3 * 12)], 4,
-         together(pooled(768), also(ref_latent=torch.ones(1, 16, 1, 8, 6))), cfg=1),
+         lambda t, n: [("text", t), ("image", n + 3 * n)], 4,
+         together(pooled(768), lambda text, *size: {"ref_latent": torch.ones(1, 16, 1, *size)}),
+         alone="core gives positions to the reference of one row"),
     Case("HunyuanVideo I2V", HUNYUAN_CLASS, HUNYUAN | {"in_channels": 33}, (16, 3, 8, 6), (9, 48),
-         [("text", 9), ("image", 3 * 12)], 4,
-         together(pooled(768), also(guiding_frame_index=0)), cfg=1),
+         lambda t, n: [("text", t), ("image", 3 * n)], 4,
+         together(pooled(768), also(guiding_frame_index=0)),
+         alone="core modulates the first frame of one row"),
     Case("HunyuanVideo 1.5", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
-         [("text", 5 + 9), ("image", 3 * 12)], 4, glyphs(5)),
+         lambda t, n: [("text", 5 + t), ("image", 3 * n)], 4, glyphs(5)),
     Case("HunyuanVideo 1.5, masked", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
-         [("text", 9), ("image", 3 * 12)], 4, masked(3), cfg=1),
+         lambda t, n: [("text", t), ("image", 3 * n)], 4, masked(3), alone=MASK),
     Case("HunyuanVideo 1.5 I2V", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
-         [("other", 7), ("text", 5 + 9), ("image", 3 * 12)], 4,
+         lambda t, n: [("other", 7), ("text", 5 + t), ("image", 3 * n)], 4,
          together(glyphs(5), vision(7))),
     Case("HunyuanImage 2.1", HUNYUAN_CLASS, HUNYUAN_IMAGE, (64, 4, 3), (9, 48),
-         [("text", 9 + 5), ("image", 12)], 4, glyphs(5)),
+         lambda t, n: [("text", t + 5), ("image", n)], 4, glyphs(5)),
     Case("HunyuanImage 2.1, masked", HUNYUAN_CLASS, HUNYUAN_IMAGE, (64, 4, 3), (9, 48),
-         [("text", 9), ("image", 12)], 4, masked(3), cfg=1),
+         text_image, 4, masked(3), alone=MASK),
     Case("HunyuanImage 2.1 Refiner", HUNYUAN_CLASS, REFINER, (64, 1, 4, 3), (9, 48),
-         [("text", 9), ("image", 12)], 4),
+         text_image, 4),
 ]  # fmt: skip
 
 CASES = [*FLUX_LIKE_CASES, *OTHER_CASES, *QWEN_CASES, *SINGLE_STREAM_CASES]

@@ -47,33 +47,45 @@ def named(*names):
     return [case for case in families.CASES if case.name in names]
 
 
-def sample(model, case, steps=1, cfg=1.0, seed=3):
-    """A run through core's KSampler function."""
-    positive, negative = families.conditioning(case), families.conditioning(case, seed=5)
+def sample(model, case, steps=1, cfg=1.0, seed=3, batch=1, shorter=0):
+    """A run through core's KSampler function, with a negative prompt that may be shorter."""
+    positive = families.conditioning(case)
+    negative = families.conditioning(case, seed=5, shorter=shorter)
     samples = nodes.common_ksampler(
-        model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case)
+        model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case, batch)
     )[0]["samples"]  # fmt: skip
     return torch.cat([s.flatten() for s in samples.unbind()]) if samples.is_nested else samples
 
 
-def dense(model, case, gamma, calls=None):
-    """The model with dense attention in place of every kernel, and Eq. 10 in the joint ones."""
-    kinds = [kind for kind, length in case.spans for _ in range(length)]
+def factors(spans, gamma):
+    """Factors of the logits ``(queries, keys)`` of a sequence: Eq. 10."""
+    kinds, asks = [], []
+    for kind, length, *more in spans:
+        kinds += [kind] * length
+        asks += [not more] * length
     is_image, is_text = (
         torch.tensor([kind == wanted for kind in kinds]) for wanted in ("image", "text")
     )
-    adjusted = torch.where(is_image[case.kept :, None] & is_text[None, :], gamma, 1.0).double()
+    adjusted = torch.where(is_image[:, None] & is_text[None, :], gamma, 1.0).double()
+    return adjusted[torch.tensor(asks)]
+
+
+def dense(model, case, gamma, calls=None, texts=()):
+    """The model with dense attention in place of every kernel, and Eq. 10 in the joint ones, which
+    are told by their lengths, for prompts of so many tokens."""
+    joint = [factors(case.spans(text, case.tokens), gamma) for text in texts or case.text[:1]]
+    by_shape = {adjusted.shape: adjusted for adjusted in joint}
 
     def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
                  **kwargs):  # fmt: skip
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        joint = k.shape[2] == len(kinds) == q.shape[2] + case.kept
-        if joint and calls is not None:
-            calls.append(len(kinds))
+        adjusted = by_shape.get((q.shape[2], k.shape[2]))
+        if adjusted is not None and calls is not None:
+            calls.append(q.shape[0])
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        out = dense_attention(q, k, v, adjusted if joint else 1.0, mask).to(q.dtype)
+        out = dense_attention(q, k, v, 1.0 if adjusted is None else adjusted, mask).to(q.dtype)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     model = model.clone()
@@ -104,10 +116,26 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch):
     assert not any("forward" in m.__dict__ for m in model.model.modules())
 
 
+@pytest.mark.parametrize("shorter", [pytest.param(0, marks=pytest.mark.slow), 4])
+def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch, shorter):
+    """Two steps of two pictures at another size, with prompts as long as each other or not."""
+    if case.alone and not shorter:
+        pytest.skip(f"{case.name}: {case.alone}")
+    model, wide = families.load(case, folder, monkeypatch), case.wide()
+    how = {"steps": 2, "cfg": 3.0, "batch": 1 if case.alone else 2, "shorter": shorter}
+    texts, calls = (case.text[0], case.text[0] - shorter), []
+    expected, plain = (
+        sample(dense(model, wide, gamma, calls, texts), wide, **how) for gamma in (1.4, 1.0)
+    )
+    assert sum(calls) == 2 * 2 * 2 * how["batch"] * case.joint  # both runs, steps and prompts
+    ours = sample(apply_taca(model, 1.4, 0.0), wide, **how)
+    assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
+
+
 def test_off_is_bit_identical(case, folder, apply_taca, monkeypatch):
     model = families.load(case, folder, monkeypatch)
     assert torch.equal(sample(apply_taca(model, 1.0), case), sample(model, case))
-    two = {"steps": 2, "cfg": case.cfg}
+    two = {"steps": 2, "cfg": 1.0 if case.alone else 3.0}
     assert not torch.equal(sample(apply_taca(model, 1.4), case, **two), sample(model, case, **two))
 
 
