@@ -17,9 +17,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from .attention import Tokens, attends_over, scale_text
-from .families import Locate, Seen
+from .families import Locate, Seen, family_of, part_of, uncompiled
 from .lora import Wrap
-from .options import NO_OPTIONS
+from .options import NO_OPTIONS, short
 from .patch import (
     OVERRIDE,
     Settings,
@@ -92,10 +92,11 @@ def watched(model: Any, report: Report) -> Any:
     """
     settings = settings_of(model) or Settings(Schedule(1.0, TimestepWindow()))
     patched = model.clone()
-    transformer = patched.get_model_object("diffusion_model")
+    transformer = uncompiled(patched.get_model_object("diffusion_model"))
     report.blocks += [
-        f"{name.partition('_')[0]} {i}"
-        for name, i in _names(joint_blocks(transformer, NO_OPTIONS), transformer)
+        f"{short(name)} {i}"
+        for name in family_of(transformer).joint
+        for i in range(len(part_of(transformer, name)))
     ]
     # First, so that it is around TACA's own: what it puts on a block is then inside of TACA's.
     wrappers = patched.wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
@@ -103,18 +104,6 @@ def watched(model: Any, report: Report) -> Any:
         "taca_report": [partial(_watch_call, settings, report)], **wrappers
     }  # fmt: skip
     return patched
-
-
-def _names(blocks: Any, transformer: Any) -> list[tuple[str, int]]:
-    """(list, index) of each block."""
-    chosen = {id(block) for block, _ in blocks}
-    names = []
-    for path, module in transformer.named_modules():
-        if id(module) in chosen:
-            parts = [part for part in path.split(".") if part != "_orig_mod"]
-            number = max(i for i, part in enumerate(parts) if part.isdecimal())
-            names.append((parts[number - 1], int(parts[number])))
-    return names
 
 
 def _watch_call(settings: Settings, report: Report, executor: Any, x: Tensor, t_model: Tensor,

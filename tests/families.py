@@ -7,6 +7,7 @@ how its joint sequence is made up. To add one, add a ``Case``.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ class Case:
     name : str
         For messages.
     transformer : str
-        ``module:Class`` below ``comfy.ldm``; ComfyUI versions without it are skipped.
+        ``module:Class`` below ``comfy.ldm``, ComfyUI versions without it are skipped; or the pack's
+        ``UViT``.
     config : dict
         Sizes for the class, which core's detection cannot make this small by itself.
     latent : tuple
@@ -53,6 +55,8 @@ class Case:
         Why core takes no two rows together; empty where it does.
     tokens : int
         Image tokens of a frame.
+    fixed : str
+        Why there are no other sizes; empty where there are.
     options : bool
         Whether core hands its attention ``transformer_options``.
     needs : str
@@ -71,6 +75,7 @@ class Case:
     published: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda state: state)
     alone: str = ""
     tokens: int = 12
+    fixed: str = ""
     options: bool = True
     needs: str = ""
 
@@ -85,6 +90,8 @@ class Case:
 
     def wide(self) -> Case:
         """The same, 2 x 5 tokens in place of 4 x 3."""
+        if self.fixed:
+            return self
         height, width = self.size
         size = (height // 4 * 2, width // 3 * 5)
         if isinstance(self.latent[0], int):
@@ -102,11 +109,28 @@ def image_text(text, tokens):
     return [("image", tokens), ("text", text)]
 
 
-def load(case, folder, monkeypatch, seed=0):
-    """The model as core's UNETLoader reads it from a file."""
+def class_of(case):
+    """The class of the case's model in ComfyUI; None where there is none."""
     module, _, name = case.transformer.partition(":")
-    transformer = getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
+    try:
+        transformer = getattr(importlib.import_module(f"comfy.ldm.{module}"), name, None)
+    except ImportError:
+        return None
+    return transformer if hasattr(transformer, case.needs or "forward") else None
+
+
+def load(case, folder, monkeypatch, seed=0):
+    """The model as core's UNETLoader reads it from a file, or a U-ViT as the pack does."""
     path = folder / f"{case.name}-{seed}.safetensors"
+    if case.transformer == "UViT":
+        network, files, model = (
+            sys.modules[f"taca_pack.uvit.{name}"] for name in ("network", "files", "model")
+        )
+        sizes = network.Sizes(**case.config)
+        if not path.exists():
+            save_file(seeded(network.UViT(sizes), seed), path, files.metadata_of(sizes, 0.25))
+        return model.load_uvit(str(path))
+    transformer = class_of(case)
     if not path.exists():
         model = transformer(
             **case.config, dtype=torch.float32, device="cpu",
@@ -133,7 +157,9 @@ def seeded(model, seed):
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, tensor in model.state_dict().items():
-        if tensor.ndim >= 2:
+        if not tensor.is_floating_point():
+            value = tensor
+        elif tensor.ndim >= 2:
             value = torch.randn(tensor.shape, generator=generator) * tensor[0].numel() ** -0.5
         elif "norm" in key and key.endswith(("weight", "scale")):
             value = 1.7 + 0.2 * torch.randn(tensor.shape, generator=generator)
@@ -246,7 +272,13 @@ MINIMAX_ALONE = "core refuses more than one row"
 ERNIE = {"hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 128,
          "text_in_dim": 48, "rope_axes_dim": (8, 12, 12)}  # fmt: skip
 
+UVIT = {"blocks": 5, "width": 128, "side": 8, "text_tokens": 9, "text_width": 48, "first": 1,
+        "last": 3}  # fmt: skip
+
 OTHER_CASES = [
+    Case("U-ViT", "UViT", UVIT, (4, 8, 8), (9, 48),
+         lambda t, n: [("other", 1), ("text", t), ("image", n)], 3, tokens=16,
+         fixed="its pictures and prompts have one size"),
     Case("JoyImage", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6), (9, 48),
          image_text, 2),
     Case("JoyImage-Edit", "joyimage.model:JoyImageTransformer3DModel", JOYIMAGE, (16, 1, 8, 6),
@@ -463,6 +495,24 @@ LONGCAT = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_i
            "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
            "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
            "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [1, 2]}  # fmt: skip
+FLUX1 = LONGCAT | {"context_in_dim": 48, "vec_in_dim": 32, "guidance_embed": True,
+                   "txt_ids_dims": []}  # fmt: skip
+SD3 = {
+    "input_size": None,
+    "in_channels": 16,
+    "patch_size": 2,
+    "depth": 2,
+    "num_patches": 32 * 32,
+    "pos_embed_max_size": 32,
+    "pos_embed_scaling_factor": None,
+    "adm_in_channels": 32,
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": 48, "out_features": 128},
+    },
+}
+SD35 = SD3 | {"qk_norm": "rms"}  # fmt: skip
+SD3_CLASS = "modules.diffusionmodules.mmdit:OpenAISignatureMMDITWrapper"
 OVIS = LONGCAT | {"context_in_dim": 48, "yak_mlp": True, "txt_norm": True}
 CHROMA = {"in_channels": 64, "out_channels": 64, "context_in_dim": 48, "hidden_size": 64,
           "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2,
@@ -497,6 +547,17 @@ FLUX_CLASS, HUNYUAN_CLASS = "flux.model:Flux", "hunyuan_video.model:HunyuanVideo
 CHROMA_CLASS = "chroma.model:Chroma"
 
 FLUX_LIKE_CASES = [
+    Case("FLUX.1", FLUX_CLASS, FLUX1, (16, 8, 6), (9, 48), text_image, 4, pooled(32)),
+    Case("FLUX.1 schnell", FLUX_CLASS, FLUX1 | {"guidance_embed": False}, (16, 8, 6), (9, 48),
+         text_image, 4, pooled(32)),
+    Case("FLUX.1 Kontext", FLUX_CLASS, FLUX1, (16, 8, 6), (9, 48),
+         lambda t, n: [("text", t), ("image", n + 16)], 4,
+         together(pooled(32), references((16, 8, 8)))),
+    # Its last block's text gives keys and is not asked for more.
+    Case("SD3", SD3_CLASS, SD3, (16, 8, 6), (9, 48), text_image, 2, pooled(32)),
+    Case("SD3.5-Large", SD3_CLASS, SD35, (16, 8, 6), (9, 48), text_image, 2, pooled(32)),
+    Case("SD3.5-Medium", SD3_CLASS, SD35 | {"x_block_self_attn_layers": [0]}, (16, 8, 6), (9, 48),
+         text_image, 2, pooled(32)),
     # Core fills up its text to 512 tokens.
     Case("FLUX.2", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48),
          lambda t, n: [("text", 512), ("image", n)], 4),

@@ -1,7 +1,6 @@
 """TACA on every family, against dense float64 attention in the same model."""
 
 import ast
-import importlib
 import inspect
 import sys
 from functools import partial, reduce
@@ -35,12 +34,7 @@ def case(request):
 
 
 def exists(case):
-    module, _, name = case.transformer.partition(":")
-    try:
-        transformer = getattr(importlib.import_module(f"comfy.ldm.{module}"), name, None)
-    except ImportError:
-        return False
-    return transformer is not None and hasattr(transformer, case.needs or "forward")
+    return case.transformer == "UViT" or families.class_of(case) is not None
 
 
 def named(*names):
@@ -119,8 +113,9 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch):
 @pytest.mark.parametrize("shorter", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch, shorter):
     """Two steps of two pictures at another size, with prompts as long as each other or not."""
-    if case.alone and not shorter:
-        pytest.skip(f"{case.name}: {case.alone}")
+    why = case.fixed if shorter else case.alone
+    if why:
+        pytest.skip(f"{case.name}: {why}")
     model, wide = families.load(case, folder, monkeypatch), case.wide()
     how = {"steps": 2, "cfg": 3.0, "batch": 1 if case.alone else 2, "shorter": shorter}
     texts, calls = (case.text[0], case.text[0] - shorter), []
@@ -179,9 +174,8 @@ def test_a_pass_without_text(case, folder, apply_taca, monkeypatch):
 
 
 def test_every_family_has_a_case():
-    names = {case.transformer.partition(":")[2] for case in families.CASES}
-    elsewhere = {"Flux", "MMDiT", "UViT"}  # test_model.py, test_uvit.py
-    missing = [f.name for f in FAMILIES if not set(f.models) & (names | elsewhere)]
+    names = {case.transformer.rpartition(":")[2] for case in families.CASES}
+    missing = [f.name for f in FAMILIES if not set(f.models) & names]
     assert not missing
 
 
