@@ -7,6 +7,7 @@ how its joint sequence is made up. To add one, add a ``Case``.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -140,7 +141,10 @@ def load(case, folder, monkeypatch, seed=0):
     detect = comfy.model_detection.detect_unet_config
 
     def detect_tiny(*args, **kwargs):
-        found = detect(*args, **kwargs) | case.config | case.detected
+        found = detect(*args, **kwargs)
+        if found is None:  # not its own keys: core converts them and asks again
+            return None
+        found |= case.config | case.detected
         return {k: v for k, v in found.items() if case.detected.get(k, True) is not None}
 
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect_tiny)
@@ -150,6 +154,22 @@ def load(case, folder, monkeypatch, seed=0):
     loaded = comfy.sd.load_diffusion_model(str(path))
     assert type(loaded.model.diffusion_model) is transformer
     return loaded
+
+
+def in_keys_of_diffusers(mapping, state):
+    """A state dict by core's own map of diffusers' names to its own, the other way round."""
+    theirs, taken = {}, set()
+    for name, ours in mapping.items():
+        key, part, *changes = (ours, None) if isinstance(ours, str) else ours
+        # Some have other names in LoRAs or, whole, in FLUX.2.
+        if key not in state or (key, part) in taken or (part is None and key in taken):
+            continue
+        taken |= {key, (key, part)}
+        value = state[key].narrow(*part) if part else state[key]
+        for change in changes:
+            value = change(value)
+        theirs[name] = value.clone()
+    return theirs
 
 
 def seeded(model, seed):
@@ -210,6 +230,11 @@ def references(*shapes):
         return {"reference_latents": [torch.randn(1, *s, generator=generator) for s in shapes]}
 
     return conds
+
+
+def together(*conds):
+    """``conds`` with what each of these holds."""
+    return lambda *sizes: {key: value for each in conds for key, value in each(*sizes).items()}
 
 
 QWEN = {"num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
@@ -411,6 +436,8 @@ def looked_at():
 
 SINGLE_STREAM_CASES = [
     Case("Lumina 2", LUMINA_CLASS, LUMINA, (16, 8, 6), (9, 48), text_image, 2),
+    Case("NewBie", LUMINA_CLASS, LUMINA | {"clip_text_dim": 24}, (16, 8, 6), (9, 48), text_image, 2,
+         pooled(24)),
     # Text and image are filled up to a multiple of pad_tokens_multiple with learned tokens.
     Case("Z-Image", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48), filled, 2),
     Case("Z-Image, masked", LUMINA_CLASS, Z_IMAGE, (16, 8, 6), (9, 48),
@@ -425,6 +452,10 @@ SINGLE_STREAM_CASES = [
          (9, 48), filled, 2, detected={"image_model": "zimage_pixel"}),
     Case("HiDream-I1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
          lambda t, n: [("image", n), ("text", t + 5 + 5)], 4, llama),
+    # The picture to edit lies beside the one that is drawn.
+    Case("HiDream-E1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
+         lambda t, n: [("image", 2 * n), ("text", t + 5 + 5)], 4,
+         together(llama, lambda text, *size: {"concat_latent_image": torch.ones(1, 16, *size)})),
     # The text is read by itself: it is keys only. The token that tells the time is neither.
     Case("HiDream-O1", "hidream_o1.model:HiDreamO1Transformer", HIDREAM_O1, (3, 128, 96), (9, 1),
          lambda t, n: [("text", t - 1, False), ("other", 1), ("image", n)], 2, words),
@@ -459,11 +490,6 @@ SINGLE_STREAM_CASES = [
 ]  # fmt: skip
 
 
-def together(*conds):
-    """``conds`` with what each of these holds."""
-    return lambda *sizes: {key: value for each in conds for key, value in each(*sizes).items()}
-
-
 def regional(text, height, width):
     """``conds`` with a mask over text and image, as core's Redux node and regional prompts make."""
     grid = height // 2, width // 2
@@ -495,7 +521,7 @@ LONGCAT = {"in_channels": 16, "out_channels": 16, "vec_in_dim": None, "context_i
            "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2,
            "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
            "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": [1, 2]}  # fmt: skip
-FLUX1 = LONGCAT | {"context_in_dim": 48, "vec_in_dim": 32, "guidance_embed": True,
+FLUX1 = LONGCAT | {"context_in_dim": 48, "vec_in_dim": 32, "guidance_embed": True, "mlp_ratio": 4.0,
                    "txt_ids_dims": []}  # fmt: skip
 SD3 = {
     "input_size": None,
@@ -546,13 +572,45 @@ MASK = "core fills the mask of one row"
 FLUX_CLASS, HUNYUAN_CLASS = "flux.model:Flux", "hunyuan_video.model:HunyuanVideo"
 CHROMA_CLASS = "chroma.model:Chroma"
 
+
+def bfl(state):
+    """FLUX's names of norms, of which core makes its own."""
+    norm = re.compile(r"(_norm|\.norms\.\d+)\.weight$")
+    return {norm.sub(r"\1.scale", key): value for key, value in state.items()}
+
+
+def tencent(state):
+    """HunyuanVideo's names, of which core makes FLUX's."""
+    names = (
+        (r"mlp\.0\.(weight|bias)$", r"mlp.fc1.\1"),
+        (r"mlp\.2\.(weight|bias)$", r"mlp.fc2.\1"),
+        (r"(txt_in\.t_embedder|time_in|vector_in|guidance_in)\.in_layer\.", r"\1.mlp.0."),
+        (r"(txt_in\.t_embedder|time_in|vector_in|guidance_in)\.out_layer\.", r"\1.mlp.2."),
+        (r"(txt_in\.c_embedder)\.in_layer\.", r"\1.linear_1."),
+        (r"(txt_in\.c_embedder)\.out_layer\.", r"\1.linear_2."),
+        (r"(_mod|modulation)\.lin\.", r"\1.linear."),
+        (r"_attn\.(qkv|proj)\.", r"_attn_\1."),
+        (r"_attn\.norm\.(q|k)\w+_norm\.(weight|scale)$", r"_attn_\1_norm.weight"),
+        (r"\.norm\.(q|k)\w+_norm\.(weight|scale)$", r".\1_norm.weight"),
+    )
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in names:
+            key = re.sub(ours, theirs, key)
+        renamed[key] = value
+    return renamed
+
+
 FLUX_LIKE_CASES = [
-    Case("FLUX.1", FLUX_CLASS, FLUX1, (16, 8, 6), (9, 48), text_image, 4, pooled(32)),
+    Case("FLUX.1", FLUX_CLASS, FLUX1, (16, 8, 6), (9, 48), text_image, 4, pooled(32),
+         published=bfl),
     Case("FLUX.1 schnell", FLUX_CLASS, FLUX1 | {"guidance_embed": False}, (16, 8, 6), (9, 48),
-         text_image, 4, pooled(32)),
+         text_image, 4, pooled(32),
+         published=bfl),
     Case("FLUX.1 Kontext", FLUX_CLASS, FLUX1, (16, 8, 6), (9, 48),
          lambda t, n: [("text", t), ("image", n + 16)], 4,
-         together(pooled(32), references((16, 8, 8)))),
+         together(pooled(32), references((16, 8, 8))),
+         published=bfl),
     # Its last block's text gives keys and is not asked for more.
     Case("SD3", SD3_CLASS, SD3, (16, 8, 6), (9, 48), text_image, 2, pooled(32)),
     Case("SD3.5-Large", SD3_CLASS, SD35, (16, 8, 6), (9, 48), text_image, 2, pooled(32)),
@@ -560,36 +618,44 @@ FLUX_LIKE_CASES = [
          text_image, 2, pooled(32)),
     # Core fills up its text to 512 tokens.
     Case("FLUX.2", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48),
-         lambda t, n: [("text", 512), ("image", n)], 4),
+         lambda t, n: [("text", 512), ("image", n)], 4,
+         published=bfl),
     Case("FLUX.2 with references", FLUX_CLASS, FLUX2, (128, 4, 3), (9, 48),
          lambda t, n: [("text", 512), ("image", n + 16 + 4)], 4,
-         references((128, 4, 4), (128, 2, 2))),
+         references((128, 4, 4), (128, 2, 2)),
+         published=bfl),
     Case("FLUX.2 Klein, references without noise", FLUX_CLASS, FLUX2 | {"guidance_embed": False},
          (128, 4, 3), (9, 48), lambda t, n: [("text", 512), ("image", n + 4)], 4,
          together(references((128, 2, 2)),
-                  also(reference_latents_method="index_timestep_zero"))),
+                  also(reference_latents_method="index_timestep_zero")),
+         published=bfl),
     Case("LongCat-Image", FLUX_CLASS, LONGCAT, (16, 8, 6), (9, 3584),
          text_image, 4),
     Case("Ovis-Image", FLUX_CLASS, OVIS, (16, 8, 6), (9, 48), text_image, 4),
-    Case("Chroma", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48), text_image, 4),
+    Case("Chroma", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48), text_image, 4,
+         published=bfl),
     Case("Chroma, regional", CHROMA_CLASS, CHROMA, (16, 8, 6), (9, 48),
-         text_image, 4, regional),
+         text_image, 4, regional,
+         published=bfl),
     Case("Chroma Radiance", "chroma_radiance.model:ChromaRadiance", RADIANCE, (3, 64, 48), (9, 48),
          text_image, 4),
     Case("AuraFlow", "aura.mmdit:MMDiT", AURA, (4, 8, 6), (9, 2048),
          lambda t, n: [("other", 8), ("text", t), ("image", n)], 4),
     Case("HunyuanVideo", HUNYUAN_CLASS, HUNYUAN, (16, 3, 8, 6), (9, 48),
          lambda t, n: [("text", t), ("image", 3 * n)], 4,
-         together(pooled(768), masked(3)), alone=MASK),
+         together(pooled(768), masked(3)), alone=MASK,
+         published=tencent),
     # The reference comes first.
     Case("HunyuanVideo Custom", HUNYUAN_CLASS, HUNYUAN, (16, 3, 8, 6), (9, 48),
          lambda t, n: [("text", t), ("image", n + 3 * n)], 4,
          together(pooled(768), lambda text, *size: {"ref_latent": torch.ones(1, 16, 1, *size)}),
-         alone="core gives positions to the reference of one row"),
+         alone="core gives positions to the reference of one row",
+         published=tencent),
     Case("HunyuanVideo I2V", HUNYUAN_CLASS, HUNYUAN | {"in_channels": 33}, (16, 3, 8, 6), (9, 48),
          lambda t, n: [("text", t), ("image", 3 * n)], 4,
          together(pooled(768), also(guiding_frame_index=0)),
-         alone="core modulates the first frame of one row"),
+         alone="core modulates the first frame of one row",
+         published=tencent),
     Case("HunyuanVideo 1.5", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),
          lambda t, n: [("text", 5 + t), ("image", 3 * n)], 4, glyphs(5)),
     Case("HunyuanVideo 1.5, masked", HUNYUAN_CLASS, HUNYUAN15, (32, 3, 4, 3), (9, 48),

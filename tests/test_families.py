@@ -3,9 +3,11 @@
 import ast
 import inspect
 import sys
+from dataclasses import replace
 from functools import partial, reduce
 
 import comfy.model_base
+import comfy.utils
 import comfyui_version
 import families
 import pytest
@@ -26,10 +28,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(params=families.CASES, ids=str)
-def case(request):
-    """Each family that this ComfyUI has."""
+def case(request, record_property):
+    """Each family that this ComfyUI has; for ``benchmarks/families.py``, by its name."""
     if not exists(request.param):
         pytest.skip(f"this ComfyUI has no {request.param.name}")
+    record_property("model", request.param.name)
     return request.param
 
 
@@ -97,9 +100,19 @@ def dense(model, case, gamma, calls=None, texts=()):
     return model
 
 
-def test_equals_dense(case, folder, apply_taca, monkeypatch):
+def tell(record_property, model, case, texts):
+    """For ``benchmarks/families.py``: a model's family, and the tokens it is tested with."""
+    record_property("family", TABLE.family_of(model.model.diffusion_model).name)
+    for text in texts:
+        for kind in ("text", "image"):
+            spans = case.spans(text, case.tokens)
+            record_property(kind, sum(length for each, length, *_ in spans if each == kind))
+
+
+def test_equals_dense(case, folder, apply_taca, monkeypatch, record_property):
     """Exact, with masks and references, text before the image or behind it."""
     model = families.load(case, folder, monkeypatch)
+    tell(record_property, model, case, case.text[:1])
     calls = []
     expected = sample(dense(model, case, 1.4, calls), case)
     assert len(calls) == case.joint
@@ -111,7 +124,8 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch):
 
 
 @pytest.mark.parametrize("shorter", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch, shorter):
+def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch, record_property,
+                                          shorter):  # fmt: skip
     """Two steps of two pictures at another size, with prompts as long as each other or not."""
     why = case.fixed if shorter else case.alone
     if why:
@@ -119,6 +133,7 @@ def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch,
     model, wide = families.load(case, folder, monkeypatch), case.wide()
     how = {"steps": 2, "cfg": 3.0, "batch": 1 if case.alone else 2, "shorter": shorter}
     texts, calls = (case.text[0], case.text[0] - shorter), []
+    tell(record_property, model, wide, texts)
     expected, plain = (
         sample(dense(model, wide, gamma, calls, texts), wide, **how) for gamma in (1.4, 1.0)
     )
@@ -171,6 +186,26 @@ def test_a_pass_without_text(case, folder, apply_taca, monkeypatch):
         for m in (dense(model, case, 1.4), dense(model, case, 1.0), apply_taca(model, 1.4))
     )
     assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
+
+
+DIFFUSERS = {
+    "AuraFlow": lambda c: comfy.utils.auraflow_to_diffusers(c),
+    "FLUX.1": lambda c: comfy.utils.flux_to_diffusers(c),
+    "SD3.5-Medium": lambda c: comfy.utils.mmdit_to_diffusers(c | {"num_blocks": 2}),
+    "Z-Image": lambda c: comfy.utils.z_image_to_diffusers(c),
+}
+
+
+@pytest.mark.parametrize("case", named(*DIFFUSERS), ids=str, indirect=True)
+def test_diffusers_files(case, folder, apply_taca, monkeypatch):
+    """Published in the keys of diffusers too, which core converts: with q, k and v apart."""
+    mapping = DIFFUSERS[case.name](case.config)
+    other = replace(case, name=f"{case.name} of diffusers",
+                    published=partial(families.in_keys_of_diffusers, mapping))  # fmt: skip
+    models = [families.load(each, folder, monkeypatch) for each in (case, other)]
+    own, theirs = (model.model.diffusion_model.state_dict() for model in models)
+    assert all(torch.equal(own[key], theirs[key]) for key in own)
+    assert torch.equal(*(sample(apply_taca(model, 1.4), case) for model in models))
 
 
 def test_every_family_has_a_case():
