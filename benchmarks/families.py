@@ -1,71 +1,150 @@
 """README's table of families: the tests of every family, run on every pinned ComfyUI.
 
-``python dev.py run benchmarks/families.py`` after ``python dev.py env --comfyui-version VERSION``
-for each version; it writes the table between README's marks.
+``python dev.py run benchmarks/families.py`` after ``python dev.py setup --comfyui-version VERSION``
+for each version; it writes ``results/families.json`` and, from that, what is between README's
+marks. With ``--table`` it runs no tests.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dev import COMFYUI, DEV  # noqa: E402
+from taca.families import FAMILIES, REFUSED  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 BEGIN, END = "<!-- families -->\n", "<!-- /families -->\n"
-TESTS = {"test_equals_dense": "attention", "test_equals_the_merged_lora": "LoRA"}
-FILES = ("tests/test_families.py", "tests/test_family_lora.py", "tests/test_model.py")
+TESTS = {
+    "test_equals_dense": "attention",
+    "test_equals_dense_with_cfg_in_a_batch": "attention",
+    "test_equals_the_merged_lora": "LoRA",
+}
+FILES = ("tests/test_families.py", "tests/test_family_lora.py")
 
 
-def results(comfyui: Path) -> dict[str, dict[str, bool]]:
-    """Model -> what was tested -> whether it passed; skipped tests are left out."""
+def results(comfyui: Path) -> dict[str, Any]:
+    """What passed, failed and was skipped on one ComfyUI, and the models it was tested with."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}",
-             "-k", " or ".join(TESTS), *FILES],
-            cwd=ROOT, check=False, stdout=subprocess.DEVNULL,
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *FILES],
+            cwd=ROOT, check=False, capture_output=True, text=True,
             env={**os.environ, "COMFYUI_PATH": str(comfyui)},
         )  # fmt: skip
-        found: dict[str, dict[str, bool]] = {}
-        for test in ElementTree.parse(report).iter("testcase"):  # noqa: S314
-            name, _, model = test.get("name", "").partition("[")
-            if name in TESTS and test.find("skipped") is None:
-                passed = test.find("failure") is None and test.find("error") is None
-                found.setdefault(model.rstrip("]"), {})[TESTS[name]] = passed
+        if done.returncode not in (0, 1):  # not run to the end
+            sys.exit(f"The tests did not run on {comfyui}:\n{done.stdout}{done.stderr}")
+        tests = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314
+    found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": {}, "models": {}}
+    for test in tests:
+        name = test.get("name", "")
+        skipped = test.find("skipped")
+        if skipped is not None:
+            found["skipped"][name] = skipped.get("message")
+            continue
+        passed = test.find("failure") is None and test.find("error") is None
+        if passed:
+            found["passed"] += 1
+        else:
+            found["failed"].append(name)
+        told = defaultdict(list)
+        for each in test.iter("property"):
+            told[each.get("name", "")].append(each.get("value", ""))
+        what = TESTS.get(name.partition("[")[0])
+        if what and told["model"]:
+            model = found["models"].setdefault(told["model"][0], {"text": [], "image": []})
+            model[what] = passed and model.get(what, True)
+            if told["family"]:
+                model["family"] = told["family"][0]
+            for kind in ("text", "image"):
+                model[kind] = sorted({*model[kind], *map(int, told[kind])})
     return found
 
 
-def table(versions: dict[str, dict[str, dict[str, bool]]]) -> str:
-    """Markdown: a row for each model, a column for each version."""
+def table(versions: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row for each family, what was skipped, what is refused."""
     lines = [
-        "| model | " + " | ".join(versions) + " |",
-        "|---|" + "---|" * len(versions),
+        "| family | tested as | text, image tokens | attention | LoRA | from |",
+        "|---|---|---|---|---|---|",
     ]
-    models = dict.fromkeys(model for found in versions.values() for model in found)
-    for model in sorted(models, key=str.lower):
-        cells = []
-        for found in versions.values():
-            tests = found.get(model, {})
-            failed = [what for what, passed in tests.items() if not passed]
-            cells.append(f"fails: {', '.join(failed)}" if failed else ", ".join(tests) or "-")
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+    models: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for version, found in versions.items():
+        for name, model in found["models"].items():
+            models[name].append({**model, "from": version})
+    for family in FAMILIES:
+        names = [name for name, runs in models.items() if runs[0]["family"] == family.name]
+        runs = [run for name in names for run in models[name]]
+        if not runs:
+            sys.exit(f"No test ran for {family.name}.")
+        oldest = min((run["from"] for run in runs), key=list(versions).index)
+        tested = [
+            name + (f" ({models[name][0]['from']})" if models[name][0]["from"] != oldest else "")
+            for name in names
+        ]
+        tokens = [span(n for run in runs for n in run[kind]) for kind in ("text", "image")]
+        cells = [
+            family.name, ", ".join(tested), ", ".join(tokens),
+            verdict(runs, "attention"), verdict(runs, "LoRA"), oldest,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Skipped, of the tests of these on each version:", ""]
+    everywhere = set.intersection(*(set(found["skipped"].values()) for found in versions.values()))
+    for version, found in versions.items():
+        own = dict.fromkeys(r for r in found["skipped"].values() if r not in everywhere)
+        lacks = [r.rpartition(" has no ")[2] for r in own if " has no " in r]
+        others = [r for r in own if " has no " not in r]
+        parts = ["no " + ", ".join(lacks)] * bool(lacks) + others
+        lines.append(
+            f"- {version} ({found['passed']} passed, {len(found['failed'])} failed, "
+            f"{len(found['skipped'])} skipped): {'; '.join(parts) or 'nothing more'}"
+        )
+    lines.append(f"- on all: {'; '.join(sorted(everywhere))}")
+    lines += ["", "Refused, by name and with the reason:", ""]
+    reasons = defaultdict(dict)
+    for called, reason in REFUSED.values():
+        reasons[reason][called] = None
+    lines += [f"- {', '.join(called)}: {reason}" for reason, called in reasons.items()]
     return "\n".join(lines) + "\n"
 
 
+def span(numbers: Any) -> str:
+    """The least and the most of some numbers."""
+    low, *_, high = sorted([*numbers] * 2)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def verdict(runs: list[dict[str, Any]], what: str) -> str:
+    """Whether a family's tests of attention or LoRA pass on all versions."""
+    tested = [run[what] for run in runs if what in run]
+    return "fails" if not all(tested) else "exact" if tested else "refused"
+
+
 def main() -> None:
-    places = sorted((ROOT / ".dev").glob("comfyui-*"), key=lambda path: [
-        int(part) for part in re.findall(r"\d+", path.name)
-    ])  # fmt: skip
-    versions = {}
-    for place in filter(Path.is_dir, places):
-        version = place.name.removeprefix("comfyui-")
-        print(f"ComfyUI {version}", flush=True)
-        versions[version] = results(place)
-    text = table(versions)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", action="store_true", help="write README's table again")
+    if not parser.parse_args().table:
+        places = {version: DEV / f"comfyui-{version}" for version in COMFYUI}
+        for version, place in places.items():
+            if not place.is_dir():
+                sys.exit(f"ComfyUI {version} is missing, and README would lose what is known of "
+                         f"it: run python dev.py setup --comfyui-version {version}")  # fmt: skip
+        found = {}
+        for version, place in places.items():
+            print(f"ComfyUI {version}", flush=True)
+            found[version] = results(place)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = table(json.loads(RESULTS.read_text(encoding="utf-8")))
     print(text)
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

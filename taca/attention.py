@@ -25,14 +25,24 @@ class Span(NamedTuple):
         such as registers, are neither.
     length : int
         How many tokens.
+    asks : bool
+        Whether they are queries too. A model that keeps the keys of its text from step to step
+        asks with the others alone.
     """
 
     kind: Kind
     length: int
+    asks: bool = True
 
 
 Tokens = Sequence[Span]
 """A whole joint sequence, in its order."""
+
+
+def attends_over(tokens: Tokens, q: Tensor, k: Tensor, dim: int) -> bool:
+    """Whether an attention is the one over these tokens, by its lengths."""
+    asking = sum(span.length for span in tokens if span.asks)
+    return q.shape[dim] == asking and k.shape[dim] == sum(span.length for span in tokens)
 
 
 def temperature_adjusted_attention(
@@ -59,12 +69,12 @@ def temperature_adjusted_attention(
         Plain attention.
     q, k, v : Tensor
         ``(B, heads, N, D)`` with ``dim=2`` or ``(B, N, heads * D)`` with ``dim=1``, after QK-norm
-        and RoPE; k and v may have fewer heads (grouped queries).
+        and RoPE; k and v may have fewer heads (grouped queries), q only those tokens that ask.
     gamma : Tensor
         ``(1,)`` or ``(B,)``, float32: one factor for all rows of the batch, or one for each; or
         ``(1, T)`` or ``(B, T)``: one for each of the T text tokens too.
     tokens : Tokens
-        What the N tokens are.
+        What the N tokens of k are.
     mask : Tensor, optional
         Anything that broadcasts to ``(..., N, N)``; its query axis may be 1.
     dim, out_dim : int
@@ -86,14 +96,15 @@ def temperature_adjusted_attention(
             f"TACA has gamma of shape {tuple(gamma.shape)} for an attention of {k.shape[0]} rows "
             f"and {text} text tokens."
         )
-    lengths = [span.length for span in tokens]
-    is_image = [span.kind == "image" for span in tokens]
+    asking = [span for span in tokens if span.asks]
+    lengths = [span.length for span in asking]
+    is_image = [span.kind == "image" for span in asking]
     queries = q.split(lengths, dim)
     masks = _split_queries(mask, lengths)
 
-    outputs: list[Tensor] = [q] * len(tokens)
+    outputs: list[Tensor] = [q] * len(asking)
     for image in (True, False):
-        spans = [i for i in range(len(tokens)) if is_image[i] == image]
+        spans = [i for i in range(len(asking)) if is_image[i] == image]
         if spans:
             rows = _join([queries[i] for i in spans], dim)
             mask_rows = mask if masks is None else _join([masks[i] for i in spans], -2)

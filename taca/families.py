@@ -30,6 +30,8 @@ class Seen:
         Tokens before the text that are neither text nor image: registers, a vision encoder's.
     other : int
         Tokens between text and image that are neither.
+    kept : int
+        Tokens at the start whose keys the model keeps from step to step, and that do not ask.
     ran : bool
         Whether a joint block with text ran.
     attended : bool
@@ -39,6 +41,7 @@ class Seen:
     text: int = 0
     lead: int = 0
     other: int = 0
+    kept: int = 0
     ran: bool = False
     attended: bool = False
 
@@ -126,6 +129,22 @@ def minimax(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tok
     return tuple(Span(kinds[row % 3], stop - start) for start, stop, row in segments)
 
 
+def hidream_o1(args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Seen) -> Tokens:
+    """``[text | time | image]``, with what its vision encoder saw behind the text's first three.
+
+    What is before the time is read as a language model reads, by itself; its keys are kept.
+    """
+    length = _argument(args, kwargs, 0, "x").shape[1]
+    if kwargs["past_key_value"]:
+        length += kwargs["past_key_value"][2]
+    text = seen.text - 1
+    spans = [Span("text", text, asks=False)]
+    if seen.kept > text:
+        vision = Span("other", seen.kept - text, asks=False)
+        spans = [Span("text", 3, asks=False), vision, Span("text", text - 3, asks=False)]
+    return *spans, Span("other", 1), Span("image", length - seen.kept - 1)
+
+
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
     return kwargs[name] if name in kwargs else args[position]
 
@@ -141,7 +160,7 @@ class Family:
     models : tuple of str
         Class names of the ``diffusion_model``.
     joint : dict
-        For each list of blocks with a joint attention, where its tokens are.
+        For each list of blocks with a joint attention, by its path, where its tokens are.
     before : dict
         For each list of blocks that show what joint blocks are not told, what is seen there.
     attention : str
@@ -153,6 +172,9 @@ class Family:
         Parts that tell it from another family whose class has the same name.
     before_run : tuple of str
         Parts that ComfyUI runs on the text once, before the run, where no window is.
+    kept_keys : bool
+        Whether ComfyUI keeps the keys of the text from step to step and from run to run, where
+        what a LoRA made of them would stay.
     """
 
     name: str
@@ -163,18 +185,18 @@ class Family:
     text: tuple[tuple[str, ...], ...] = ()
     has: tuple[str, ...] = ()
     before_run: tuple[str, ...] = ()
+    kept_keys: bool = False
 
-    def includes(self, diffusion_model: nn.Module) -> bool:
-        """Whether a model, not compiled, is of this family."""
-        names = {cls.__name__ for cls in type(diffusion_model).__mro__}
-        parts = (getattr(diffusion_model, name, None) for name in (*self.joint, *self.has))
-        return not names.isdisjoint(self.models) and all(part is not None for part in parts)
+    def includes(self, diffusion_model: nn.Module, name: str) -> bool:
+        """Whether a model, not compiled, is of this family by a class of this name."""
+        parts = (part_of(diffusion_model, path) for path in (*self.joint, *self.has))
+        return name in self.models and all(part is not None for part in parts)
 
     def joint_blocks(
         self, diffusion_model: nn.Module, limit: str = ""
     ) -> Iterator[tuple[nn.Module, Locate]]:
         """Each joint block of this model, or those a line names, with where its tokens are."""
-        lists = {name: getattr(diffusion_model, name) for name in self.joint}
+        lists = {name: part_of(diffusion_model, name) for name in self.joint}
         chosen = parse_blocks(limit, {name: len(blocks) for name, blocks in lists.items()})
         for name, locate in self.joint.items():
             for i, block in enumerate(lists[name]):
@@ -190,7 +212,7 @@ class Family:
         others = {
             self._attends(block): _without_tokens(locate)
             for name, locate in {**self.before, **self.joint}.items()
-            for block in getattr(diffusion_model, name) or ()
+            for block in part_of(diffusion_model, name) or ()
         }
         return {**others, **dict(self.joint_blocks(diffusion_model, limit))}
 
@@ -262,6 +284,12 @@ FAMILIES = (
             ),
             "single_stream_blocks": one_stream((0, "image_tokens"), image_first=True),
         },
+    ),
+    Family(
+        "HiDream-O1",
+        ("HiDreamO1Transformer",),
+        {"language_model.layers": hidream_o1},
+        kept_keys=True,
     ),
     Family(
         # References come before the image, in this family and the next.
@@ -364,13 +392,19 @@ CROSS_ATTENTION = (
     "its image attends to the text apart from itself (cross-attention), so the two do not compete "
     "in one softmax, which is what TACA adjusts."
 )
+LOAD_OTHERWISE = "Load the model with one of ComfyUI's own loaders or as GGUF."
 OWN_KERNELS = (
-    "nunchaku runs attention in kernels of its own, which no patch reaches. Load the model with "
-    "one of ComfyUI's own loaders or as GGUF."
+    f"nunchaku runs its attention in kernels of its own, which no patch reaches. {LOAD_OTHERWISE}"
 )
 REFUSED = {
     "ComfyFluxWrapper": ("nunchaku's FLUX", OWN_KERNELS),
     "NunchakuFluxTransformer2dModel": ("nunchaku's FLUX", OWN_KERNELS),
+    "ComfyFlux2Wrapper": ("nunchaku's FLUX.2", OWN_KERNELS),
+    "NunchakuQwenImageTransformer2DModel": (
+        "nunchaku's Qwen-Image",
+        "nunchaku's blocks hand ComfyUI's options on to no attention, so no patch is reached. "
+        f"{LOAD_OTHERWISE}",
+    ),
     "UNetModel": ("Stable Diffusion 1, 2 and XL", CROSS_ATTENTION),
     "PixArtMS": ("PixArt", CROSS_ATTENTION),
     "HunYuanDiT": ("Hunyuan-DiT", CROSS_ATTENTION),
@@ -384,20 +418,15 @@ REFUSED = {
         ("StageB", "StageC"),
         (
             "Stable Cascade",
-            "only its image attends, to text and to itself; TACA needs text and image in one "
-            "sequence.",
+            "only its image asks, itself and the text, which stays the same in every block; TACA "
+            "needs text that takes part in the attention.",
         ),
-    ),
-    "HiDreamO1Transformer": (
-        "HiDream-O1",
-        "it reads the prompt as a language model does, in a pass of its own, and keeps that from "
-        "step to step; TACA needs text and image in one sequence.",
     ),
     "UViT": ("U-ViT with text by cross-attention", CROSS_ATTENTION),
     "NaDiT": (
         "SeedVR2",
-        "it restores what it is given and takes no prompt; it attends in windows that no patch "
-        "reaches.",
+        "it restores what it is given and takes no prompt; its attention, in windows, is handed "
+        "no options, so no patch reaches it.",
     ),
 }
 """Models that TACA cannot act on, by class: what users call them, and why."""
@@ -411,12 +440,13 @@ def family_of(diffusion_model: nn.Module) -> Family:
     ValueError
         If the model has no joint attention that TACA can reach; names the families that do.
     """
-    for family in FAMILIES:
-        if family.includes(uncompiled(diffusion_model)):
-            return family
-    names = [cls.__name__ for cls in type(uncompiled(diffusion_model)).__mro__]
+    diffusion_model = uncompiled(diffusion_model)
+    names = [cls.__name__ for cls in type(diffusion_model).__mro__]
     works = "; ".join(family.name for family in FAMILIES)
-    for name in names:
+    for name in names:  # a pack's own class before that of ComfyUI's it is made from
+        for family in FAMILIES:
+            if family.includes(diffusion_model, name):
+                return family
         if name in REFUSED:
             called, reason = REFUSED[name]
             raise ValueError(
@@ -426,6 +456,14 @@ def family_of(diffusion_model: nn.Module) -> Family:
         f"TACA cannot act on this model ({names[0]}): it needs a transformer that runs one joint "
         f"attention over text and image tokens. TACA works on: {works}."
     )
+
+
+def part_of(module: nn.Module, path: str) -> Any:
+    """A part of a module by its path; None where it has none."""
+    part: Any = module
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return part
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -102,7 +102,7 @@ def parse_blocks(text: str, has: dict[str, int]) -> set[tuple[str, int]]:
     """
     if not text.strip():
         return {(name, i) for name, count in has.items() for i in range(count)}
-    known = ", ".join(f"{_short(name)} 0-{count - 1}" for name, count in has.items() if count)
+    known = ", ".join(f"{short(name)} 0-{count - 1}" for name, count in has.items() if count)
     chosen = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z_]+)\s*(?:(\d+)\s*(?:-\s*(\d+))?)?\s*", part.lower())
@@ -112,7 +112,7 @@ def parse_blocks(text: str, has: dict[str, int]) -> set[tuple[str, int]]:
                 f"'double 0-9, single 0-18'. This model has {known}."
             )
         word, first, last = match.groups()
-        name = next((n for n in has if word in (n, _short(n))), None)
+        name = next((n for n in has if word in (n, short(n))), None)
         if name is None:
             raise ValueError(f"TACA Options: this model has no {word!r} blocks; it has {known}.")
         low = int(first) if first else 0
@@ -126,9 +126,9 @@ def parse_blocks(text: str, has: dict[str, int]) -> set[tuple[str, int]]:
     return chosen
 
 
-def _short(name: str) -> str:
-    """``double`` for ``double_blocks``."""
-    return name.partition("_")[0]
+def short(name: str) -> str:
+    """``double`` for ``double_blocks``, ``layers`` for ``language_model.layers``."""
+    return name.rpartition(".")[2].partition("_")[0]
 
 
 def prompt_tokens(parts: Sequence[Sequence[Sequence[int]]]) -> tuple[float, ...]:

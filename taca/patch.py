@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -18,17 +18,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from .attention import Tokens, temperature_adjusted_attention
-from .families import Locate, Seen, family_of, uncompiled
-from .lora import (
-    LoRA,
-    Target,
-    Wrap,
-    lora_forwards,
-    lora_targets,
-    patcher_of,
-    remembering,
-)
+from .attention import Tokens, attends_over, temperature_adjusted_attention
+from .families import Locate, Seen, family_of, part_of, uncompiled
+from .lora import LoRA, Target, Wrap, lora_forwards, lora_targets, patcher_of, remembering
 from .options import NO_OPTIONS, Options
 from .schedule import Resolved, Sampling, Schedule
 
@@ -137,8 +129,19 @@ def patch_lora(model: Any, lora: LoRA) -> Any:
         Left as it is; with TACA already, or to get it later. Several LoRAs add up.
     lora : LoRA
         Fitted to this model.
+
+    Raises
+    ------
+    ValueError
+        If what the LoRA does inside the window would stay in the model outside.
     """
     family = family_of(model.get_model_object("diffusion_model"))
+    if family.kept_keys:
+        raise ValueError(
+            f"TACA cannot keep a LoRA inside its window on {family.name}: ComfyUI keeps the keys "
+            f"of this model's text from step to step and from run to run, and {lora.name} would "
+            f"stay in them. Take out Load TACA LoRA; TACA Patch Model works without it."
+        )
     early = tuple(f"diffusion_model.{part}." for part in family.before_run)
     idle = sum(f"{name}.".startswith(early) for name in lora.module_names)
     if idle:
@@ -346,7 +349,7 @@ def _places(options: Options, run: Run, base_model: Any) -> Places:
 
 def _lists(transformer: nn.Module, names: Iterable[str]) -> Lists:
     """A model's lists of blocks, as they are now."""
-    return {name: tuple(getattr(transformer, name) or ()) for name in names}
+    return {name: tuple(part_of(transformer, name) or ()) for name in names}
 
 
 def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any,
@@ -359,10 +362,10 @@ def gamma_of_rows(options: Options, schedule: Resolved, t: Tensor, c_concat: Any
 
 
 def first_seen(c_concat: Any, c_crossattn: Any, *args: Any, clip_fea: Any = None,
-               **kwargs: Any) -> Seen:  # fmt: skip
+               ar_len: int = 0, **kwargs: Any) -> Seen:  # fmt: skip
     """What a call shows before any of its blocks: its text, and a picture a vision encoder saw."""
     text, lead = (0 if tokens is None else tokens.shape[1] for tokens in (c_crossattn, clip_fea))
-    return Seen(text=text, lead=lead)
+    return Seen(text=text, lead=lead, kept=ar_len)
 
 
 def joint_blocks(diffusion_model: Any, options: Options) -> Iterator[tuple[nn.Module, Locate]]:
@@ -518,6 +521,33 @@ def taking_options(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward_taking_options
 
 
+def options_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a block is handed, or that the attention it is handed was made with."""
+    cells = _cells(kwargs.get("optimized_attention"))
+    if "transformer_options" in cells:
+        return cells["transformer_options"].cell_contents or {}
+    return kwargs.get("transformer_options") or {}
+
+
+def handing(kwargs: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments with other options: its own, or those of the attention it is handed."""
+    attention: Any = kwargs.get("optimized_attention")
+    cells = _cells(attention)
+    if "transformer_options" not in cells:
+        return {**kwargs, "transformer_options": options}
+    cells["transformer_options"] = CellType(options)
+    made = FunctionType(attention.__code__, attention.__globals__, attention.__name__,
+                        attention.__defaults__, tuple(cells.values()))  # fmt: skip
+    return {**kwargs, "optimized_attention": made}
+
+
+def _cells(function: Any) -> dict[str, CellType]:
+    """What a function closes over, by name."""
+    if not isinstance(function, FunctionType):
+        return {}
+    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+
 def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
                    seen: Seen) -> Callable[..., Any]:  # fmt: skip
     """A block's forward, with TACA as the attention override of this one block."""
@@ -528,9 +558,9 @@ def _joint_forward(forward: Callable[..., Any], locate: Locate, gamma: Tensor,
         if not any(span.kind == "text" and span.length for span in tokens):
             return forward(*args, **kwargs)
         seen.ran = True
-        options = kwargs.get("transformer_options") or {}
+        options = options_of(kwargs)
         override = _override(gamma, tokens, seen, options.get(OVERRIDE))
-        kwargs = {**kwargs, "transformer_options": {**options, OVERRIDE: override}}
+        kwargs = handing(kwargs, {**options, OVERRIDE: override})
         if torch.compiler.is_compiling():
             with torch._dynamo.error_on_graph_break(True):  # see _without_graph_breaks
                 return with_options(*args, **kwargs)
@@ -559,7 +589,7 @@ def _override(gamma: Tensor, tokens: Tokens, seen: Seen,
             )  # fmt: skip
 
         dim = 2 if skip_reshape else 1
-        if not q.shape[dim] == k.shape[dim] == sum(span.length for span in tokens):
+        if not attends_over(tokens, q, k, dim):
             return attend(q, k, v, mask)  # not the joint attention of this block
         seen.attended = True
         return temperature_adjusted_attention(

@@ -16,18 +16,20 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from .attention import Tokens, scale_text
-from .families import Locate, Seen
+from .attention import Tokens, attends_over, scale_text
+from .families import Locate, Seen, family_of, part_of, uncompiled
 from .lora import Wrap
-from .options import NO_OPTIONS
+from .options import NO_OPTIONS, short
 from .patch import (
     OVERRIDE,
     Settings,
     first_seen,
     gamma_of_rows,
+    handing,
     installed,
     joint_blocks,
     located_blocks,
+    options_of,
     resolve,
     settings_of,
     taking_options,
@@ -90,10 +92,11 @@ def watched(model: Any, report: Report) -> Any:
     """
     settings = settings_of(model) or Settings(Schedule(1.0, TimestepWindow()))
     patched = model.clone()
-    transformer = patched.get_model_object("diffusion_model")
+    transformer = uncompiled(patched.get_model_object("diffusion_model"))
     report.blocks += [
-        f"{name.partition('_')[0]} {i}"
-        for name, i in _names(joint_blocks(transformer, NO_OPTIONS), transformer)
+        f"{short(name)} {i}"
+        for name in family_of(transformer).joint
+        for i in range(len(part_of(transformer, name)))
     ]
     # First, so that it is around TACA's own: what it puts on a block is then inside of TACA's.
     wrappers = patched.wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
@@ -101,18 +104,6 @@ def watched(model: Any, report: Report) -> Any:
         "taca_report": [partial(_watch_call, settings, report)], **wrappers
     }  # fmt: skip
     return patched
-
-
-def _names(blocks: Any, transformer: Any) -> list[tuple[str, int]]:
-    """(list, index) of each block."""
-    chosen = {id(block) for block, _ in blocks}
-    names = []
-    for path, module in transformer.named_modules():
-        if id(module) in chosen:
-            parts = [part for part in path.split(".") if part != "_orig_mod"]
-            number = max(i for i, part in enumerate(parts) if part.isdecimal())
-            names.append((parts[number - 1], int(parts[number])))
-    return names
 
 
 def _watch_call(settings: Settings, report: Report, executor: Any, x: Tensor, t_model: Tensor,
@@ -199,10 +190,9 @@ def _measured(forward: Callable[..., Any], locate: Locate, gamma: Tensor, seen: 
         tokens = locate(args, kwargs, seen)
         if not tokens:
             return forward(*args, **kwargs)
-        options = kwargs.get("transformer_options") or {}
+        options = options_of(kwargs)
         override = _measuring(gamma, tokens, probe, block, options.get(OVERRIDE))
-        kwargs = {**kwargs, "transformer_options": {**options, OVERRIDE: override}}
-        return with_options(*args, **kwargs)
+        return with_options(*args, **handing(kwargs, {**options, OVERRIDE: override}))
 
     return measured_forward
 
@@ -214,7 +204,7 @@ def _measuring(gamma: Tensor, tokens: Tokens, probe: Probe, block: int,
         backend = func if other is None else partial(other, func)
         result = backend(q, k, v, heads, *args, **kwargs)
         dim = 2 if kwargs.get("skip_reshape") else 1
-        if q.shape[dim] == k.shape[dim] == sum(span.length for span in tokens):
+        if attends_over(tokens, q, k, dim):
             ask(func, q, k, heads, gamma, tokens, probe, block, dim, args, kwargs)
         return result
 
@@ -225,8 +215,9 @@ def ask(func: Callable[..., Tensor], q: Tensor, k: Tensor, heads: int, gamma: Te
         tokens: Tokens, probe: Probe, block: int, dim: int, args: tuple[Any, ...],
         kwargs: dict[str, Any]) -> None:  # fmt: skip
     """One attention's share of text, with plain and with adjusted keys, and its maps of words."""
-    starts = [sum(span.length for span in tokens[:i]) for i in range(len(tokens))]
-    image = max((span.length, start) for span, start in zip(tokens, starts, strict=True)
+    asking = [span for span in tokens if span.asks]
+    starts = [sum(span.length for span in asking[:i]) for i in range(len(asking))]
+    image = max((span.length, start) for span, start in zip(asking, starts, strict=True)
                 if span.kind == "image")  # fmt: skip
     places, grid = probe.places(image[0])
     queries = (places + image[1]).to(q.device)

@@ -49,12 +49,13 @@ def training_window(model: Any) -> Any:
             "TACA Patch Model before it."
         )
     family = family_of(model.get_model_object("diffusion_model"))
-    if family.attention:
-        # Nothing would tell its blocks of TACA when the backward pass computes them again.
+    if family.attention or family.kept_keys:
+        # Of the first, nothing would tell the blocks of TACA when the backward pass computes them
+        # again; the second's keys would be those of a LoRA that was trained on since.
+        why = "keeps the keys of its text" if family.kept_keys else "hands its attention no options"
         raise ValueError(
-            f"TACA cannot act on {family.name} in training, for this model hands no options to its "
-            f"attention. To train it without TACA, take TACA Patch Model and TACA Training Window "
-            f"out."
+            f"TACA cannot act on {family.name} in training, for this model {why}. To train it "
+            f"without TACA, take TACA Patch Model and TACA Training Window out."
         )
     patched = model.clone()
     sampling = _inside_window(model.get_model_object("model_sampling"), settings.schedule)

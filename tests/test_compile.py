@@ -2,11 +2,9 @@
 
 ComfyUI compiles with a filter that drops every guard on ``transformer_options``; what a patch
 changes there is frozen at the first trace. Dynamo alone, without a backend, shows it.
-
-``TACA_ALL=1`` takes every family, in five minutes, and not only the most used.
 """
 
-import os
+import re
 import sys
 import threading
 
@@ -46,9 +44,9 @@ LISTS = ("double_blocks", "single_blocks", "joint_blocks")
 
 def compiled(model, whole, backend="eager", lists=LISTS):
     """As TorchCompileModel does for a whole model, and KJNodes for each block."""
-    transformer = model.model.diffusion_model
+    modules = dict(model.model.diffusion_model.named_modules())
     keys = ["diffusion_model"] if whole else [
-        f"diffusion_model.{n}.{i}" for n in lists for i in range(len(getattr(transformer, n, ())))
+        f"diffusion_model.{n}.{i}" for n in lists for i in range(len(modules.get(n, ())))
     ]  # fmt: skip
     model = model.clone()
     set_torch_compile_wrapper(
@@ -119,32 +117,42 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     assert not installed_on(model)
 
 
-COMPILED = {  # FLUX.1 and SD3 are above; tracing a whole model takes longest
-    "whole": named("Qwen-Image", "Z-Image"),
-    "blocks": named("FLUX.2", "Chroma", "Qwen-Image", "Z-Image", "HunyuanVideo"),
+QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model takes longest.
+    True: named("Qwen-Image", "Z-Image"),
+    False: named("FLUX.2", "Chroma", "Qwen-Image", "Z-Image", "HunyuanVideo"),
 }
-if os.environ.get("TACA_ALL"):
-    COMPILED = dict.fromkeys(COMPILED, families.CASES)
 
 
 @pytest.mark.parametrize(
     ("case", "whole"),
-    [pytest.param(case, what == "whole", id=f"{case}-{what}")
-     for what, cases in COMPILED.items() for case in cases],
+    [
+        pytest.param(case, whole, id=f"{case}-{'whole' if whole else 'blocks'}",
+                     marks=[] if case in QUICK[whole] else pytest.mark.slow)
+        for whole in (True, False) for case in families.CASES
+    ],
 )  # fmt: skip
-def test_families(case, folder, apply_taca, monkeypatch, whole):
-    """Compiled, with TACA and without in turn, against dense attention; nothing is stale."""
+def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
+    """TACA on a compiled model and off again, twice, then compiled with TACA in it, against dense
+    attention; nothing is stale, and every block compiles in one piece."""
     if not exists(case):
         pytest.skip(f"this ComfyUI has no {case.name}")
     model = families.load(case, folder, monkeypatch)
     plain, expected = (sample_family(dense(model, case, gamma), case) for gamma in (1.0, 1.4))
     effect = (plain - expected).abs().max()
     transformer = model.model.diffusion_model
-    lists = [name for name, child in transformer.named_children() if type(child) is nn.ModuleList]
+    lists = [
+        name for name, child in transformer.named_modules()
+        if type(child) is nn.ModuleList and not re.search(r"\d", name)  # not in another list
+    ]  # fmt: skip
     fast = compiled(model, whole, lists=lists)
-    for m, wanted in [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2:
+    for m, wanted in [
+        *[(apply_taca(fast, 1.4), expected), (fast, plain)] * 2,
+        (compiled(apply_taca(model, 1.4), whole, lists=lists), expected),
+        (fast, plain),
+    ]:
         assert (sample_family(m, case) - wanted).abs().max() < 2e-3 * effect
     assert counters["stats"]["unique_graphs"]
+    assert "cannot be compiled" not in caplog.text
     assert not installed_on(model)
 
 

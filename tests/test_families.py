@@ -1,12 +1,13 @@
 """TACA on every family, against dense float64 attention in the same model."""
 
 import ast
-import importlib
 import inspect
 import sys
+from dataclasses import replace
 from functools import partial, reduce
 
 import comfy.model_base
+import comfy.utils
 import comfyui_version
 import families
 import pytest
@@ -27,53 +28,61 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(params=families.CASES, ids=str)
-def case(request):
-    """Each family that this ComfyUI has."""
+def case(request, record_property):
+    """Each family that this ComfyUI has; for ``benchmarks/families.py``, by its name."""
     if not exists(request.param):
         pytest.skip(f"this ComfyUI has no {request.param.name}")
+    record_property("model", request.param.name)
     return request.param
 
 
 def exists(case):
-    module, _, name = case.transformer.partition(":")
-    try:
-        transformer = getattr(importlib.import_module(f"comfy.ldm.{module}"), name, None)
-    except ImportError:
-        return False
-    return transformer is not None and hasattr(transformer, case.needs or "forward")
+    return case.transformer == "UViT" or families.class_of(case) is not None
 
 
 def named(*names):
     return [case for case in families.CASES if case.name in names]
 
 
-def sample(model, case, steps=1, cfg=1.0, seed=3):
-    """A run through core's KSampler function."""
-    positive, negative = families.conditioning(case), families.conditioning(case, seed=5)
+def sample(model, case, steps=1, cfg=1.0, seed=3, batch=1, shorter=0):
+    """A run through core's KSampler function, with a negative prompt that may be shorter."""
+    positive = families.conditioning(case)
+    negative = families.conditioning(case, seed=5, shorter=shorter)
     samples = nodes.common_ksampler(
-        model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case)
+        model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case, batch)
     )[0]["samples"]  # fmt: skip
     return torch.cat([s.flatten() for s in samples.unbind()]) if samples.is_nested else samples
 
 
-def dense(model, case, gamma, calls=None):
-    """The model with dense attention in place of every kernel, and Eq. 10 in the joint ones."""
-    kinds = [kind for kind, length in case.spans for _ in range(length)]
+def factors(spans, gamma):
+    """Factors of the logits ``(queries, keys)`` of a sequence: Eq. 10."""
+    kinds, asks = [], []
+    for kind, length, *more in spans:
+        kinds += [kind] * length
+        asks += [not more] * length
     is_image, is_text = (
         torch.tensor([kind == wanted for kind in kinds]) for wanted in ("image", "text")
     )
     adjusted = torch.where(is_image[:, None] & is_text[None, :], gamma, 1.0).double()
+    return adjusted[torch.tensor(asks)]
+
+
+def dense(model, case, gamma, calls=None, texts=()):
+    """The model with dense attention in place of every kernel, and Eq. 10 in the joint ones, which
+    are told by their lengths, for prompts of so many tokens."""
+    joint = [factors(case.spans(text, case.tokens), gamma) for text in texts or case.text[:1]]
+    by_shape = {adjusted.shape: adjusted for adjusted in joint}
 
     def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
                  **kwargs):  # fmt: skip
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        joint = q.shape[2] == k.shape[2] == len(kinds)
-        if joint and calls is not None:
-            calls.append(len(kinds))
+        adjusted = by_shape.get((q.shape[2], k.shape[2]))
+        if adjusted is not None and calls is not None:
+            calls.append(q.shape[0])
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        out = dense_attention(q, k, v, adjusted if joint else 1.0, mask).to(q.dtype)
+        out = dense_attention(q, k, v, 1.0 if adjusted is None else adjusted, mask).to(q.dtype)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     model = model.clone()
@@ -91,9 +100,19 @@ def dense(model, case, gamma, calls=None):
     return model
 
 
-def test_equals_dense(case, folder, apply_taca, monkeypatch):
+def tell(record_property, model, case, texts):
+    """For ``benchmarks/families.py``: a model's family, and the tokens it is tested with."""
+    record_property("family", TABLE.family_of(model.model.diffusion_model).name)
+    for text in texts:
+        for kind in ("text", "image"):
+            spans = case.spans(text, case.tokens)
+            record_property(kind, sum(length for each, length, *_ in spans if each == kind))
+
+
+def test_equals_dense(case, folder, apply_taca, monkeypatch, record_property):
     """Exact, with masks and references, text before the image or behind it."""
     model = families.load(case, folder, monkeypatch)
+    tell(record_property, model, case, case.text[:1])
     calls = []
     expected = sample(dense(model, case, 1.4, calls), case)
     assert len(calls) == case.joint
@@ -104,10 +123,29 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch):
     assert not any("forward" in m.__dict__ for m in model.model.modules())
 
 
+@pytest.mark.parametrize("shorter", [pytest.param(0, marks=pytest.mark.slow), 4])
+def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch, record_property,
+                                          shorter):  # fmt: skip
+    """Two steps of two pictures at another size, with prompts as long as each other or not."""
+    why = case.fixed if shorter else case.alone
+    if why:
+        pytest.skip(f"{case.name}: {why}")
+    model, wide = families.load(case, folder, monkeypatch), case.wide()
+    how = {"steps": 2, "cfg": 3.0, "batch": 1 if case.alone else 2, "shorter": shorter}
+    texts, calls = (case.text[0], case.text[0] - shorter), []
+    tell(record_property, model, wide, texts)
+    expected, plain = (
+        sample(dense(model, wide, gamma, calls, texts), wide, **how) for gamma in (1.4, 1.0)
+    )
+    assert sum(calls) == 2 * 2 * 2 * how["batch"] * case.joint  # both runs, steps and prompts
+    ours = sample(apply_taca(model, 1.4, 0.0), wide, **how)
+    assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
+
+
 def test_off_is_bit_identical(case, folder, apply_taca, monkeypatch):
     model = families.load(case, folder, monkeypatch)
     assert torch.equal(sample(apply_taca(model, 1.0), case), sample(model, case))
-    two = {"steps": 2, "cfg": case.cfg}
+    two = {"steps": 2, "cfg": 1.0 if case.alone else 3.0}
     assert not torch.equal(sample(apply_taca(model, 1.4), case, **two), sample(model, case, **two))
 
 
@@ -150,10 +188,29 @@ def test_a_pass_without_text(case, folder, apply_taca, monkeypatch):
     assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
 
 
+DIFFUSERS = {
+    "AuraFlow": lambda c: comfy.utils.auraflow_to_diffusers(c),
+    "FLUX.1": lambda c: comfy.utils.flux_to_diffusers(c),
+    "SD3.5-Medium": lambda c: comfy.utils.mmdit_to_diffusers(c | {"num_blocks": 2}),
+    "Z-Image": lambda c: comfy.utils.z_image_to_diffusers(c),
+}
+
+
+@pytest.mark.parametrize("case", named(*DIFFUSERS), ids=str, indirect=True)
+def test_diffusers_files(case, folder, apply_taca, monkeypatch):
+    """Published in the keys of diffusers too, which core converts: with q, k and v apart."""
+    mapping = DIFFUSERS[case.name](case.config)
+    other = replace(case, name=f"{case.name} of diffusers",
+                    published=partial(families.in_keys_of_diffusers, mapping))  # fmt: skip
+    models = [families.load(each, folder, monkeypatch) for each in (case, other)]
+    own, theirs = (model.model.diffusion_model.state_dict() for model in models)
+    assert all(torch.equal(own[key], theirs[key]) for key in own)
+    assert torch.equal(*(sample(apply_taca(model, 1.4), case) for model in models))
+
+
 def test_every_family_has_a_case():
-    names = {case.transformer.partition(":")[2] for case in families.CASES}
-    elsewhere = {"Flux", "MMDiT", "UViT"}  # test_model.py, test_uvit.py
-    missing = [f.name for f in FAMILIES if not set(f.models) & (names | elsewhere)]
+    names = {case.transformer.rpartition(":")[2] for case in families.CASES}
+    missing = [f.name for f in FAMILIES if not set(f.models) & names]
     assert not missing
 
 
@@ -175,13 +232,20 @@ def core_models():
     return sorted(found, key=lambda cls: cls.__name__)
 
 
+class Parts(tuple):
+    """No blocks, with any parts."""
+
+    def __getattr__(self, name):
+        return self
+
+
 def with_any_blocks(cls):
     """A model of this class that is not built."""
 
     def blocks(self, name):
         if name == "_orig_mod":
             raise AttributeError(name)
-        return ()
+        return Parts()
 
     model = type(cls.__name__, (cls,), {"__getattr__": blocks})
     return model.__new__(model)
@@ -192,6 +256,8 @@ NOT_IMAGE = {
     "HunYuanDiTPlain", "Hunyuan3Dv2", "LatentSeqMMFlowModel",  # 3D, from a picture
     "DepthAnything3Net", "RTv4", "SAM3Model",  # look at pictures
 }  # fmt: skip
+NUNCHAKU = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel", "ComfyFlux2Wrapper",
+            "NunchakuQwenImageTransformer2DModel"}  # fmt: skip
 
 
 on_newest = pytest.mark.skipif(
@@ -221,16 +287,42 @@ def test_every_model_of_core_is_known_or_refused_with_the_reason():
 @on_newest
 def test_every_refusal_is_of_a_class_that_core_has():
     names = {base.__name__ for cls in core_models() for base in cls.__mro__}
-    others = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel", "UViT"}  # nunchaku, the pack
-    assert set(TABLE.REFUSED) <= names | others
+    assert set(TABLE.REFUSED) <= names | NUNCHAKU | {"UViT"}  # the pack's own
     assert names >= NOT_IMAGE
 
 
-def test_the_training_of_a_model_without_options_is_refused(pack, folder, apply_taca, monkeypatch):
-    """See ``Family.attention``: nothing would tell its blocks of TACA in the backward pass."""
-    (case,) = (case for case in families.CASES if not case.options)
-    if not exists(case):
-        pytest.skip(f"this ComfyUI has no {case.name}")
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("NunchakuQwenImageTransformer2DModel", "nunchaku's Qwen-Image"),
+        ("PacksQwenImageTransformer2DModel", ""),
+    ],
+)
+def test_a_packs_own_subclass(folder, apply_taca, monkeypatch, name, called):
+    """nunchaku makes its Qwen-Image from core's class, and its blocks take no options."""
+    [case] = named("Qwen-Image")
+    model = families.load(case, folder, monkeypatch)
+    transformer = model.model.diffusion_model
+    monkeypatch.setattr(
+        transformer, "__class__", type(name, (type(transformer),), {"__module__": "a_pack"})
+    )
+    if called:
+        with pytest.raises(ValueError, match=f"{called} .{name}.: .*or as GGUF"):
+            apply_taca(model)
+    else:
+        assert not torch.equal(sample(apply_taca(model, 1.4), case), sample(model, case))
+
+
+@pytest.mark.parametrize("name", sorted(NUNCHAKU))
+def test_nunchakus_models_are_refused(name):
+    model = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=r"nunchaku's .*Load the model with one of ComfyUI's own"):
+        TABLE.family_of(model)
+
+
+@pytest.mark.parametrize("case", named("Ernie-Image", "HiDream-O1"), ids=str, indirect=True)
+def test_the_training_of_some_models_is_refused(case, pack, folder, apply_taca, monkeypatch):
+    """See ``Family.attention`` and ``Family.kept_keys``."""
     model = apply_taca(families.load(case, folder, monkeypatch))
-    with pytest.raises(ValueError, match="Ernie-Image in training"):
+    with pytest.raises(ValueError, match=f"{case.name} in training"):
         pack["TACATrainingWindow"].execute(model)
