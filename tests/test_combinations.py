@@ -523,54 +523,6 @@ def test_conditioning_areas(folder, apply_taca, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("first", [True, False])
-def test_an_attention_backend_that_replaces_the_slot(folder, apply_taca, kind, first):
-    """As KJNodes' Sage patch and core's coming ModelAttentionBackend: one node sets the slot, for
-    good, to a kernel of its own that takes no other arguments than attention's."""
-    model = tiny.load(folder, kind)
-    used = []
-
-    def backend(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
-                skip_output_reshape=False, **kwargs):  # fmt: skip
-        used.append(q.shape)
-        return func(q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
-                    skip_output_reshape=skip_output_reshape, **kwargs)  # fmt: skip
-
-    def choose(m):
-        m = m.clone()
-        options = m.model_options.setdefault("transformer_options", {})
-        options["optimized_attention_override"] = backend
-        return m
-
-    ours = choose(apply_taca(model, 1.4, 0.0)) if first else apply_taca(choose(model), 1.4, 0.0)
-    settings = {"steps": 3, "text": (TEXT, TEXT)}
-    result = sample(ours, kind, **settings)
-    assert used
-    torch.testing.assert_close(result, sample(dense(model), kind, **settings), atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sparse_kernel_that_wants_as_many_queries_as_keys(folder, apply_taca, kind):
-    """It cannot take split queries: the run stops with its own error, nothing is left behind."""
-    model = tiny.load(folder, kind)
-    plain = sample(model, kind, steps=2)
-
-    def sparse(func, q, k, v, heads, **kwargs):
-        if q.shape != k.shape:
-            raise ValueError("sparse attention needs as many queries as keys")
-        return func(q, k, v, heads, **kwargs)
-
-    ours = apply_taca(model, 1.4)
-    ours.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = (
-        sparse
-    )
-    with pytest.raises(ValueError, match="as many queries as keys"):
-        sample(ours, kind, steps=2)
-    assert not installed_on(model)
-    assert torch.equal(sample(model, kind, steps=2), plain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_hooked_to_steps(folder, apply_taca, kind):
     """Core's keyframed LoRA on the conditioning, beside TACA."""
     model = tiny.load(folder, kind)
