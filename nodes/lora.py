@@ -1,5 +1,6 @@
 """Load TACA LoRA: MODEL -> MODEL whose LoRA is on inside the TACA window, and only there."""
 
+import math
 from typing import Any
 
 import folder_paths
@@ -51,6 +52,8 @@ class LoadTACALoRA(io.ComfyNode):
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
         if strength == 0:
             return io.NodeOutput(model)
+        if not math.isfinite(strength):
+            raise ValueError(f"Load TACA LoRA's strength must be a number, not {strength}.")
         state = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
         return io.NodeOutput(patch_lora(model, fit_lora(state, model.model, lora_name, strength)))
 

@@ -88,7 +88,8 @@ def temperature_adjusted_attention(
     Raises
     ------
     ValueError
-        If gamma has neither one entry nor one per row of k, or not one per text token.
+        If gamma has neither one entry nor one per row of k, or not one per text token; or if
+        ``attend`` does not answer each query.
     """
     text = sum(span.length for span in tokens if span.kind == "text")
     if gamma.shape[0] not in (1, k.shape[0]) or gamma.shape[1:] not in ((), (text,)):
@@ -112,6 +113,13 @@ def temperature_adjusted_attention(
                 output = _attend_to_scaled(attend, rows, k, v, mask_rows, gamma, tokens, dim)
             else:
                 output = attend(rows, k, v, mask_rows)
+            if output.shape[out_dim] != rows.shape[dim]:
+                raise ValueError(
+                    f"TACA lets the image's queries attend apart from the text's, and the "
+                    f"attention kernel of this model answers {rows.shape[dim]} queries with "
+                    f"{output.shape[out_dim]} rows: it takes as many queries as keys for granted. "
+                    f"A node chose that kernel: take that node out, or TACA Patch Model."
+                )
             for i, piece in zip(
                 spans, output.split([lengths[i] for i in spans], out_dim), strict=True
             ):

@@ -201,7 +201,8 @@ def fit_lora(state: dict[str, Tensor], model: Any, name: str, strength: float) -
     Raises
     ------
     ValueError
-        If nothing of it fits, or a part is missing. What fits in part is a warning with counts.
+        If nothing of it fits, or a part is missing or holds no usable numbers. What fits in part is
+        a warning with counts.
     """
     keys = comfy.lora.model_lora_keys_unet(model, {})
     try:
@@ -220,6 +221,7 @@ def fit_lora(state: dict[str, Tensor], model: Any, name: str, strength: float) -
         target, rows, permute = (*key, None)[:3] if isinstance(key, tuple) else (key, None, None)
         module_name, _, parameter = target.rpartition(".")
         parts = value.weights if isinstance(value, WeightAdapterBase) else value[1]
+        _check_numbers(parts, target, name)
         tensors = {id(part) for part in parts if isinstance(part, Tensor)}
         module = submodule(model, module_name)
         is_linear = hasattr(module, "in_features")
@@ -248,6 +250,22 @@ def fit_lora(state: dict[str, Tensor], model: Any, name: str, strength: float) -
     return LoRA(name, strength, patches)
 
 
+def _check_numbers(parts: Any, target: str, name: str) -> None:
+    """Refuse what would turn every picture black, or mean something else than it says."""
+    for part in parts:
+        if isinstance(part, float) or (isinstance(part, Tensor) and part.is_floating_point()):
+            usable = bool(torch.as_tensor(part).float().isfinite().all())
+        else:
+            usable = not isinstance(part, Tensor)
+        if not usable:
+            what = f"{part.dtype} tensors" if isinstance(part, Tensor) else str(part)
+            raise ValueError(
+                f"{name} is no usable LoRA: for {target} it holds {what} with numbers that are not "
+                f"finite, or that are no floating-point numbers. Its training went wrong, or the "
+                f"file is damaged: get it again, or take an earlier checkpoint."
+            )
+
+
 def _without_peft_prefix(key: str, keys: dict[str, Any]) -> str:
     """PEFT's own files say ``base_model.model.``, which ComfyUI knows of some models only."""
     bare = key.removeprefix("base_model.model.")
@@ -273,7 +291,7 @@ def _fits(patch: Patch, module: Any) -> bool:
         x, y = torch.zeros(1, module.in_features), torch.zeros(1, rows)
         try:
             return bool(value.bypass_forward(lambda x: y + 0 * x.sum(), x).shape == y.shape)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
             return False
     shape = (rows, module.in_features) if patch.parameter == "weight" else (rows,)
     return getattr(module, patch.parameter) is not None and value[1][0].shape == shape

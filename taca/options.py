@@ -172,11 +172,11 @@ def find_words(words: str, prompt: Sequence[Sequence[Sequence[int]]],
         name, by_number, numbers = part.partition("=")
         if by_number:
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", numbers)
-            if not match:
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if last < first:
                 raise ValueError(
                     f"TACA cannot read {part!r}: write a word, or word=2, or word=2-3."
                 )
-            first, last = int(match[1]), int(match[2] or match[1])
             found[name.strip()] = list(range(first, last + 1))
             continue
         if tokenize is None:

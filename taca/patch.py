@@ -76,6 +76,8 @@ class Run:
         Whether a joint block with text ran inside the window.
     attended : bool
         Whether a joint attention reached TACA.
+    missed : int
+        Calls in which joint blocks ran inside the window and no attention reached TACA.
     eager : bool
         Whether the model's blocks turned out not to compile in one piece.
     schedule : Resolved, optional
@@ -86,6 +88,7 @@ class Run:
 
     ran: bool = False
     attended: bool = False
+    missed: int = 0
     eager: bool = False
     schedule: Resolved | None = None
     places: dict[nn.Module, Places] = field(default_factory=dict)
@@ -240,6 +243,12 @@ def _watch_run(settings: Settings, executor: Any, *args: Any, **kwargs: Any) -> 
             f"window, but none of their attention reached TACA. Another node or pack probably "
             f"replaced this model's attention or blocks: remove it, or take out TACA Patch Model."
         )
+    if run.missed:
+        log.warning(
+            "TACA: in %d calls of the model inside the window none of its attention reached TACA, "
+            "for another node attends in its place there. Those were not adjusted: let that node "
+            "begin behind the window.", run.missed,
+        )  # fmt: skip
     return result
 
 
@@ -320,6 +329,7 @@ def _adjust_call(settings: Settings, run: Run, executor: Any, x: Tensor, t_model
         result = _without_graph_breaks(run, partial(executor, x, t_model, *args, **kwargs))
     run.ran |= seen.ran
     run.attended |= seen.attended
+    run.missed += seen.ran and not seen.attended
     return result
 
 

@@ -61,7 +61,7 @@ def to_float64(model):
     return transformer
 
 
-def velocity(transformer, model, x, sigma, text, override, extra, control=None):
+def velocity(transformer, model, x, sigma, text, override, extra):
     """The transformer's output for x at sigma (one per row); float64."""
     options = {"optimized_attention_override": override}
     t = model.model.model_sampling.timestep(sigma).double()
@@ -77,7 +77,6 @@ def velocity(transformer, model, x, sigma, text, override, extra, control=None):
             t,
             context=text.double(),
             transformer_options=options,
-            control={k: [c.double() for c in v] for k, v in control.items()} if control else None,
             **conds,
         )
     finally:
