@@ -281,9 +281,9 @@ BROKEN = {
     "positions": lambda s: s | {"pos_embed": s["pos_embed"][:, 1:]},
     "in another shape": lambda s: s | {"norm.weight": torch.ones(3)},
     "lacks in_blocks.2": lambda s: s | {"in_blocks.900000000.norm1.weight": torch.ones(128)},
-    "patch_embed.proj.weight has 2 axes": lambda s: s | {
-        "patch_embed.proj.weight": s["patch_embed.proj.weight"].flatten(1)
-    },
+    "patch_embed.proj.weight has 2 axes": lambda s: (
+        s | {"patch_embed.proj.weight": s["patch_embed.proj.weight"].flatten(1)}
+    ),
     "pos_embed has 1 axes": lambda s: s | {"pos_embed": s["pos_embed"].flatten()},
     "decoder_pred.weight has 0 axes": lambda s: s | {"decoder_pred.weight": torch.tensor(1.0)},
     "fused_blocks, the first": lambda s: s | {"fused_blocks": torch.tensor([1])},
@@ -474,14 +474,18 @@ def test_core_trains_and_merges_a_lora(tmp_path, pack, monkeypatch):
 RECIPE = {"batch_size": 4, "learning_rate": 1e-3, "warm_up": 3, "ema": 0.9, "bf16": False}
 
 
-def training(folder, sizes=None, pictures=6, name="it", **changes):
+def data_of(pictures=6):
+    x, _, context = inputs(Sizes(**TINY), 3)
+    times = pictures // 3
+    return TRAINING.Data(
+        x.repeat(times, 1, 1, 1), context.repeat(times, 1, 1), context[:1] * 0, 0.5
+    )  # fmt: skip
+
+
+def training(folder, sizes=None, name="it", data=None, **changes):
     sizes = sizes or Sizes(**TINY, first=1, last=3)
-    x, _, context = inputs(sizes, 3)
-    data = TRAINING.Data(
-        x.repeat(pictures // 3, 1, 1, 1), context.repeat(pictures // 3, 1, 1), context[:1] * 0, 0.5
-    )
     recipe = TRAINING.Recipe(**RECIPE | changes)
-    return TRAINING.Training(sizes, recipe, data, folder / f"{name}.safetensors")
+    return TRAINING.Training(sizes, recipe, data or data_of(), folder / f"{name}.safetensors")
 
 
 @pytest.fixture
@@ -526,6 +530,44 @@ def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
             training(tmp_path, **changes)
     write(tmp_path / "it.safetensors")
     with pytest.raises(ValueError, match=r"it\.safetensors is not a checkpoint"):
+        training(tmp_path)
+
+
+def test_a_checkpoint_of_other_data_is_told(tmp_path, grad):
+    """More, others, in another order; one among 900; not the last bits of pictures encoded anew."""
+    training(tmp_path).run(1, 1, lambda running: None)
+    many, one = data_of(900), data_of(900)
+    one.latents[17] = one.latents[17].flip(0)
+    training(tmp_path, name="many", data=many).run(1, 1, lambda running: None)
+    data = data_of()
+    for told, name, changed in (
+        ("other pictures; other captions[.]", "it", data_of(9)),
+        ("other pictures[.]", "it", dataclasses.replace(data, latents=data.latents.flip(0))),
+        ("other pictures[.]", "it", dataclasses.replace(data, latents=1.01 * data.latents)),
+        ("other captions[.]", "it", dataclasses.replace(data, context=data.context.flip(0))),
+        ("another empty prompt", "it", dataclasses.replace(data, empty=data.context[:1])),
+        ("latent_scale 0.5 there and 0.6 here", "it", dataclasses.replace(data, latent_scale=0.6)),
+        ("other pictures[.]", "many", one),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors was.*{told}.*another name"):
+            training(tmp_path, name=name, data=changed)
+    noise = torch.randn(data.latents.shape, generator=torch.manual_seed(0))
+    anew = dataclasses.replace(data, latents=data.latents * (1 + 1e-4 * noise))
+    assert training(tmp_path, data=anew).step == 1
+
+
+def test_a_checkpoint_that_says_no_data_goes_on(tmp_path, grad, caplog):
+    """As those of earlier versions; from the next checkpoint on it says them."""
+    training(tmp_path).run(1, 1, lambda running: None)
+    path = tmp_path / "it.safetensors"
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["uvit"])
+    del said["data"]
+    save_file(load_file(path), path, {"uvit": json.dumps(said)})
+    running = training(tmp_path, data=data_of(9))
+    assert "it.safetensors is of an earlier version" in caplog.text
+    running.run(2, 1, lambda running: None)
+    with pytest.raises(ValueError, match="other pictures"):
         training(tmp_path)
 
 
