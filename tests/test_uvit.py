@@ -12,6 +12,7 @@ from unittest import mock
 
 import comfy.model_base
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -33,6 +34,8 @@ import nodes
 
 NETWORK = importlib.import_module("taca_pack.uvit.network")
 FILES = importlib.import_module("taca_pack.uvit.files")
+MODEL = importlib.import_module("taca_pack.uvit.model")
+TRAINING = importlib.import_module("taca_pack.uvit.training")
 Sizes, UViT, central = NETWORK.Sizes, NETWORK.UViT, NETWORK.central
 
 CASES = int(os.environ.get("TACA_FUZZ", "300"))
@@ -145,9 +148,11 @@ def reference(w, x, t, context, blocks, heads, first, last, cross=False, gamma=1
     )
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", ["small", pytest.param("small deep", marks=pytest.mark.slow)])
 def test_is_the_published_network(size):
-    """Parameters, names and the forward of the published shapes, to 1e-5."""
+    """Parameters, names and the forward of the published shapes, to 1e-5: by torch and as ComfyUI
+    calls it, at the first and the last timestep.
+    """
     blocks, count = PUBLISHED[size]
     network = seeded(UViT(Sizes(blocks=blocks)))
     state = network.state_dict()
@@ -157,9 +162,15 @@ def test_is_the_published_network(size):
     assert state["mid_block.attn.qkv.weight"].shape == (1536, 512)
     assert state["decoder_pred.weight"].shape == (16, 512)
     assert FILES.read_sizes(state, None, "it") == (network.sizes, 0.23010)
-    given = inputs(network.sizes, batch=1)
-    expected = reference(state, *given, blocks, 8, 0, blocks - 1)
-    assert (network(*given) - expected).abs().max() < 1e-5 * expected.abs().max()
+    x, _, context = inputs(network.sizes)
+    t = torch.tensor([1, 1000])
+    expected = reference(state, x, t, context, blocks, 8, 0, blocks - 1)
+    assert (network(x, t, context) - expected).abs().max() < 1e-5 * expected.abs().max()
+    operations = comfy.ops.disable_weight_init
+    in_comfyui = MODEL.ComfyUViT(network.sizes, torch.float32, None, operations)
+    in_comfyui.load_state_dict(state)
+    ours = in_comfyui(x, t - 1, context)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("conditioning", ["concatenation", "cross-attention"])
@@ -176,8 +187,6 @@ def test_every_fusion(fusion, conditioning):
     assert FILES.read_sizes(network.state_dict(), metadata, "it") == (network.sizes, 0.5)
 
 
-MODEL = importlib.import_module("taca_pack.uvit.model")
-TRAINING = importlib.import_module("taca_pack.uvit.training")
 
 
 def write(path, seed=0, metadata=True, **changes):
