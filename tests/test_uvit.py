@@ -10,10 +10,13 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import comfy.clip_model
+import comfy.ldm.models.autoencoder
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.sd
+import comfy.sd1_clip
 import comfy.utils
 import folder_paths
 import numpy as np
@@ -26,8 +29,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_compile import compiled
 from test_server import load
 from test_training import train
+from torch._dynamo.utils import counters
 from workflow import ONE_THREAD, ROOT, api_form, read
 
 import nodes
@@ -187,8 +192,6 @@ def test_every_fusion(fusion, conditioning):
     assert FILES.read_sizes(network.state_dict(), metadata, "it") == (network.sizes, 0.5)
 
 
-
-
 def write(path, seed=0, metadata=True, **changes):
     """A tiny U-ViT's file; its path and sizes."""
     network = seeded(UViT(Sizes(**TINY | changes)), seed)
@@ -210,7 +213,7 @@ def sample(model, sizes, steps=4, cfg=1.0, seed=3):
     )[0]["samples"]  # fmt: skip
 
 
-def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3):
+def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0, texts=None):
     """The same run in float64, by the reference network and the published schedule."""
     betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
@@ -219,13 +222,18 @@ def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3):
     levels = [*sigmas[times].tolist(), 0.0]
     shape = (1, sizes.channels, sizes.side, sizes.side)
     noise = torch.randn(shape, generator=torch.manual_seed(seed)).double()
-    x, context = noise * (1 + levels[0] ** 2) ** 0.5, conditioning(sizes)[0][0]
+    x = noise * (1 + levels[0] ** 2) ** 0.5
+    positive, negative = texts or (conditioning(sizes, seed)[0][0] for seed in (1, 2))
     for t, (sigma, following) in zip(times, itertools.pairwise(levels), strict=True):
-        epsilon = reference(
-            state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, sizes.blocks,
-            sizes.width // 64, sizes.first, sizes.last, sizes.conditioning == "cross-attention",
-            gamma,
-        )  # fmt: skip
+        parts = [
+            reference(
+                state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, sizes.blocks,
+                sizes.width // 64, sizes.first, sizes.last, sizes.conditioning == "cross-attention",
+                gamma,
+            )
+            for context in ([positive] if cfg == 1 else [positive, negative])
+        ]  # fmt: skip
+        epsilon = parts[-1] + cfg * (parts[0] - parts[-1])
         x = x + (following - sigma) * epsilon
     return x / scale
 
@@ -257,6 +265,97 @@ def test_taca_refuses_cross_attention(tmp_path, apply_taca):
     path, _ = write(tmp_path / "it.safetensors", first=1, last=3, conditioning="cross-attention")
     with pytest.raises(ValueError, match="U-ViT with text by cross-attention"):
         apply_taca(MODEL.load_uvit(path))
+
+
+def seeded_as(kind, *given, **more):
+    """A module of core's, made without its own first weights."""
+    with torch.device("meta"):
+        module = kind(*given, **more)
+    return seeded(module.to_empty(device="cpu")).state_dict()
+
+
+@pytest.mark.slow
+def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
+    """Load CLIP with a CLIP-L of full size, the published text and latent scale, CFG, and an SD VAE
+    of few channels: the picture is the one of the float64 run.
+    """
+    config = json.loads(Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json").read_text())
+    operations = comfy.ops.disable_weight_init
+    text = seeded_as(comfy.clip_model.CLIPTextModel, config, torch.float32, None, operations)
+    parts = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
+             "ch": 32, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
+             "dropout": 0.0}  # fmt: skip
+    vae = seeded_as(comfy.ldm.models.autoencoder.AutoencoderKL, embed_dim=4, ddconfig=parts)
+    vae = {key: value for key, value in vae.items() if "encoder" not in key}
+    network = seeded(UViT(Sizes(blocks=3, width=64, side=8)))
+    files = {"text_encoders": text, "vae": vae, "diffusion_models": network.state_dict()}
+    for kind, state in files.items():
+        save_file(state, tmp_path / f"{kind}.safetensors")
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, kind, ([str(tmp_path)], {".safetensors"})
+        )
+    model = pack["LoadUViT"].execute("diffusion_models.safetensors").result[0]
+    clip = nodes.CLIPLoader().load_clip("text_encoders.safetensors", "stable_diffusion")[0]
+    decoder = nodes.VAELoader().load_vae("vae.safetensors")[0]
+    texts = [nodes.CLIPTextEncode().encode(clip, words)[0] for words in ("a red train", "")]
+    latent = nodes.EmptyLatentImage().generate(64, 64)[0]
+    drawn = nodes.KSampler().sample(model, 3, 4, 2.0, "euler", "normal", *texts, latent)[0]
+    expected = reference_run(
+        network.sizes, network.state_dict(), scale=0.23010, cfg=2.0, texts=[c[0][0] for c in texts]
+    )
+    assert (drawn["samples"] - expected).abs().max() < 1e-4 * expected.abs().max()
+    decode = nodes.VAEDecode().decode
+    ours, picture = (decode(decoder, z)[0] for z in (drawn, {"samples": expected.float()}))
+    assert ours.shape == (1, 64, 64, 3)
+    assert picture.std() > 0.05
+    assert (ours - picture).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("conditioning_by", "whole"),
+    [
+        ("concatenation", True),
+        pytest.param("concatenation", False, marks=pytest.mark.slow),
+        pytest.param("cross-attention", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled(tmp_path, apply_taca, conditioning_by, whole):
+    """As core compiles, with TACA and without in turn; nothing is stale."""
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    model, state = MODEL.load_uvit(path), load_file(path)
+    torch._dynamo.reset()
+    counters.clear()
+    fast = compiled(model, whole, lists=("in_blocks", "out_blocks"))
+    plain = reference_run(sizes, state)
+    turns, effect = [(fast, plain)], plain.abs().max()
+    if conditioning_by == "concatenation":
+        expected = reference_run(sizes, state, gamma=1.5)
+        turns.insert(0, (apply_taca(fast, 1.5, 0.0), expected))
+        effect = (plain - expected).abs().max()
+    for m, wanted in turns * 2:
+        assert (sample(m, sizes) - wanted).abs().max() < 2e-3 * effect
+    assert counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_cfg_on_two_devices(tmp_path, apply_taca, monkeypatch):
+    """Core's MultiGPU CFG Split: a copy of the model and a thread for each half."""
+    pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI runs on one device")
+    from test_multigpu import DEVICES, split, watched
+
+    monkeypatch.setattr(
+        comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES[:]
+    )
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    model, state = MODEL.load_uvit(path), load_file(path)
+    plain, expected = (reference_run(sizes, state, gamma=g, cfg=2.0) for g in (1.0, 1.5))
+    both, calls = watched(split(apply_taca(model, 1.5, 0.0)))
+    ours = sample(both, sizes, cfg=2.0)
+    assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
+    assert len(calls) == 4 * 2
+    assert {device for device, *_ in calls} == set(DEVICES)
+    assert len({base for _, base, *_ in calls}) == 2
 
 
 def as_pth(path, state):
