@@ -2,29 +2,48 @@
 
 import dataclasses
 import importlib
+import io
 import itertools
+import json
 import math
+import os
 from pathlib import Path
+from unittest import mock
 
+import comfy.clip_model
+import comfy.ldm.models.autoencoder
 import comfy.model_base
 import comfy.model_management
+import comfy.ops
 import comfy.sd
+import comfy.sd1_clip
 import comfy.utils
 import folder_paths
+import numpy as np
 import pytest
 import tiny
 import torch
 from einops import rearrange
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_compile import compiled
+from test_server import load
 from test_training import train
+from torch._dynamo.utils import counters
+from workflow import ONE_THREAD, ROOT, api_form, read
 
 import nodes
 
 NETWORK = importlib.import_module("taca_pack.uvit.network")
 FILES = importlib.import_module("taca_pack.uvit.files")
+MODEL = importlib.import_module("taca_pack.uvit.model")
+TRAINING = importlib.import_module("taca_pack.uvit.training")
 Sizes, UViT, central = NETWORK.Sizes, NETWORK.UViT, NETWORK.central
 
+CASES = int(os.environ.get("TACA_FUZZ", "300"))
 PUBLISHED = {"small": (13, 44_692_644), "small deep": (17, 58_345_636)}
 TINY = {"blocks": 5, "width": 128, "channels": 4, "side": 8, "text_tokens": 7, "text_width": 48}
 FUSIONS = {
@@ -134,9 +153,11 @@ def reference(w, x, t, context, blocks, heads, first, last, cross=False, gamma=1
     )
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", ["small", pytest.param("small deep", marks=pytest.mark.slow)])
 def test_is_the_published_network(size):
-    """Parameters, names and the forward of the published shapes, to 1e-5."""
+    """Parameters, names and the forward of the published shapes, to 1e-5: by torch and as ComfyUI
+    calls it, at the first and the last timestep.
+    """
     blocks, count = PUBLISHED[size]
     network = seeded(UViT(Sizes(blocks=blocks)))
     state = network.state_dict()
@@ -146,9 +167,15 @@ def test_is_the_published_network(size):
     assert state["mid_block.attn.qkv.weight"].shape == (1536, 512)
     assert state["decoder_pred.weight"].shape == (16, 512)
     assert FILES.read_sizes(state, None, "it") == (network.sizes, 0.23010)
-    given = inputs(network.sizes, batch=1)
-    expected = reference(state, *given, blocks, 8, 0, blocks - 1)
-    assert (network(*given) - expected).abs().max() < 1e-5 * expected.abs().max()
+    x, _, context = inputs(network.sizes)
+    t = torch.tensor([1, 1000])
+    expected = reference(state, x, t, context, blocks, 8, 0, blocks - 1)
+    assert (network(x, t, context) - expected).abs().max() < 1e-5 * expected.abs().max()
+    operations = comfy.ops.disable_weight_init
+    in_comfyui = MODEL.ComfyUViT(network.sizes, torch.float32, None, operations)
+    in_comfyui.load_state_dict(state)
+    ours = in_comfyui(x, t - 1, context)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("conditioning", ["concatenation", "cross-attention"])
@@ -163,10 +190,6 @@ def test_every_fusion(fusion, conditioning):
     assert (network(*given) - expected).abs().max() < 1e-5 * expected.abs().max()
     metadata = FILES.metadata_of(network.sizes, 0.5)
     assert FILES.read_sizes(network.state_dict(), metadata, "it") == (network.sizes, 0.5)
-
-
-MODEL = importlib.import_module("taca_pack.uvit.model")
-TRAINING = importlib.import_module("taca_pack.uvit.training")
 
 
 def write(path, seed=0, metadata=True, **changes):
@@ -190,7 +213,7 @@ def sample(model, sizes, steps=4, cfg=1.0, seed=3):
     )[0]["samples"]  # fmt: skip
 
 
-def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3):
+def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0, texts=None):
     """The same run in float64, by the reference network and the published schedule."""
     betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
@@ -199,13 +222,18 @@ def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3):
     levels = [*sigmas[times].tolist(), 0.0]
     shape = (1, sizes.channels, sizes.side, sizes.side)
     noise = torch.randn(shape, generator=torch.manual_seed(seed)).double()
-    x, context = noise * (1 + levels[0] ** 2) ** 0.5, conditioning(sizes)[0][0]
+    x = noise * (1 + levels[0] ** 2) ** 0.5
+    positive, negative = texts or (conditioning(sizes, seed)[0][0] for seed in (1, 2))
     for t, (sigma, following) in zip(times, itertools.pairwise(levels), strict=True):
-        epsilon = reference(
-            state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, sizes.blocks,
-            sizes.width // 64, sizes.first, sizes.last, sizes.conditioning == "cross-attention",
-            gamma,
-        )  # fmt: skip
+        parts = [
+            reference(
+                state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, sizes.blocks,
+                sizes.width // 64, sizes.first, sizes.last, sizes.conditioning == "cross-attention",
+                gamma,
+            )
+            for context in ([positive] if cfg == 1 else [positive, negative])
+        ]  # fmt: skip
+        epsilon = parts[-1] + cfg * (parts[0] - parts[-1])
         x = x + (following - sigma) * epsilon
     return x / scale
 
@@ -239,6 +267,97 @@ def test_taca_refuses_cross_attention(tmp_path, apply_taca):
         apply_taca(MODEL.load_uvit(path))
 
 
+def seeded_as(kind, *given, **more):
+    """A module of core's, made without its own first weights."""
+    with torch.device("meta"):
+        module = kind(*given, **more)
+    return seeded(module.to_empty(device="cpu")).state_dict()
+
+
+@pytest.mark.slow
+def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
+    """Load CLIP with a CLIP-L of full size, the published text and latent scale, CFG, and an SD VAE
+    of few channels: the picture is the one of the float64 run.
+    """
+    config = json.loads(Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json").read_text())
+    operations = comfy.ops.disable_weight_init
+    text = seeded_as(comfy.clip_model.CLIPTextModel, config, torch.float32, None, operations)
+    parts = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
+             "ch": 32, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
+             "dropout": 0.0}  # fmt: skip
+    vae = seeded_as(comfy.ldm.models.autoencoder.AutoencoderKL, embed_dim=4, ddconfig=parts)
+    vae = {key: value for key, value in vae.items() if "encoder" not in key}
+    network = seeded(UViT(Sizes(blocks=3, width=64, side=8)))
+    files = {"text_encoders": text, "vae": vae, "diffusion_models": network.state_dict()}
+    for kind, state in files.items():
+        save_file(state, tmp_path / f"{kind}.safetensors")
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, kind, ([str(tmp_path)], {".safetensors"})
+        )
+    model = pack["LoadUViT"].execute("diffusion_models.safetensors").result[0]
+    clip = nodes.CLIPLoader().load_clip("text_encoders.safetensors", "stable_diffusion")[0]
+    decoder = nodes.VAELoader().load_vae("vae.safetensors")[0]
+    texts = [nodes.CLIPTextEncode().encode(clip, words)[0] for words in ("a red train", "")]
+    latent = nodes.EmptyLatentImage().generate(64, 64)[0]
+    drawn = nodes.KSampler().sample(model, 3, 4, 2.0, "euler", "normal", *texts, latent)[0]
+    expected = reference_run(
+        network.sizes, network.state_dict(), scale=0.23010, cfg=2.0, texts=[c[0][0] for c in texts]
+    )
+    assert (drawn["samples"] - expected).abs().max() < 1e-4 * expected.abs().max()
+    decode = nodes.VAEDecode().decode
+    ours, picture = (decode(decoder, z)[0] for z in (drawn, {"samples": expected.float()}))
+    assert ours.shape == (1, 64, 64, 3)
+    assert picture.std() > 0.05
+    assert (ours - picture).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("conditioning_by", "whole"),
+    [
+        ("concatenation", True),
+        pytest.param("concatenation", False, marks=pytest.mark.slow),
+        pytest.param("cross-attention", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled(tmp_path, apply_taca, conditioning_by, whole):
+    """As core compiles, with TACA and without in turn; nothing is stale."""
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    model, state = MODEL.load_uvit(path), load_file(path)
+    torch._dynamo.reset()
+    counters.clear()
+    fast = compiled(model, whole, lists=("in_blocks", "out_blocks"))
+    plain = reference_run(sizes, state)
+    turns, effect = [(fast, plain)], plain.abs().max()
+    if conditioning_by == "concatenation":
+        expected = reference_run(sizes, state, gamma=1.5)
+        turns.insert(0, (apply_taca(fast, 1.5, 0.0), expected))
+        effect = (plain - expected).abs().max()
+    for m, wanted in turns * 2:
+        assert (sample(m, sizes) - wanted).abs().max() < 2e-3 * effect
+    assert counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_cfg_on_two_devices(tmp_path, apply_taca, monkeypatch):
+    """Core's MultiGPU CFG Split: a copy of the model and a thread for each half."""
+    pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI runs on one device")
+    from test_multigpu import DEVICES, split, watched
+
+    monkeypatch.setattr(
+        comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES[:]
+    )
+    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    model, state = MODEL.load_uvit(path), load_file(path)
+    plain, expected = (reference_run(sizes, state, gamma=g, cfg=2.0) for g in (1.0, 1.5))
+    both, calls = watched(split(apply_taca(model, 1.5, 0.0)))
+    ours = sample(both, sizes, cfg=2.0)
+    assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
+    assert len(calls) == 4 * 2
+    assert {device for device, *_ in calls} == set(DEVICES)
+    assert len({base for _, base, *_ in calls}) == 2
+
+
 def as_pth(path, state):
     """A bare state dict, as the published ones are."""
     torch.save(state, path)
@@ -262,13 +381,25 @@ def without(state, part):
 
 
 BROKEN = {
-    "not a U-ViT": lambda s: {"weight": torch.zeros(2)},
+    "is not a U-ViT": lambda s: {"weight": torch.zeros(2)},
     "lacks mid_block.attn.qkv.weight": lambda s: without(s, "mid_block.attn.qkv.weight"),
     "lacks out_blocks.0": lambda s: without(s, "out_blocks.0"),
     "odd number": lambda s: without(s, "out_blocks.1"),
     "lacks pos_embed": lambda s: without(s, "pos_embed"),
     "positions": lambda s: s | {"pos_embed": s["pos_embed"][:, 1:]},
     "in another shape": lambda s: s | {"norm.weight": torch.ones(3)},
+    "lacks in_blocks.2": lambda s: s | {"in_blocks.900000000.norm1.weight": torch.ones(128)},
+    "patch_embed.proj.weight has 2 axes": lambda s: (
+        s | {"patch_embed.proj.weight": s["patch_embed.proj.weight"].flatten(1)}
+    ),
+    "pos_embed has 1 axes": lambda s: s | {"pos_embed": s["pos_embed"].flatten()},
+    "decoder_pred.weight has 0 axes": lambda s: s | {"decoder_pred.weight": torch.tensor(1.0)},
+    "fused_blocks, the first": lambda s: s | {"fused_blocks": torch.tensor([1])},
+    "with text, is (1.5, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([1.5, 3.0])},
+    "side is at least 1": lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 4, 0, 2)},
+    "not as numbers with a fraction": lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)},
+    "draws classes": lambda s: without(s, "context_embed") | {"label_emb.weight": torch.ones(3)},
+    "lacks context_embed": lambda s: without(s, "context_embed"),
     "beside a U-ViT's": lambda s: s | {"label_emb.weight": torch.ones(3)},
     "cannot join": lambda s: s | {"fused_blocks": torch.tensor([3, 9])},
 }
@@ -282,7 +413,102 @@ def test_a_wrong_file_is_told(tmp_path, problem):
     save_file(BROKEN[problem](load_file(path)), path, metadata)
     with pytest.raises(ValueError, match=r"wrong\.safetensors") as told:
         MODEL.load_uvit(path)
-    assert problem.partition(" ")[2] in str(told.value)
+    assert problem in str(told.value)
+
+
+METADATA = {  # by a file's metadata
+    "not JSON": "{", "no table": "[]", "no number": '{"text_tokens": "many"}',
+    "endless": '{"text_tokens": 1e999}', "less than none": '{"text_tokens": -2}',
+    "no scale": '{"latent_scale": 0}', "nan": '{"latent_scale": NaN}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", METADATA)
+def test_wrong_metadata_is_told(tmp_path, what):
+    path, _ = write(tmp_path / "it.safetensors")
+    save_file(load_file(path), path, {"uvit": METADATA[what]})
+    with pytest.raises(ValueError, match=r"it\.safetensors.*Save U-ViT"):
+        MODEL.load_uvit(path)
+
+
+def test_another_model_is_told(tmp_path):
+    """Those with a U-ViT's names among theirs too; not "download it again"."""
+    pixart = {"pos_embed": torch.zeros(1, 4, 8), "blocks.0.attn.qkv.weight": torch.zeros(24, 8)}
+    mae = pixart | {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2),
+                    "decoder_pred.weight": torch.zeros(12, 8)}  # fmt: skip
+    for name, state in {"sd3": tiny.weights("sd3"), "pixart": pixart, "mae": mae}.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    models = {"blocks": ["pixart", "mae"], "joint_blocks": ["sd3"]}
+    paths = [(part, tmp_path / f"{name}.safetensors") for part in models for name in models[part]]
+    demos = ROOT / "demo/models/taca_demo_mmdit.safetensors"
+    for part, path in [*paths, ("joint_blocks", demos)]:
+        with pytest.raises(ValueError, match=rf"{path.name} is not a U-ViT.* {part}.*Load Diff"):
+            MODEL.load_uvit(str(path))
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    """A U-ViT's file, and its tensors and metadata."""
+    small = {"blocks": 3, "width": 64, "first": 1, "last": 1}
+    path, _ = write(tmp_path_factory.mktemp("whole") / "it.safetensors", **small)
+    with safe_open(path, "pt") as file:
+        return Path(path), load_file(path), file.metadata()
+
+
+SHAPES = st.lists(st.integers(0, 5), max_size=5)
+KINDS = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8,
+     torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3), max_leaves=3,
+)  # fmt: skip
+
+
+def damage_tensors(data, state):
+    for key in sorted(data.draw(st.sets(st.sampled_from(sorted(state)), min_size=1, max_size=2))):
+        how = data.draw(st.sampled_from(["lost", "shape", "kind", "name", "number"]))
+        old = state.pop(key)
+        if how == "shape":
+            state[key] = torch.zeros(data.draw(SHAPES))
+        elif how == "kind":
+            state[key] = old.to(data.draw(KINDS))
+        elif how != "lost":
+            new = data.draw(st.text(max_size=9)) if how == "name" else key.replace("0", "7")
+            state[new] = old
+
+
+@settings(max_examples=CASES, deadline=None, database=None)
+@seed(0)
+@given(data=st.data())
+def test_any_damaged_file_is_told_or_loaded(whole_file, data):
+    """Tensors lost, misshapen, of other types or names; metadata or bytes changed; cut short."""
+    good, state, metadata = whole_file
+    state = dict(state)
+    what = data.draw(st.sampled_from(["tensors", "tensors", "metadata", "bytes", "cut"]))
+    if what == "tensors":
+        damage_tensors(data, state)
+    if what == "metadata":
+        said = json.loads(metadata["uvit"])
+        said |= data.draw(st.dictionaries(st.sampled_from(sorted(said)), JSON, min_size=1))
+        metadata = metadata | {"uvit": json.dumps(said)}
+    path = good.with_name("damaged." + data.draw(st.sampled_from(["pth", "safetensors"])))
+    if path.suffix == ".pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path, metadata)
+    whole = bytearray(path.read_bytes())
+    if what == "bytes":
+        for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=3)):
+            whole[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))] if what == "cut" else whole)
+    try:
+        model = MODEL.load_uvit(str(path))
+    except ValueError as error:
+        assert path.name in str(error)  # noqa: PT017
+    else:
+        sample(model, model.model.diffusion_model.sizes, steps=1)
 
 
 def test_an_unreadable_file_is_told(tmp_path):
@@ -356,14 +582,18 @@ def test_core_trains_and_merges_a_lora(tmp_path, pack, monkeypatch):
 RECIPE = {"batch_size": 4, "learning_rate": 1e-3, "warm_up": 3, "ema": 0.9, "bf16": False}
 
 
-def training(folder, sizes=None, pictures=6, name="it", **changes):
+def data_of(pictures=6):
+    x, _, context = inputs(Sizes(**TINY), 3)
+    times = pictures // 3
+    return TRAINING.Data(
+        x.repeat(times, 1, 1, 1), context.repeat(times, 1, 1), context[:1] * 0, 0.5
+    )  # fmt: skip
+
+
+def training(folder, sizes=None, name="it", data=None, **changes):
     sizes = sizes or Sizes(**TINY, first=1, last=3)
-    x, _, context = inputs(sizes, 3)
-    data = TRAINING.Data(
-        x.repeat(pictures // 3, 1, 1, 1), context.repeat(pictures // 3, 1, 1), context[:1] * 0, 0.5
-    )
     recipe = TRAINING.Recipe(**RECIPE | changes)
-    return TRAINING.Training(sizes, recipe, data, folder / f"{name}.safetensors")
+    return TRAINING.Training(sizes, recipe, data or data_of(), folder / f"{name}.safetensors")
 
 
 @pytest.fixture
@@ -408,6 +638,44 @@ def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
             training(tmp_path, **changes)
     write(tmp_path / "it.safetensors")
     with pytest.raises(ValueError, match=r"it\.safetensors is not a checkpoint"):
+        training(tmp_path)
+
+
+def test_a_checkpoint_of_other_data_is_told(tmp_path, grad):
+    """More, others, in another order; one among 900; not the last bits of pictures encoded anew."""
+    training(tmp_path).run(1, 1, lambda running: None)
+    many, one = data_of(900), data_of(900)
+    one.latents[17] = one.latents[17].flip(0)
+    training(tmp_path, name="many", data=many).run(1, 1, lambda running: None)
+    data = data_of()
+    for told, name, changed in (
+        ("other pictures; other captions[.]", "it", data_of(9)),
+        ("other pictures[.]", "it", dataclasses.replace(data, latents=data.latents.flip(0))),
+        ("other pictures[.]", "it", dataclasses.replace(data, latents=1.01 * data.latents)),
+        ("other captions[.]", "it", dataclasses.replace(data, context=data.context.flip(0))),
+        ("another empty prompt", "it", dataclasses.replace(data, empty=data.context[:1])),
+        ("latent_scale 0.5 there and 0.6 here", "it", dataclasses.replace(data, latent_scale=0.6)),
+        ("other pictures[.]", "many", one),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors was.*{told}.*another name"):
+            training(tmp_path, name=name, data=changed)
+    noise = torch.randn(data.latents.shape, generator=torch.manual_seed(0))
+    anew = dataclasses.replace(data, latents=data.latents * (1 + 1e-4 * noise))
+    assert training(tmp_path, data=anew).step == 1
+
+
+def test_a_checkpoint_that_says_no_data_goes_on(tmp_path, grad, caplog):
+    """As those of earlier versions; from the next checkpoint on it says them."""
+    training(tmp_path).run(1, 1, lambda running: None)
+    path = tmp_path / "it.safetensors"
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["uvit"])
+    del said["data"]
+    save_file(load_file(path), path, {"uvit": json.dumps(said)})
+    running = training(tmp_path, data=data_of(9))
+    assert "it.safetensors is of an earlier version" in caplog.text
+    running.run(2, 1, lambda running: None)
+    with pytest.raises(ValueError, match="other pictures"):
         training(tmp_path)
 
 
@@ -540,3 +808,37 @@ BAD_DATA = {
 def test_bad_data_is_told(train_node, told):
     with pytest.raises(ValueError, match=told):
         train_node(**BAD_DATA[told])
+
+
+@pytest.mark.slow
+def test_the_demo_learns_to_draw_the_prompt(tmp_path):
+    """The demo's workflow in full on a server: after training, the checker finds the prompted
+    shapes in the pictures; saved and loaded, the model draws the same; the log says how long.
+    """
+    world = load("world")
+    with (
+        mock.patch.dict(os.environ, ONE_THREAD),
+        load("comfy_server").serving(tmp_path / "base", tmp_path / "log") as server,
+    ):
+        graph = api_form(read(ROOT / "demo/workflows/taca_demo_uvit.json"),
+                         server.get("/object_info"))  # fmt: skip
+        ids = {node["class_type"]: key for key, node in graph.items()}
+        first = pictures_of(server, server.run(graph)[ids["SaveImage"]])
+        saved = next((tmp_path / "base/output/diffusion_models").glob("*.safetensors"))
+        graph[ids["TrainUViT"]] = {"class_type": "LoadUViT", "inputs": {"unet_name": saved.name}}
+        del graph[ids["SaveUViT"]]
+        again = pictures_of(server, server.run(graph)[ids["SaveImage"]])
+    checkpoint = next((tmp_path / "base/output/uvit").glob("*.safetensors"))
+    losses = load_file(checkpoint)["training.losses"]
+    assert losses[-100:].mean() < 0.1 * losses[:100].mean()
+    told = next(node["inputs"]["text"] for node in graph.values() if node["inputs"].get("text"))
+    verdicts = [world.check(picture, told)["everything"] for picture in first]
+    assert len(verdicts) == 4
+    assert all(verdicts)
+    assert np.abs(first - again).max() < 0.02
+
+
+def pictures_of(server, output):
+    """The pictures of a node's output, in [0, 1]."""
+    files = [io.BytesIO(server.picture(image)) for image in output["images"]]
+    return np.stack([np.asarray(Image.open(f).convert("RGB"), np.float32) / 255 for f in files])

@@ -19,6 +19,15 @@ PUBLISHED_LATENT_SCALE = 0.23010
 """Latents of Stable Diffusion's VAE times this are what the published U-ViT knows. (The scale of
 Stable Diffusion 1 is another, 0.18215.)"""
 
+_AGAIN = "Download it again, or take the file that Save U-ViT wrote."
+_READ_HERE = {
+    "pos_embed": 3, "patch_embed.proj.weight": 4, "context_embed.weight": 2,
+    "decoder_pred.weight": 2,
+}  # fmt: skip
+_OF_A_BLOCK = re.compile(
+    r"(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(norm1|attn|norm2|mlp|skip_linear)\."
+)
+
 
 def metadata_of(sizes: Sizes, latent_scale: float, **more: Any) -> dict[str, str]:
     """Metadata for a safetensors file, for ``read_sizes``: what keys cannot say, and for people.
@@ -61,22 +70,37 @@ def read_sizes(
     ValueError
         If these are not all weights of a U-ViT, or do not fit together.
     """
-    wanted = ("pos_embed", "patch_embed.proj.weight", "context_embed.weight", "decoder_pred.weight")
-    found = [key for key in wanted if key in state]
-    if not found:
+    if not any(_OF_A_BLOCK.match(key) for key in state):
+        parts = sorted({key.partition(".")[0] for key in state})
+        more = " ..." if len(parts) > 6 else ""
         raise ValueError(
-            f"{name} is not a U-ViT: it has none of {', '.join(wanted)}. For other models take "
-            f"ComfyUI's Load Diffusion Model or Load Checkpoint."
+            f"{name} is not a U-ViT: it has no in_blocks, mid_block and out_blocks, but "
+            f"{', '.join(parts[:6]) or 'nothing'}{more}. For other models take ComfyUI's Load "
+            f"Diffusion Model or Load Checkpoint."
         )
-    if len(found) < len(wanted):
-        missing = ", ".join(key for key in wanted if key not in state)
-        raise ValueError(f"{name} is not a whole U-ViT, it lacks {missing}: download it again.")
+    if "label_emb.weight" in state and "context_embed.weight" not in state:
+        raise ValueError(
+            f"{name} is a U-ViT that draws classes (label_emb) and reads no text: take one for "
+            f"text, such as mscoco_uvit_small.pth."
+        )
+    for key, axes in _READ_HERE.items():
+        if key not in state:
+            raise ValueError(
+                f"{name} is not a whole U-ViT that reads text: it lacks {key}. {_AGAIN}"
+            )
+        if state[key].ndim != axes:
+            raise ValueError(
+                f"{name} is not a whole U-ViT: {key} has {state[key].ndim} axes and not {axes}. "
+                f"{_AGAIN}"
+            )
     try:
         said = json.loads((metadata or {}).get(METADATA_KEY, "{}"))
         text_tokens = int(said.get("text_tokens", PUBLISHED_TEXT_TOKENS))
         latent_scale = float(said.get("latent_scale", PUBLISHED_LATENT_SCALE))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"The metadata of {name} cannot be read: {error}.") from error
+        if not 0 < latent_scale < math.inf:
+            raise ValueError(f"a latent scale of {latent_scale}")
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"The metadata of {name} cannot be read: {error}. {_AGAIN}") from error
 
     width, channels, patch = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
     image_tokens = state["pos_embed"].shape[1] - 1 - text_tokens
@@ -87,14 +111,19 @@ def read_sizes(
             f"{text_tokens} text tokens and a square image. The metadata that Save U-ViT writes "
             f"would say how long its text is: save it with that node."
         )
-    blocks = 1 + _count(state, "in_blocks") + _count(state, "out_blocks")
+    blocks = 1 + _count(state, "in_blocks", name) + _count(state, "out_blocks", name)
     with_cross = [i for i in range(blocks) if f"{_block(i, blocks)}.cross.q.weight" in state]
     if with_cross:
         fused = with_cross[0], with_cross[-1]
     else:
-        fused = (
-            tuple(state["fused_blocks"].tolist()) if "fused_blocks" in state else (0, blocks - 1)
-        )
+        fused = tuple(state["fused_blocks"].flatten().tolist()) if "fused_blocks" in state else (
+            0, blocks - 1,
+        )  # fmt: skip
+        if len(fused) != 2 or fused != tuple(map(int, fused)):
+            raise ValueError(
+                f"{name} is not a whole U-ViT: fused_blocks, the first and the last block with "
+                f"text, is {fused}. {_AGAIN}"
+            )
     try:
         sizes = Sizes(
             blocks=blocks,
@@ -109,7 +138,7 @@ def read_sizes(
             conditioning="cross-attention" if with_cross else "concatenation",
         )
     except ValueError as error:
-        raise ValueError(f"{name} is not a whole U-ViT: {error}") from error
+        raise ValueError(f"{name} is not a whole U-ViT: {error} {_AGAIN}") from error
     return sizes, latent_scale
 
 
@@ -120,22 +149,29 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], n
     other = sorted(
         key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape
     )
+    whole = sorted(
+        key for key, value in expected.items()
+        if value.is_floating_point() and key in state and not state[key].is_floating_point()
+    )  # fmt: skip
     for what, keys in (
         ("lacks", missing), ("has, beside a U-ViT's weights,", unknown),
-        ("has in another shape", other),
+        ("has in another shape", other), ("has not as numbers with a fraction", whole),
     ):  # fmt: skip
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(
-                f"{name} is not a whole U-ViT: it {what} {', '.join(keys[:3])}{more}. "
-                f"Download it again, or take the file that Save U-ViT wrote."
+                f"{name} is not a whole U-ViT: it {what} {', '.join(keys[:3])}{more}. {_AGAIN}"
             )
 
 
-def _count(state: Mapping[str, Tensor], part: str) -> int:
-    """How many blocks a part has, by their numbers."""
-    numbers = [re.match(rf"{part}\.(\d+)\.", key) for key in state]
-    return 1 + max((int(found[1]) for found in numbers if found), default=-1)
+def _count(state: Mapping[str, Tensor], part: str, name: str) -> int:
+    """How many blocks a part has, by their numbers; none may be left out."""
+    matches = [re.match(rf"{part}\.(\d+)\.", key) for key in state]
+    numbers = {int(found[1]) for found in matches if found}
+    for i in range(len(numbers)):
+        if i not in numbers:
+            raise ValueError(f"{name} is not a whole U-ViT: it lacks {part}.{i}. {_AGAIN}")
+    return len(numbers)
 
 
 def _block(i: int, blocks: int) -> str:

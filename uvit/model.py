@@ -76,7 +76,9 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Sizes, float]:
     name = Path(path).name
     try:
         state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        is_weights = all(isinstance(value, Tensor) for value in state.values())
+        is_weights = all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        )
     except Exception as error:  # of many kinds: of the format, of the system, of what is in it
         raise ValueError(
             f"{name} cannot be read as a file of weights: {error} Download it again."

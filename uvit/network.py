@@ -65,6 +65,9 @@ class Sizes:
     def __post_init__(self) -> None:
         if self.last == -1:
             object.__setattr__(self, "last", self.blocks - 1)
+        for name in ("width", "channels", "side", "patch", "text_tokens", "text_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"A U-ViT's {name} is at least 1, not {getattr(self, name)}.")
         if self.blocks < 1 or self.blocks % 2 == 0:
             raise ValueError(f"A U-ViT has an odd number of blocks, not {self.blocks}.")
         if not 0 <= self.first <= self.last < self.blocks:

@@ -9,6 +9,7 @@ a U-ViT, and beside them, under ``training.``, what it takes to go on.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from .files import METADATA_KEY, TRAINING, metadata_of
 from .network import TIMESTEPS, Sizes, UViT, noise_levels
+
+log = logging.getLogger("uvit")
 
 BETAS, WEIGHT_DECAY = (0.9, 0.9), 0.03  # of the published training
 
@@ -79,6 +82,37 @@ class Data:
     empty: Tensor
     latent_scale: float
 
+    def sketch(self) -> dict[str, list[float]]:
+        """A few numbers of each part, by which ``differences`` knows it again.
+
+        Not a hash of its bits: pictures encoded anew on another GPU differ in the last ones.
+        """
+        drawn = torch.Generator().manual_seed(0)
+        numbers = {}
+        for name in PARTS:
+            x = getattr(self, name).flatten(1)
+            rows, columns = (torch.randn(4, n, generator=drawn) for n in x.shape)
+            size = x.norm().item()
+            along = ((rows @ x) * columns).sum(1) / (size or 1.0)
+            numbers[name] = [*getattr(self, name).shape, size, *along.tolist()]
+        return numbers
+
+
+PARTS = {
+    "latents": "other pictures", "context": "other captions", "empty": "another empty prompt",
+}  # fmt: skip
+
+
+def differences(there: dict[str, list[float]], here: dict[str, list[float]]) -> list[str]:
+    """Which parts two sketches tell apart, in words."""
+    return [
+        words for name, words in PARTS.items()
+        if len(there[name]) != len(here[name]) or not all(
+            math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
+            for a, b in zip(there[name], here[name], strict=True)
+        )
+    ]  # fmt: skip
+
 
 class Training:
     """A training that goes on where it was left.
@@ -97,7 +131,7 @@ class Training:
     Raises
     ------
     ValueError
-        If the checkpoint is of another network or recipe, or cannot be read.
+        If the checkpoint is of another network, recipe or data, or cannot be read.
     """
 
     def __init__(
@@ -105,6 +139,7 @@ class Training:
     ) -> None:
         self.sizes, self.recipe, self.data = sizes, recipe, data
         self.path, self.device = path, torch.device(device)
+        self.sketch = data.sketch()
         generator = torch.Generator().manual_seed(recipe.seed)
         self.network = UViT(sizes).initialise(generator).to(self.device)
         self.weights = dict(self.network.named_parameters())
@@ -198,8 +233,9 @@ class Training:
                     state[f"{TRAINING}{moment}.{name}"] = self.optimiser.state[weight][moment]
         state[f"{TRAINING}losses"] = torch.tensor(self.losses)
         metadata = metadata_of(
-            self.sizes, self.data.latent_scale, step=self.step, recipe=asdict(self.recipe)
-        )
+            self.sizes, self.data.latent_scale, step=self.step, recipe=asdict(self.recipe),
+            data=self.sketch,
+        )  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".new")
         save_file({k: w.cpu().contiguous() for k, w in state.items()}, new, metadata)
@@ -219,15 +255,23 @@ class Training:
                 for moment in ("exp_avg", "exp_avg_sq") if self.step for name in self.weights
             }  # fmt: skip
             self.losses = state[f"{TRAINING}losses"].tolist()
+            other = differences(said["data"], self.sketch) if "data" in said else []
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.path.name} is not a checkpoint that this training can go on from "
                 f"({type(error).__name__}: {error}): {way_out}"
             ) from error
-        other = [
-            f"{key} {recipe.get(key)} there and {value} here"
-            for key, value in asdict(self.recipe).items()
-            if recipe.get(key) != value
+        if "data" not in said:
+            log.warning(
+                f"{self.path.name} is of an earlier version and does not say what it was trained "
+                f"on: the training goes on with these pictures."
+            )
+        here = asdict(self.recipe) | {"latent_scale": self.data.latent_scale}
+        there = recipe | {"latent_scale": said["latent_scale"]}
+        other += [
+            f"{key} {there.get(key)} there and {value} here"
+            for key, value in here.items()
+            if there.get(key) != value
         ]
         fused = [self.sizes.first, self.sizes.last]
         if (said["fused_blocks"], said["conditioning"]) != (fused, self.sizes.conditioning) or any(
@@ -237,7 +281,7 @@ class Training:
         if other:
             raise ValueError(
                 f"{self.path.name} was trained otherwise: {'; '.join(other)}. To go on, give the "
-                f"same settings; to begin anew, {way_out}"
+                f"same settings and data; to begin anew, {way_out}"
             )
         with torch.no_grad():
             for name, weight in self.weights.items():
