@@ -1,6 +1,7 @@
 """A stand-in for a ComfyUI server: its HTTP protocol, and a small picture for each graph.
 
-For what takes thousands of pictures, or a server that misbehaves. As a script: ``PORT ...``.
+For what takes thousands of pictures, or a server that misbehaves. As a script:
+``PORT FOLDER [FAULT]``.
 """
 
 import hashlib
@@ -121,6 +122,8 @@ class StandIn:
         elif url.path == "/queue":
             running = [[0, number, graph] for number, graph in self._queue.items()]
             reply = json.dumps({"queue_running": running, "queue_pending": []}).encode()
+        elif url.path == "/system_stats":
+            reply = json.dumps({"system": {"argv": sys.argv}}).encode()
         elif url.path == "/view":
             reply = self._pictures[parse_qs(url.query)["filename"][0]]
         handler.send_response(code)
@@ -130,6 +133,7 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    with StandIn(port=int(sys.argv[1])):
+    fault = (sys.argv[3:] or [None])[0]
+    with StandIn(lambda graph: fault, int(sys.argv[1])):
         while True:
             time.sleep(60)

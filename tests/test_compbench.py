@@ -5,8 +5,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +28,7 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "demo")]
 import compbench.__main__ as compbench
 from compbench import cluster, demo, results, run, store
 from compbench.plan import Category, Plan, Problem, Unit, read_category
-from compbench.server import Lost
+from compbench.server import Hung, Lost
 from compbench.workflow import read_workflow
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -153,6 +156,10 @@ def test_protocols(color, geneval):
     groups = list(plan.groups())
     assert [len(group) for group in groups] == [20] * 3 + [8] * 2
     assert all(len({unit.prompt for unit in group}) == 1 for group in groups)
+    near = Plan({}, (1.0, 1.0000001, 10.0, 0.8), (colour,))
+    assert {path.split("/")[0] for path in (unit.path for unit in near.units())} == {
+        "gamma_1", "gamma_1.0000001", "gamma_10", "gamma_0.8"
+    }  # fmt: skip
     assert groups[1][13].path == f"gamma_1.2/color/samples/{PROMPTS[1]}_000013.png"
     assert (groups[1][13].seed, groups[1][13].gamma) == (45, 1.2)
 
@@ -213,23 +220,68 @@ def test_places_are_found(tmp_path):
     assert graphs[0] == graphs[1]
 
 
-def test_two_branches(tmp_path):
-    """Of a workflow that draws without TACA beside, the node that is named says what is needed."""
+def two_branches():
+    """As in the pack's own workflows: without TACA, and with."""
     graph = demo.workflow()
     graph["plain"] = json.loads(json.dumps(graph["sample"]))
     graph["plain"]["inputs"]["model"] = ["model", 0]
     graph["plain decode"] = {"class_type": "TACADemoDecode",
                              "inputs": {"samples": ["plain", 0], "upscale": 1}}  # fmt: skip
     graph["plain save"] = {"class_type": "PreviewImage", "inputs": {"images": ["plain decode", 0]}}
+    return graph
+
+
+def test_two_branches(tmp_path):
+    """The one with TACA is drawn, or the one whose node is named, and what it needs."""
+    graph = two_branches()
     file = api_form(tmp_path, graph)
-    with pytest.raises(
-        Problem, match=r"2 places for it: save \(SaveImage\), plain save .*--output"
-    ):
-        read_workflow(file)
-    found = read_workflow(file, output="save")
-    assert found.graph.keys() == demo.workflow().keys()
-    with pytest.raises(Problem, match="gamma: it has no place"):
+    for named in ("save", None):
+        found = read_workflow(file, output=named)
+        assert (found.output, found.graph.keys()) == ("save", demo.workflow().keys())
+    with pytest.raises(Problem, match=r"gamma: it has no place.*--gammas 1 draws"):
         read_workflow(file, output="plain save")
+    # A third that is behind gamma too:
+    graph["other save"] = {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}
+    doubt = r"3 places for it: save \(SaveImage\), plain save .*other save .*--output NODE"
+    with pytest.raises(Problem, match=doubt):
+        read_workflow(api_form(tmp_path, graph))
+
+
+def test_a_workflow_without_taca(tmp_path, color):
+    """It draws gamma 1, the baseline; a gamma that is nowhere to be set is another matter."""
+    out, file = tmp_path / "out", api_form(tmp_path, two_branches())
+    plain = {"output": "plain save", "gammas": [1], "images": 2}
+    asked = []
+    with StandIn() as server:
+        server.fault = lambda graph: asked.append(graph) or "refuse"
+        with pytest.raises(SystemExit, match="no such node"):
+            compbench.main(arguments([color], file, out, server.url, **plain))
+    assert asked[0].keys() == {"model", "positive", "negative", "latent", "plain", "plain decode",
+                               "plain save"}  # fmt: skip
+    curve = changed(taca={"schedule": ["positive", 0]})
+    with pytest.raises(Problem, match="gamma: it has no place"):
+        read_workflow(api_form(tmp_path / "curve", curve), plain=True)
+
+
+def test_primitives_are_followed(tmp_path):
+    """The seed that two samplers share, gamma, and a prompt."""
+    graph = two_branches()
+    for node, kind, value in (("a", "PrimitiveInt", 42), ("b", "PrimitiveFloat", 1.2),
+                              ("c", "PrimitiveStringMultiline", "a cup")):  # fmt: skip
+        graph[node] = {"class_type": kind, "inputs": {"value": value}}
+    for node in ("sample", "plain"):
+        graph[node]["inputs"]["seed"] = ["a", 0]
+    graph["taca"]["inputs"]["gamma"] = ["b", 0]
+    graph["positive"]["inputs"]["text"] = ["c", 0]
+    file = api_form(tmp_path, graph)
+    for found in (read_workflow(file), read_workflow(file, "positive.text", "sample.seed",
+                                                     "taca.gamma")):  # fmt: skip
+        assert (found.prompt, found.seed, found.gamma) == (
+            (("c", "value"),), ("a", "value"), ("b", "value"),
+        )  # fmt: skip
+    [unit] = Category("color", ("a pot",), (7,)).units(0, 1.3)
+    filled = found.filled(unit)
+    assert [filled[node]["inputs"]["value"] for node in "abc"] == [7, 1.3, "a pot"]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +365,7 @@ class Killed(BaseException):
     """What a process does not survive."""
 
 
-STEPS = ("open", "flush", "named", "append", "appended", "place", "placed")
+STEPS = ("begin", "open", "flush", "named", "append", "appended", "place", "placed")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -333,6 +385,8 @@ def test_killed_between_any_two_steps(tmp_path, plan, monkeypatch, step, torn):
         return call
 
     def add_both():
+        if step == "begin":  # between the run's file and its name
+            monkeypatch.setattr(Path, "replace", die)
         with store.opened(out, plan) as kept:
             kept.add(first, picture_of(first), "somewhere", 1)
             if step == "open":
@@ -354,6 +408,10 @@ def test_killed_between_any_two_steps(tmp_path, plan, monkeypatch, step, torn):
     with pytest.raises(Killed):
         add_both()
     monkeypatch.undo()
+    if step == "begin":
+        assert files_under(out) == [".lock", ".lock.new"]
+        with store.opened(out, plan) as kept:
+            kept.add(first, picture_of(first), "somewhere", 1)
     is_kept = step in ("appended", "place", "placed")
     if torn and step != "placed":  # a line is cut short before its picture is placed
         manifest = out / "manifest.jsonl"
@@ -415,19 +473,38 @@ def test_strange_folders(tmp_path, plan):
         with pytest.raises(Problem, match=r"not this run's.*a cup_000099.png"):
             look(out)
     strange.unlink()
-    (out / units[0].path).unlink()  # is drawn again
-    with pytest.raises(Problem, match="1 of 12 pictures are missing or damaged"):
-        store.check(out)
-    with store.opened(out, plan) as kept:
-        assert kept.done.keys() == {unit.path for unit in units[1:]}
-        kept.add(units[0], picture_of(units[0]), "somewhere", 1)
-    assert store.check(out) == 12
-    write(out / units[3].path, picture_of(units[4]))
-    with pytest.raises(Problem, match="1 of 12 pictures are missing or damaged"):
-        store.check(out)
     write(out / "manifest.jsonl", "{}\nx\n")
     with pytest.raises(Problem, match="is damaged"), store.opened(out, plan):
         pass
+
+
+@pytest.mark.parametrize("damage", ["gone", "longer", "same size", "another's"])
+def test_what_is_damaged_is_drawn_again(tmp_path, plan, capsys, damage):
+    """As --check says; the manifest has one line for each picture then too."""
+    out, units = tmp_path / "out", plan.units()
+    with store.opened(out, plan) as kept:
+        for unit in units:
+            kept.add(unit, picture_of(unit), "somewhere", 1)
+    victim = out / units[3].path
+    whole = victim.read_bytes()
+    middle = len(whole) // 2
+    if damage == "gone":
+        victim.unlink()
+    else:
+        write(victim, {
+            "longer": whole + b" ",
+            "same size": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "another's": picture_of(units[4]),
+        }[damage])  # fmt: skip
+    with pytest.raises(Problem, match=r"1 of 12 pictures are missing.*draws these again"):
+        store.check(out)
+    for _ in range(2):  # killed before it was drawn
+        with store.opened(out, plan) as kept:
+            assert kept.done.keys() == {unit.path for unit in units} - {units[3].path}
+    assert capsys.readouterr().err.count("1 pictures are missing or damaged") == 1
+    with store.opened(out, plan) as kept:
+        kept.add(units[3], whole, "somewhere", 1)
+    assert_complete(out)
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -469,7 +546,7 @@ def test_faults_that_pass(tmp_path, color, workflow, capsys, fast, fault):
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
-        ("error", r"failed 3 times, at last on http.*: KSampler: no memory"),
+        ("error", r"failed 3 times on http.*: KSampler: no memory"),
         ("forget", r"failed 10 times"),
         ("cut", r"failed 3 times.*not a whole PNG"),
         ("other", r"failed 3 times.*another picture than asked for"),
@@ -495,11 +572,86 @@ def test_faults_that_stay(tmp_path, color, workflow, fast, fault, why):
 def test_errors_that_ray_hands_on():
     """They are of a class of their own, which is the worker's too."""
     units = [Unit("a", "a", 1, 1.0), Unit("b", "b", 1, 1.0)]
-    work = run._Work([units])
+    work = run._Work([units], ["worker", "other"])
     assert work.take("worker") == units[0]
     handed_on = type("RayTaskError", (Lost,), {})("no ComfyUI")
     work.give_back(units[0], "worker", handed_on)
     assert [work.take("other") for _ in units] == units
+
+
+@pytest.mark.parametrize("fault", ["500", "error", "refuse"])
+def test_one_of_two_fails_at_everything(tmp_path, color, workflow, capsys, monkeypatch, fault):
+    """And says it is well. Another draws all, and no picture is tried there again and again."""
+    out, tried = tmp_path / "out", []
+    monkeypatch.setattr(run, "_PAUSES", (0.05,))
+    with StandIn(lambda graph: tried.append(asked_for(graph)) or fault) as bad, StandIn() as good:
+        good.fault = lambda graph: time.sleep(0.03)  # so that the other is faster
+        compbench.main(arguments([color], workflow, out, bad.url, good.url, images=5))
+    assert_complete(out)
+    assert {line["server"] for line in lines_of(out)} == {good.url}
+    assert 0 < len(tried) == len(set(tried))
+    said = capsys.readouterr().err
+    if fault == "refuse":
+        assert len(tried) <= run.IN_FLIGHT
+        assert re.search(f"{bad.url} refuses the workflow, and is left out: .*no such node", said)
+
+
+def test_a_server_that_loses_pictures_is_left_alone_longer_and_longer(monkeypatch):
+    painter = demo.Server("http://server")
+    waited, work = [], run._Work([[Unit("a", "a", 1, 1.0)] * 9], [painter.name])
+    monkeypatch.setattr(work, "wait", waited.append)
+    monkeypatch.setattr(painter, "check", lambda: None)
+    for _ in range(7):
+        work.give_back(work.take(painter.name), painter.name, Lost("HTTP 500"))
+        run._wait_for(painter, work, None)
+    work.finish(painter.name)
+    run._wait_for(painter, work, None)
+    assert waited == [0.5, 1, 2, 5, 10, 10, 10]
+
+
+def test_all_servers_refuse(tmp_path, color, workflow):
+    with (
+        StandIn(lambda graph: "refuse") as a,
+        StandIn(lambda graph: "refuse") as b,
+        pytest.raises(SystemExit, match=r"Every server refuses the workflow.*no such node"),
+    ):
+        compbench.main(arguments([color], workflow, tmp_path / "out", a.url, b.url, images=2))
+
+
+def test_one_refuses_and_the_other_is_lost(tmp_path, color, workflow, fast):
+    with StandIn() as gone:
+        pass
+    with StandIn(lambda graph: "refuse") as bad:
+        line = arguments([color], workflow, tmp_path / "out", gone.url, bad.url, images=2,
+                         patience=0.003)  # fmt: skip
+        with pytest.raises(SystemExit, match=r"No server has answered.*no such node"):
+            compbench.main(line)
+
+
+def test_one_server_by_three_names(tmp_path, color, workflow, monkeypatch):
+    used = []
+    monkeypatch.setattr(compbench, "draw", lambda *given: used.append(given[3]) or {"again": 0})
+    names = ["http://here:1", "http://here:1/", "here:1", "there:1"]
+    compbench.main(arguments([color], workflow, tmp_path / "out", *names))
+    assert [server.name for server in used[0]] == ["http://here:1", "http://there:1"]
+
+
+def test_progress_and_time_left(tmp_path, color, workflow, capsys, monkeypatch):
+    """Pictures of all, those of an earlier run counted; time left; servers that are there."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with StandIn(lambda graph: time.sleep(0.05)) as server:
+        line = arguments([color], workflow, out, server.url, images=5)
+        compbench.main(line)
+        said = capsys.readouterr().err
+        assert re.search(r" 0/30 \[00:00<\?", said)
+        shown = re.findall(r"(\d+)/30 \[00:\d\d<00:\d\d, .*image/s, 1 of 1 servers\]", said)
+        assert any(0 < int(number) < 30 for number in shown)
+        assert "30/30" in said
+        for unit in store.known(out).units()[::2]:
+            (out / unit.path).unlink()
+        compbench.main(line)
+    assert re.search(r" 15/30 \[00:00<\?", capsys.readouterr().err)
 
 
 def test_pictures_of_another_size_are_refused(tmp_path, color, workflow, fast):
@@ -726,6 +878,73 @@ def test_a_worker_starts_its_server():
     wait_until(lambda: not demo.answers(url))
 
 
+def server_process(worker):
+    [process] = [
+        p for p in running("comfy_stand_in", worker._folder.name)
+        if "guard.py" not in " ".join(p.info["cmdline"])
+    ]  # fmt: skip
+    return process
+
+
+@posix
+def test_a_worker_starts_a_server_that_hangs_anew(monkeypatch):
+    """One that is there, but answers no more; and one that answers, but draws no more."""
+    monkeypatch.setattr("compbench.server._TIMEOUT", 0.3)
+    monkeypatch.setattr("compbench.server._LOOK", 0.05)
+    graph = changed()
+    worker = cluster.Worker(STAND_IN, 60)
+    worker.check()
+    hung, url = server_process(worker), worker._server.name
+    hung.suspend()
+    with pytest.raises(Lost):
+        worker.draw(graph, "save")
+    worker.check()
+    assert store.size_of(worker.draw(graph, "save")) == [8, 8]
+    assert worker._server.name != url
+    wait_until(lambda: not hung.is_running())
+    worker._stop()
+
+    worker = cluster.Worker(f"{STAND_IN} wait", 0.2)
+    worker.check()
+    hung = server_process(worker)
+    with pytest.raises(Hung, match="no picture in"):
+        worker.draw(graph, "save")
+    worker.check()
+    wait_until(lambda: not hung.is_running())
+    assert server_process(worker).pid != hung.pid
+    worker._stop()
+
+
+@posix
+def test_a_worker_does_not_take_anothers_server(monkeypatch):
+    """Another may have taken the free port before ComfyUI did."""
+    with StandIn() as other:
+        port = int(other.url.rpartition(":")[2])
+        taken = iter([port])
+
+        class Socket(socket.socket):
+            def getsockname(self):
+                return ("127.0.0.1", next(taken, super().getsockname()[1]))
+
+        worker = cluster.Worker(STAND_IN, 60)
+        monkeypatch.setattr(socket, "socket", Socket)
+        with pytest.raises(Lost, match=r"did not start[\s\S]*Address already in use"):
+            worker.check()
+        worker.check()
+        assert worker._server.name != other.url
+        worker.draw(changed(), "save")
+        assert not other.asked
+    worker._stop()
+
+
+def test_a_start_that_leaves_out_the_folder():
+    with (
+        pytest.raises(Problem, match=r"--start has no \{folder\}"),
+        cluster.workers(None, 1, 0, "python main.py --port {port}", 60),
+    ):
+        pass
+
+
 @posix
 def test_a_server_that_does_not_start():
     worker = cluster.Worker(f"{sys.executable} -c 1+", 60)
@@ -748,22 +967,24 @@ def judged(tmp_path, color, geneval):
     names = ["color", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"]
     categories = [Category(name, ("a cup", "a pot", "a pan"), (42, 43)) for name in names]
     categories.append(read_category(geneval, 2))
-    plan = Plan({}, (1.0, 1.2), tuple(categories))
+    plan = Plan({"graph": {}, "output": ""}, (1.0, 1.2), tuple(categories))
     out = tmp_path / "out"
     with store.opened(out, plan):
         pass
     for gamma in plan.gammas:
         for category in plan.categories[:-1]:
             folder, evaluator = out / category.folder(gamma), results.EVALUATORS[category.name]
-            files = [unit.path.rpartition("/")[2] for i in range(3)
-                     for unit in category.units(i, gamma)]  # fmt: skip
+            files = [unit.path for i in range(3) for unit in category.units(i, gamma)]
+            if category.name == "spatial":  # that evaluator keeps the names alone
+                files = [file.rpartition("/")[2] for file in files]
             # BLIP's answers are texts, the others' are numbers.
             scores = [round(0.1 * (i + gamma), 4) for i in range(6)]
             answers = [f"{s:.4f}" if "blip" in evaluator.result else s for s in scores]
             found = [{"question_id": i, "answer": a} for i, a in enumerate(answers)]
             write_json(folder / evaluator.result, found)
             if evaluator.names and category.name != "complex":
-                seen = [{"image": f"x/{file}", "question_id": i} for i, file in enumerate(files)]
+                seen = [{"image": f"x/{file}" if "/" in file else file, "question_id": i}
+                        for i, file in enumerate(files)]  # fmt: skip
                 write_json(folder / evaluator.names, seen)
         write_geneval(out, plan, gamma)
     return out, plan
@@ -808,6 +1029,120 @@ def test_papers_figures():
     best = (0.7843, 0.5362, 0.6872, 0.2405, 0.3041, 0.4494)
     assert results.PAPER["FLUX.1-dev, TACA, r = 64"] == best
     assert len(results.PAPER) == 6
+
+
+@pytest.mark.parametrize("name", ["spatial", "3d_spatial", "numeracy", "non_spatial", "complex",
+                                  "color", "geneval"])  # fmt: skip
+def test_results_of_another_setting_are_refused(judged, name):
+    """gamma 1's, copied to 1.2, would read as no difference at all."""
+    out, _ = judged
+    shutil.copytree(out / "gamma_1" / name, out / "gamma_1.2" / name, dirs_exist_ok=True)
+    why = (r"not of this run's pictures at this setting: \d gamma_1/"
+           if name in ("color", "geneval") else "are the same to the byte")  # fmt: skip
+    with pytest.raises(SystemExit, match=why):
+        compbench.main(["--read", "--out", str(out)])
+
+
+def test_results_that_are_older_than_the_pictures(judged):
+    out, _ = judged
+    picture = write(out / "gamma_1/numeracy/samples/a cup_000000.png", "")
+    old = out / "gamma_1/numeracy/annotation_num/vqa_result.json"
+    os.utime(picture, (9e8, 9e8))
+    os.utime(old, (9e8 - 1, 9e8 - 1))
+    with pytest.raises(SystemExit, match=f"{old} is older than the pictures"):
+        compbench.main(["--read", "--out", str(out)])
+    os.utime(old, (9e8 + 1, 9e8 + 1))
+    compbench.main(["--read", "--out", str(out)])
+
+
+def test_results_that_may_be_the_same(judged, capsys):
+    """All zero, say; and what both were found to be, as the message says it."""
+    out, _ = judged
+    one, two = (out / f"gamma_{g}/numeracy/annotation_num/vqa_result.json" for g in (1, 1.2))
+    for file in (one, two):
+        write_json(file, [{"question_id": i, "answer": 0} for i in range(6)])
+    compbench.main(["--read", "--out", str(out)])
+    assert "0.0000 (+0.0000 ± 0.0000)" in capsys.readouterr().out
+    for file in (one, two):
+        write_json(file, [{"question_id": i, "answer": i % 2} for i in range(6)])
+    with pytest.raises(SystemExit, match="a space at the end of one says so"):
+        compbench.main(["--read", "--out", str(out)])
+    write(two, two.read_text() + " ")
+    compbench.main(["--read", "--out", str(out)])
+
+
+@pytest.fixture
+def baseline(judged, tmp_path):
+    """A run of the plain workflow, judged."""
+    out, plan = judged
+    plain = tmp_path / "plain"
+    shutil.copytree(out, plain)
+    shutil.rmtree(plain / "gamma_1.2")
+    write_json(plain / "run.json", Plan({"graph": {}, "output": "save"}, (1.0,),
+                                        plan.categories).json())  # fmt: skip
+    file = plain / "gamma_1/color/annotation_blip/vqa_result.json"
+    write_json(file, [{"question_id": i, "answer": f"{0.1 * i:.4f}"} for i in range(6)])
+    return plain
+
+
+def test_baseline(judged, baseline, capsys):
+    """Differences are to another run's gamma 1; the workflow's own is with its LoRA."""
+    out, plan = judged
+    graph = {
+        "lora": {"class_type": "LoadTACALoRA", "inputs": {"strength": 1.0}},
+        "sample": {"class_type": "KSampler", "inputs": {"steps": 30, "seed": None}},
+    }
+    with_lora = Plan({"graph": graph, "output": "save"}, plan.gammas, plan.categories)
+    write_json(out / "run.json", with_lora.json())
+    compbench.main(["--read", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "gamma_1 is with the LoRA of LoadTACALoRA, not the plain model" in printed
+    assert "| gamma_1.2 | 0.3700 (+0.0200 ± 0.0000) |" in printed
+    compbench.main(["--read", "--out", str(out), "--baseline", str(baseline)])
+    printed = capsys.readouterr().out
+    assert "| baseline | 0.2500 | 0.3500 |" in printed
+    assert "| gamma_1 | 0.3500 (+0.1000 ± 0.0000) | 0.3500 (+0.0000 ± 0.0000) |" in printed
+    assert "| gamma_1.2 | 0.3700 (+0.1200 ± 0.0000) |" in printed
+    assert "| baseline | 1.0000 | 0.5000 | 0.7500 |" in printed  # GenEval
+    assert "In brackets: the difference to baseline" in printed
+    assert "differ in more than TACA and LoRAs" in printed
+    assert "KSampler.steps 30" in printed
+
+
+@pytest.mark.parametrize("change", ["prompts", "seeds", "categories", "gammas", "size"])
+def test_baselines_that_are_not_of_the_same_pictures(judged, baseline, change):
+    out, plan = judged
+    gammas, categories, why = (1.0,), list(plan.categories), "prompts and seeds of color"
+    if change == "prompts":
+        categories[0] = Category("color", ("a cup", "a pan", "a pot"), (42, 43))
+    elif change == "seeds":
+        categories[0] = Category("color", ("a cup", "a pot", "a pan"), (43, 42))
+    elif change == "categories":
+        del categories[0]
+    elif change == "gammas":
+        gammas, why = (1.2,), "no pictures at gamma 1"
+    else:
+        why = r"are 64 x 64, those in .* 128 x 128"
+        for folder, size in ((out, 128), (baseline, 64)):
+            write_json(folder / "manifest.jsonl", {"size": [size, size]})
+            write(folder / "manifest.jsonl", (folder / "manifest.jsonl").read_text() + "\n")
+    write_json(baseline / "run.json", Plan({"graph": {}, "output": ""}, gammas,
+                                           tuple(categories)).json())  # fmt: skip
+    with pytest.raises(SystemExit, match=why):
+        compbench.main(["--read", "--out", str(out), "--baseline", str(baseline)])
+
+
+def test_interval_of_genevals_overall():
+    """The tags count the same, however many prompts they have."""
+    plain = {"colors": [0.0, 1.0, 0.0, 0.0], "position": [0.0, 0.0, 1.0, 0.0, 1.0, 1.0]}
+    taca = {"colors": [1.0, 1.0, 0.0, 1.0], "position": [0.0, 1.0, 1.0, 0.0, 0.0, 1.0]}
+    scores = {tag: {"gamma_1": plain[tag], "gamma_1.2": taca[tag]} for tag in plain}
+    metadata = tuple({"prompt": str(i), "tag": "x"} for i in range(5))
+    plan = Plan({}, (1.0, 1.2), (Category("geneval", tuple("01234"), (42, 43), metadata),))
+    differences = [[0.5, 0.5], [0.5, 0.0, -0.5]]
+    mean = np.mean([np.mean(d) for d in differences])
+    half = 1.96 * np.sqrt(sum(np.var(d, ddof=1) / len(d) for d in differences)) / 2
+    assert f"| 0.6250 ({mean:+.4f} ± {half:.4f}) |" in results.table(scores, plan)
 
 
 def test_interval_of_the_difference():
@@ -909,6 +1244,22 @@ def test_commands(judged):
     assert "is wrong" not in "\n".join(results.commands(out, other))
 
 
+def test_other_prompts_than_complex_val(tmp_path, monkeypatch):
+    """3_in_1.py reads its own file of prompts line by line, whatever was drawn."""
+    prompts, seeds = ("a cup", "a pot", "a pan"), tuple(range(42, 52))
+    monkeypatch.setattr(results, "_COMPLEX_VAL", results._digest("\n".join(prompts).encode()))
+
+    def said(*prompts):
+        plan = Plan({}, (1.0,), (Category("complex", prompts, seeds),))
+        return "other prompts, or in another order: give it --data_path" in "\n".join(
+            results.commands(tmp_path, plan)
+        )
+
+    assert not said(*prompts)
+    assert said(*prompts[:2])
+    assert said(*prompts[::-1])
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -917,6 +1268,8 @@ def test_commands(judged):
         ("--out x --prompts a --workflow b --servers u --ray", "either --servers or --ray"),
         ("--out x --prompts a --workflow b --servers u --gammas 1 1.0", "twice"),
         ("--out x --prompts a --workflow b --servers u --images 0", "at least 1"),
+        ("--out x --prompts a --workflow b --servers u --gammas nan", "must be numbers"),
+        ("--out x --check --baseline y", "goes with --read"),
     ],
 )
 def test_command_line(line, why, capsys):

@@ -7,6 +7,7 @@ the same command. ``README.md`` tells of one machine, several, Ray and Slurm.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -16,10 +17,10 @@ if not __package__:  # run as a folder: python benchmarks/compbench
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from compbench import cluster, results, store
-from compbench.plan import FIRST_SEED, Plan, Problem, read_category
+from compbench.plan import FIRST_SEED, Plan, Problem, read_category, setting
 from compbench.run import draw
 from compbench.server import Server
-from compbench.workflow import read_workflow
+from compbench.workflow import differences, loras, read_workflow
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
@@ -28,6 +29,12 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of this run alone")
     parser.add_argument("--check", action="store_true", help="open every picture of a run")
     parser.add_argument("--read", action="store_true", help="the evaluators' results as a table")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="DIR",
+        help="with --read: the run of the plain workflow, to compare with in place of gamma 1",
+    )
     what = parser.add_argument_group("what to draw")
     what.add_argument(
         "--prompts",
@@ -43,7 +50,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         default=[1.0, 1.2],
         metavar="G",
-        help="the settings; 1 is the plain model (default: 1 1.2)",
+        help="the settings; 1 is the workflow without TACA (default: 1 1.2)",
     )
     what.add_argument(
         "--images",
@@ -87,6 +94,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         help="for one picture, and for all servers to be away (default: 30)",
     )
     options = parser.parse_args(arguments)
+    if options.baseline and not options.read:
+        parser.error("--baseline goes with --read")
     if not (options.check or options.read):
         if not (options.prompts and options.workflow):
             parser.error("name the --prompts and the --workflow, or --check or --read a run")
@@ -96,13 +105,20 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
             parser.error("--images must be at least 1")
         if len(set(options.gammas)) < len(options.gammas):
             parser.error("--gammas has one of them twice")
+        if not all(map(math.isfinite, options.gammas)):
+            parser.error("--gammas must be numbers")
     return options
 
 
 def run(options: argparse.Namespace) -> None:
     """Draw what is missing, and say how to have it judged."""
     workflow = read_workflow(
-        options.workflow, options.prompt_at, options.seed_at, options.gamma_at, options.output
+        options.workflow,
+        options.prompt_at,
+        options.seed_at,
+        options.gamma_at,
+        options.output,
+        plain=options.gammas == [1.0],
     )
     categories = [read_category(file, options.images, options.seed) for file in options.prompts]
     names = [category.name for category in categories]
@@ -117,7 +133,8 @@ def run(options: argparse.Namespace) -> None:
         started, again = time.monotonic(), 0
         if before < total:
             if options.servers:
-                painters = [Server(url, patience) for url in dict.fromkeys(options.servers)]
+                servers = [Server(url, patience) for url in options.servers]
+                painters = list({server.name: server for server in servers}.values())
             else:
                 painters = stack.enter_context(
                     cluster.workers(
@@ -138,17 +155,42 @@ def run(options: argparse.Namespace) -> None:
     print(f"\nThen: compbench --read --out {options.out}")
 
 
-def read(out: Path) -> None:
+def read(out: Path, baseline: Path | None = None) -> None:
     """The evaluators' results, as a table."""
     plan = store.known(out)
     scores, missing = results.read(out, plan)
+    notes = []
+    if baseline:
+        base = store.known(baseline)
+        _check_sizes(out, baseline)
+        missing += results.add_baseline(scores, plan, baseline, base)
+        if beside := differences(plan.workflow, base.workflow):
+            notes.append(
+                f"The two workflows differ in more than TACA and LoRAs, and so may their "
+                f"pictures: {', '.join(beside)}"
+            )
+    elif nodes := loras(plan.workflow):
+        notes.append(
+            f"{setting(1)} is with the LoRA of {', '.join(nodes)}, not the plain model; for that, "
+            f"draw the workflow without it (--gammas 1) and name the folder with --baseline."
+        )
     if scores:
-        print(results.table(scores, plan))
+        print("\n\n".join([results.table(scores, plan), *notes]))
     if missing:
         print("\nNot there yet:\n" + "\n".join(missing))
     if not scores:
         raise Problem(
             "No evaluator has been run; the commands:\n" + "\n".join(results.commands(out, plan))
+        )
+
+
+def _check_sizes(out: Path, baseline: Path) -> None:
+    """Refuse a baseline whose pictures are larger or smaller."""
+    mine, theirs = (store.size_in(folder) for folder in (out, baseline))
+    if mine and theirs and mine != theirs:
+        raise Problem(
+            f"The pictures in {baseline} are {theirs[0]} x {theirs[1]}, those in {out} "
+            f"{mine[0]} x {mine[1]}: the two cannot be compared."
         )
 
 
@@ -161,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.check:
             print(f"All {store.check(options.out)} pictures are whole.")
         if options.read:
-            read(options.out)
+            read(options.out, options.baseline)
     except Problem as problem:
         sys.exit(f"compbench: {problem}")
 

@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from .plan import Problem
-from .server import Lost, Refused, Server
+from .server import Hung, Lost, Refused, Server
 
 HERE = Path(__file__).resolve().parent
 START = (
     f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE.parents[1] / 'demo/comfy_server.py'))} "
     "--port {port} --disable-auto-launch --output-directory {folder} --temp-directory {folder}"
 )
-"""The ComfyUI in COMFYUI_PATH with this pack; ``{port}`` and ``{folder}`` are filled in."""
+"""The ComfyUI in COMFYUI_PATH with this pack; ``{port}`` and ``{folder}`` are filled in.
+
+The folder, which is the worker's own, is also what its ComfyUI is known by.
+"""
 _START_LIMIT = 600  # seconds
 _LOOK = 5
 
@@ -37,16 +40,12 @@ class Worker:
     """The actor: it keeps a ComfyUI running, which ends with it."""
 
     def __init__(self, start: str, patience: float) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._start_line, self._patience = start, patience
         self._folder = tempfile.TemporaryDirectory(prefix="compbench-")
         self._log = Path(self._folder.name, "comfyui.log")
-        self._command = [
-            part.format(port=port, folder=self._folder.name) for part in shlex.split(start)
-        ]
-        self._server = Server(f"http://127.0.0.1:{port}", patience)
+        self._server: Server | None = None
         self._guard: subprocess.Popen | None = None
+        self._hung: Server | None = None
         self._starting = threading.Lock()
 
     def process(self) -> int:
@@ -54,15 +53,25 @@ class Worker:
         return os.getpid()
 
     def check(self) -> None:
-        """As `server.Server.check`; a ComfyUI that is not there is started."""
+        """As `server.Server.check`; a ComfyUI that is not there, or hangs, is started anew."""
         with self._starting:
-            if not self._runs():
-                self._start()
+            if self._runs() and self._hung is not self._server:
+                with suppress(Lost):
+                    self._server.check()
+                    return
+            self._stop()
+            self._start()
 
     def draw(self, graph: dict[str, Any], output: str) -> bytes:
         """As `server.Server.draw`."""
+        server = self._server
+        if server is None:
+            raise Lost("not started")
         try:
-            return self._server.draw(graph, output)
+            return server.draw(graph, output)
+        except Hung:
+            self._hung = server
+            raise
         finally:  # the caller has the picture; thousands of copies would fill the disk
             if prefix := graph[output]["inputs"].get("filename_prefix"):
                 for copy in Path(self._folder.name).glob(f"{prefix}_*"):
@@ -78,20 +87,41 @@ class Worker:
             return False
         return True
 
+    def _stop(self) -> None:
+        """End ComfyUI, by its guard, and all it has started."""
+        if self._guard is not None:
+            with suppress(BrokenPipeError):
+                self._guard.stdin.close()
+            self._guard = None
+
     def _start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            part.format(port=port, folder=self._folder.name)
+            for part in shlex.split(self._start_line)
+        ]
+        self._server = Server(f"http://127.0.0.1:{port}", self._patience)
         with self._log.open("wb") as output:
             self._guard = subprocess.Popen(
-                [sys.executable, str(HERE / "guard.py"), *self._command],
+                [sys.executable, str(HERE / "guard.py"), *command],
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         deadline = time.monotonic() + _START_LIMIT
-        while True:
-            with suppress(Lost, Refused):
-                return self._server.check()
+        while not self._answers():
             if not self._runs() or time.monotonic() > deadline:
                 end = self._log.read_text("utf-8", "replace")[-2000:]
-                raise Lost(f"ComfyUI did not start: {shlex.join(self._command)}\n{end}")
+                raise Lost(f"ComfyUI did not start: {shlex.join(command)}\n{end}")
             time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        """Whether this worker's own ComfyUI answers: another may have taken the port meanwhile."""
+        try:
+            arguments = self._server.check()["system"]["argv"]
+        except (Lost, Refused, KeyError, TypeError):
+            return False
+        return any(self._folder.name in argument for argument in arguments)
 
 
 class Painter:
@@ -145,6 +175,8 @@ def workers(
     Problem
         If Ray is not there, or the cluster has no GPU.
     """
+    if missing := [part for part in ("{port}", "{folder}") if start and part not in start]:
+        raise Problem(f"--start has no {' and no '.join(missing)}, which ComfyUI must be told.")
     if os.name == "nt":
         raise Problem("Workers on Ray need Linux or macOS: use --servers.")
     try:

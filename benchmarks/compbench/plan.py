@@ -129,7 +129,7 @@ class Plan:
 
 def setting(gamma: float) -> str:
     """The folder of a setting."""
-    return f"gamma_{gamma:g}"
+    return f"gamma_{str(float(gamma)).removesuffix('.0')}"
 
 
 def read_category(file: Path, images: int | None = None, seed: int = FIRST_SEED) -> Category:

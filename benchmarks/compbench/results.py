@@ -6,8 +6,10 @@ Nothing of them is here: T2I-CompBench (github.com/Karine-Huang/T2I-CompBench) a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import shlex
 import statistics
 from collections.abc import Iterable
@@ -21,6 +23,8 @@ _BLIP = "(cd $T2I_COMPBENCH/BLIPvqa_eval && python BLIP_vqa.py --out_dir={})"
 _2D = "(cd $T2I_COMPBENCH/UniDet_eval && python 2D_spatial_eval.py --outpath={})"
 _CLIP = "(cd $T2I_COMPBENCH && python CLIPScore_eval/CLIP_similarity.py --outpath={})"
 _COMPLEX = " --complex=True)"  # of the two that know it
+_COMPLEX_VAL = "e23a7dfb80d4a4ee7c5aef7cfe2cfc26e061870b6f094c90441558b0281c5872"
+"""SHA-256 of complex_val.txt's prompts, by which 3_in_1.py goes whatever was drawn."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Evaluator:
     result : str
         Its file, in the category's folder.
     names : str, optional
-        A file beside it that tells the pictures it saw.
+        A file beside it that tells the pictures it saw, with their paths or without.
     """
 
     commands: tuple[str, ...]
@@ -85,6 +89,9 @@ PAPER = {
     "SD3.5-Medium, TACA, r = 16": (0.7984, 0.5834, 0.7467, 0.2374, 0.3111, 0.4505),
 }
 """T2I-CompBench scores with the LoRA of rank r (arXiv 2506.07986, Table 1)."""
+BASELINE = "baseline"
+Scores = dict[str, dict[str, list[float]]]
+"""Column -> setting -> score of each picture, in order. GenEval has a column for each tag."""
 
 
 def commands(out: Path, plan: Plan) -> list[str]:
@@ -92,10 +99,18 @@ def commands(out: Path, plan: Plan) -> list[str]:
     lines = []
     for category in plan.categories:
         evaluator = EVALUATORS.get(category.name)
-        if category.name == "complex" and len(category.seeds) != 10:
-            lines.append(
-                f"# 3_in_1.py is wrong but with 10 images per prompt, not {len(category.seeds)}."
-            )
+        if category.name == "complex":
+            if len(category.seeds) != 10:
+                lines.append(
+                    f"# 3_in_1.py is wrong but with 10 images per prompt, not "
+                    f"{len(category.seeds)}."
+                )
+            if _digest("\n".join(category.prompts).encode()) != _COMPLEX_VAL:
+                lines.append(
+                    "# 3_in_1.py goes by its own complex_val.txt, and these are other prompts, or "
+                    "in another order: give it --data_path with yours, as complex_val.txt, beside "
+                    "copies of its complex_val_spatial.txt and complex_val_action.txt."
+                )
         if not category.metadata and not evaluator:
             lines.append(f"# {category.name} is no category of T2I-CompBench.")
             continue
@@ -106,27 +121,27 @@ def commands(out: Path, plan: Plan) -> list[str]:
     return lines
 
 
-def read(out: Path, plan: Plan) -> tuple[dict[str, dict[str, list[float]]], list[str]]:
+def read(out: Path, plan: Plan) -> tuple[Scores, list[str]]:
     """Read the evaluators' files.
 
     Returns
     -------
     scores : dict
-        Column -> setting -> score of each picture, in order. GenEval has a column for each tag.
     missing : list of str
         Result files that are not there yet.
 
     Raises
     ------
     Problem
-        If one is not of this run's pictures: all of them, each once.
+        If one is not of this run's pictures at its setting: all of them, each once.
     """
-    scores: dict[str, dict[str, list[float]]] = {}
+    scores: Scores = {}
     missing = []
     for category in plan.categories:
         evaluator = EVALUATORS.get(category.name)
         if not category.metadata and not evaluator:
             continue
+        files = {}
         for gamma in plan.gammas:
             folder = out / category.folder(gamma)
             file = folder / (GENEVAL_RESULT if category.metadata else evaluator.result)
@@ -139,8 +154,45 @@ def read(out: Path, plan: Plan) -> tuple[dict[str, dict[str, list[float]]], list
                 values = _t2i(file, category, gamma)
                 if evaluator.names and category.name != "complex":
                     _check_names(folder / evaluator.names, category, gamma)
+                _check_age(file, folder / "samples")
+                if len(set(values)) > 1:
+                    files[file] = _digest(file.read_bytes())
                 scores.setdefault(category.name, {})[setting(gamma)] = values
+        _check_copies(files)
     return scores, missing
+
+
+def add_baseline(scores: Scores, plan: Plan, out: Path, base: Plan) -> list[str]:
+    """Add the results of another run's gamma 1, as the setting ``baseline``.
+
+    Returns
+    -------
+    list of str
+        Its result files that are not there yet.
+
+    Raises
+    ------
+    Problem
+        If it is of other prompts or seeds, and cannot be paired.
+    """
+    if 1.0 not in base.gammas:
+        raise Problem(f"The baseline {out} has no pictures at gamma 1.")
+    theirs = {category.name: category for category in base.categories}
+    if other := [c.name for c in plan.categories if theirs.get(c.name) != c]:
+        raise Problem(
+            f"The baseline {out} was not drawn with the same prompts and seeds of "
+            f"{', '.join(other)}: the two cannot be paired."
+        )
+    only = Plan(base.workflow, (1.0,), plan.categories)
+    found, missing = read(out, only)
+    for column, by_setting in found.items():
+        if column in scores:
+            scores[column][BASELINE] = by_setting[setting(1)]
+    return missing
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _load(file: Path, by_line: bool = False) -> Any:
@@ -151,12 +203,14 @@ def _load(file: Path, by_line: bool = False) -> Any:
         raise Problem(f"{file} cannot be read: {error}") from error
 
 
-def _names(category: Category, gamma: float) -> list[str]:
-    """The pictures' paths in the category's folder, in order."""
-    start = len(category.folder(gamma)) + 1
-    return [
-        unit.path[start:] for i in range(len(category.prompts)) for unit in category.units(i, gamma)
-    ]
+def _paths(category: Category, gamma: float) -> list[str]:
+    """The pictures' paths in the output folder, in order."""
+    return [unit.path for i in range(len(category.prompts)) for unit in category.units(i, gamma)]
+
+
+def _tail(path: str, like: str) -> str:
+    """As much of the end of a path as another has; the whole of a mere name."""
+    return "/".join(path.replace("\\", "/").split("/")[-1 - like.count("/") :])
 
 
 def _all_once(file: Path, found: Iterable[Any], wanted: Iterable[Any]) -> None:
@@ -169,8 +223,9 @@ def _all_once(file: Path, found: Iterable[Any], wanted: Iterable[Any]) -> None:
     if set(found) != set(wanted):
         strange = sorted(map(str, set(found) - set(wanted)))
         raise Problem(
-            f"{file} is not of this run's pictures: {len(strange) or 'some twice'} "
-            f"{', '.join(strange[:3])}"
+            f"{file} is not of this run's pictures at this setting: "
+            f"{len(strange) or 'some twice'} {', '.join(strange[:3])}; let the evaluator run on "
+            f"the folder itself, or on a copy whose path ends as its own."
         )
 
 
@@ -181,91 +236,122 @@ def _t2i(file: Path, category: Category, gamma: float) -> list[float]:
         numbers = [int(entry["question_id"]) for entry in _load(file)]
     except (KeyError, TypeError, ValueError) as error:
         raise Problem(f"{file} is not a vqa_result.json: {error!r}") from error
-    _all_once(file, numbers, range(len(_names(category, gamma))))
+    _all_once(file, numbers, range(len(_paths(category, gamma))))
     if wrong := [number for number, score in found.items() if not -1 <= score <= 1]:
         raise Problem(f"{file}: the score of {wrong[0]} is {found[wrong[0]]}")
     return [found[number] for number in sorted(found)]
 
 
 def _check_names(file: Path, category: Category, gamma: float) -> None:
-    """Whether the evaluator saw these pictures, by the names that it wrote down itself."""
+    """Whether the evaluator saw these pictures, by what it wrote down itself."""
     if file.exists():
+        paths = _paths(category, gamma)
         try:
-            seen = [entry["image"].replace("\\", "/").rpartition("/")[2] for entry in _load(file)]
+            seen = [_tail(entry["image"], paths[0]) for entry in _load(file)]
         except (KeyError, TypeError, AttributeError) as error:
             raise Problem(f"{file} names no pictures: {error!r}") from error
-        _all_once(file, seen, [name.rpartition("/")[2] for name in _names(category, gamma)])
+        if all("/" not in name for name in seen):
+            paths = [path.rpartition("/")[2] for path in paths]
+        _all_once(file, seen, paths)
+
+
+def _check_age(file: Path, samples: Path) -> None:
+    """Refuse a result that is older than the pictures."""
+    times = [entry.stat().st_mtime for entry in os.scandir(samples)] if samples.is_dir() else []
+    if file.stat().st_mtime < max(times, default=0.0):
+        raise Problem(
+            f"{file} is older than the pictures: let the evaluator run again. (If copying has "
+            f"changed the times, and only then: touch the file.)"
+        )
+
+
+def _check_copies(files: dict[Path, str]) -> None:
+    """Refuse one result for two settings: most of these files name no pictures."""
+    first: dict[str, Path] = {}
+    for file, digest in files.items():
+        if digest in first:
+            raise Problem(
+                f"{file} and {first[digest]} are the same to the byte, so one is a copy: let the "
+                f"evaluator run again. (If both are right, as can be with few pictures, a space "
+                f"at the end of one says so.)"
+            )
+        first[digest] = file
 
 
 def _geneval(file: Path, category: Category, gamma: float) -> dict[str, list[float]]:
     """One line a picture, in any order."""
-    found = {}
+    paths = _paths(category, gamma)
     try:
         entries = _load(file, by_line=True)
-        for entry in entries:
-            name = "/".join(entry["filename"].replace("\\", "/").split("/")[-3:])
-            if not isinstance(entry["correct"], bool):
-                raise Problem(f"{file}: {name} is neither correct nor not")
-            found[name] = entry
-        names = _names(category, gamma)
-        _all_once(
-            file,
-            ["/".join(e["filename"].replace("\\", "/").split("/")[-3:]) for e in entries],
-            names,
-        )
+        seen = [_tail(entry["filename"], paths[0]) for entry in entries]
+        _all_once(file, seen, paths)
+        found = dict(zip(seen, entries, strict=True))
         scores: dict[str, list[float]] = {}
-        for i, name in enumerate(names):
-            metadata, entry = category.metadata[i // len(category.seeds)], found[name]
+        for i, path in enumerate(paths):
+            metadata, entry = category.metadata[i // len(category.seeds)], found[path]
             if (entry["prompt"], entry["tag"]) != (metadata["prompt"], metadata["tag"]):
-                raise Problem(f"{file}: {name} was judged for another prompt")
+                raise Problem(f"{file}: {path} was judged for another prompt")
+            if not isinstance(entry["correct"], bool):
+                raise Problem(f"{file}: {path} is neither correct nor not")
             scores.setdefault(metadata["tag"], []).append(float(entry["correct"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise Problem(f"{file} is not GenEval's results.jsonl: {error!r}") from error
     return scores
 
 
-def table(scores: dict[str, dict[str, list[float]]], plan: Plan) -> str:
+def table(scores: Scores, plan: Plan) -> str:
     """Markdown: T2I-CompBench beside the paper's, and GenEval.
 
-    A difference to gamma 1 is paired over the pictures, and has its 95 % confidence interval over
-    the prompts.
+    A difference to the baseline, or else to gamma 1, is paired over the pictures, and has its 95 %
+    confidence interval over the prompts.
     """
     images = {category.name: len(category.seeds) for category in plan.categories}
     columns = [name for name in EVALUATORS if name in scores]
     tags = [name for name in scores if name not in EVALUATORS]
     tags.sort(key=lambda tag: GENEVAL_TAGS.index(tag) if tag in GENEVAL_TAGS else len(GENEVAL_TAGS))
     settings = [setting(gamma) for gamma in plan.gammas]
+    plain = setting(1)
+    if any(BASELINE in by_setting for by_setting in scores.values()):
+        plain, settings = BASELINE, [BASELINE, *settings]
     parts = []
     if columns:
-        rows = [[name, *(_cell(scores[c], name, images[c]) for c in columns)] for name in settings]
+        rows = [
+            [name, *(_cell([scores[c]], name, plain, images[c]) for c in columns)]
+            for name in settings
+        ]
         for model, values in PAPER.items():
             known = {c: f"{v:.4f}" for c, v in zip(PAPER_COLUMNS, values, strict=True)}
             rows.append([f"paper: {model}", *(known.get(c, "") for c in columns)])
         parts.append(_markdown(["T2I-CompBench", *columns], rows))
     if tags:
-        rows = []
-        for name in settings:
-            means = [statistics.fmean(scores[tag][name]) for tag in tags if name in scores[tag]]
-            overall = f"{statistics.fmean(means):.4f}" if len(means) == len(tags) else ""
-            cells = (_cell(scores[tag], name, images[GENEVAL]) for tag in tags)
-            rows.append([name, *cells, overall])
+        each, every = [[scores[tag]] for tag in tags], [scores[tag] for tag in tags]
+        rows = [
+            [name, *(_cell(some, name, plain, images[GENEVAL]) for some in (*each, every))]
+            for name in settings
+        ]
         parts.append(_markdown(["GenEval", *tags, "overall"], rows))
+    if any(name in by_setting for by_setting in scores.values() for name in settings[1:]):
+        parts.append(f"In brackets: the difference to {plain}, with its 95 % interval.")
     return "\n\n".join(parts)
 
 
-def _cell(scores: dict[str, list[float]], name: str, images: int) -> str:
-    """A mean, and its difference to gamma 1."""
-    if name not in scores:
+def _cell(columns: list[dict[str, list[float]]], name: str, plain: str, images: int) -> str:
+    """A mean over columns, each counting the same, and its difference to the plain setting's."""
+    if not all(name in column for column in columns):
         return ""
-    text, plain = f"{statistics.fmean(scores[name]):.4f}", scores.get(setting(1))
-    if plain is None or name == setting(1):
+    text = f"{statistics.fmean(statistics.fmean(column[name]) for column in columns):.4f}"
+    if name == plain or not all(plain in column for column in columns):
         return text
-    paired = [b - a for a, b in zip(plain, scores[name], strict=True)]
-    prompts = [statistics.fmean(paired[i : i + images]) for i in range(0, len(paired), images)]
-    if len(prompts) < 2:
-        return text
-    half = 1.96 * statistics.stdev(prompts) / math.sqrt(len(prompts))
-    return f"{text} ({statistics.fmean(prompts):+.4f} ± {half:.4f})"
+    means, variances = [], []
+    for column in columns:
+        paired = [b - a for a, b in zip(column[plain], column[name], strict=True)]
+        prompts = [statistics.fmean(paired[i : i + images]) for i in range(0, len(paired), images)]
+        if len(prompts) < 2:
+            return text
+        means.append(statistics.fmean(prompts))
+        variances.append(statistics.variance(prompts) / len(prompts))
+    half = 1.96 * math.sqrt(sum(variances)) / len(columns)
+    return f"{text} ({statistics.fmean(means):+.4f} ± {half:.4f})"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

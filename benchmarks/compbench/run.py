@@ -19,8 +19,9 @@ from .workflow import Workflow
 IN_FLIGHT = 2
 """Pictures that a server has at once: one is drawn, the next waits in its queue."""
 _TRIES = {Lost: 10, Failed: 3, NotThePicture: 3}
+"""How often one server may fail at a picture, when no other has failed at it less."""
 _GOODBYE = 15  # seconds for what is being drawn, when the run is stopped
-_PAUSES = (0.5, 1, 2, 5, 10)  # seconds between looks for a lost server
+_PAUSES = (0.5, 1, 2, 5, 10)  # seconds for a lost server, longer with each loss in a row
 
 
 class Painter(Protocol):
@@ -36,16 +37,30 @@ class Painter(Protocol):
 
 
 class _Work:
-    """The units that are left, shared by the threads."""
+    """The units that are left, shared by the threads.
 
-    def __init__(self, groups: list[list[Unit]]) -> None:
-        self._groups = deque(deque(group) for group in groups)
+    Attributes
+    ----------
+    lost, why : dict
+        Server -> since when it has not answered, and its reason.
+    losses : Counter
+        Server -> pictures that it has lost in a row.
+    dropped : dict
+        Server -> why it takes no more part.
+    """
+
+    def __init__(self, groups: list[list[Unit]], servers: Sequence[str]) -> None:
+        self._groups = [deque(group) for group in groups]
         self._own: dict[str, deque[Unit]] = {}
         self._left = sum(map(len, groups))
-        self._tries: Counter[tuple[type, str]] = Counter()
+        self._servers = servers
+        self._failures: Counter[tuple[str, str]] = Counter()  # by path and server
+        self._tries: Counter[tuple[type, str, str]] = Counter()
         self._changed = threading.Condition()
-        self.lost: dict[str, float] = {}  # since when, and why
+        self.lost: dict[str, float] = {}
         self.why: dict[str, str] = {}
+        self.losses: Counter[str] = Counter()
+        self.dropped: dict[str, str] = {}
         self.problem: Problem | None = None
         self.counts: Counter[str] = Counter()
 
@@ -54,33 +69,75 @@ class _Work:
         return self._left == 0 or self.problem is not None
 
     def take(self, server: str) -> Unit | None:
-        """The server's next unit, of the prompt it is at if any are left; None if all are drawn."""
+        """The server's next unit, of the prompt it is at if any are left; None if it is done."""
         with self._changed:
-            while not self.is_over:
+            while not self.is_over and server not in self.dropped:
                 own = self._own.get(server)
-                if not own and self._groups:
-                    own = self._own[server] = self._groups.popleft()
+                if not own:
+                    fit = (group for group in self._groups if self._may_draw(server, group[0]))
+                    if own := next(fit, None):
+                        self._groups = [group for group in self._groups if group is not own]
+                        self._own[server] = own
                 if own:
                     return own.popleft()
                 self._changed.wait(1)  # others may lose theirs
             return None
+
+    def _may_draw(self, server: str, unit: Unit) -> bool:
+        """Whether no other that works has failed at this unit less often."""
+        others = set(self._servers) - {server, *self.lost, *self.losses, *self.dropped}
+        failures = self._failures[unit.path, server]
+        return all(self._failures[unit.path, other] >= failures for other in others)
 
     def give_back(self, unit: Unit, server: str, error: Exception) -> None:
         """Let another server, or this one later, draw it; too many times is a problem."""
         with self._changed:
             kind = next(kind for kind in _TRIES if isinstance(error, kind))
             self.counts["again"] += 1
-            self._tries[kind, unit.path] += 1
-            self._groups.appendleft(deque([unit]))
-            if kind is Lost and (own := self._own.pop(server, None)):
-                self._groups.append(own)  # what else this server would have drawn
-            if self._tries[kind, unit.path] >= _TRIES[kind]:
-                self.stop(f"{unit.path} failed {_TRIES[kind]} times, at last on {server}: {error}")
+            self._failures[unit.path, server] += 1
+            self._tries[kind, unit.path, server] += 1
+            self._groups.insert(0, deque([unit]))
+            if kind is Lost:
+                self.losses[server] += 1
+                self._hand_on(server)
+            if self._tries[kind, unit.path, server] >= _TRIES[kind]:
+                self.stop(f"{unit.path} failed {_TRIES[kind]} times on {server}: {error}")
             self._changed.notify_all()
 
-    def finish(self) -> None:
+    def drop(self, unit: Unit, server: str, error: Exception) -> None:
+        """Go on without a server that refuses the workflow; if all do, that is a problem."""
+        with self._changed:
+            self._groups.insert(0, deque([unit]))
+            self.dropped[server] = str(error)
+            self._hand_on(server)
+            if len(self.dropped) == len(self._servers):
+                every = "Every server" if len(self._servers) > 1 else server
+                self.stop(f"{every} refuses the workflow: {error}")
+            self._changed.notify_all()
+
+    def miss(self, server: str, why: str = "") -> bool:
+        """Note that a server does not answer; whether its reason is a new one."""
+        with self._changed:
+            self.lost.setdefault(server, time.monotonic())
+            is_new = why not in ("", self.why.get(server))
+            self.why[server] = why or self.why.get(server, "")
+            return is_new
+
+    def found(self, server: str) -> None:
+        """Note that a server answers."""
+        with self._changed:
+            self.lost.pop(server, None)
+            self.why.pop(server, None)
+
+    def _hand_on(self, server: str) -> None:
+        """What else a server would have drawn is for the others."""
+        if own := self._own.pop(server, None):
+            self._groups.append(own)
+
+    def finish(self, server: str) -> None:
         with self._changed:
             self.counts["images"] += 1
+            self.losses.pop(server, None)
             self._left -= 1
             self._changed.notify_all()
 
@@ -90,8 +147,9 @@ class _Work:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> None:
+        """Wait that long, or until all is over."""
         with self._changed:
-            self._changed.wait(seconds)
+            self._changed.wait_for(lambda: self.is_over, seconds)
 
 
 def draw(
@@ -116,10 +174,10 @@ def draw(
     Raises
     ------
     Problem
-        If the workflow does not run, or all servers stay lost. What was drawn is kept.
+        If the workflow runs on no server, or all stay lost. What was drawn is kept.
     """
     groups = [[unit for unit in group if unit.path not in store.done] for group in plan.groups()]
-    work = _Work([group for group in groups if group])
+    work = _Work([group for group in groups if group], [painter.name for painter in painters])
     total = len(plan.units())
     with tqdm(
         total=total,
@@ -156,11 +214,12 @@ def draw(
 
 def _look(work: _Work, painters: Sequence[Painter], bar: Any, patience: float) -> None:
     """Show which servers are there; end the run if none has been for too long."""
-    away = dict(work.lost)
-    bar.set_postfix_str(f"{len(painters) - len(away)} of {len(painters)} servers", refresh=False)
+    left = [painter.name for painter in painters if painter.name not in work.dropped]
+    away = {name: since for name in left if (since := work.lost.get(name))}
+    bar.set_postfix_str(f"{len(left) - len(away)} of {len(painters)} servers", refresh=False)
     since = max(away.values(), default=0.0)
-    if len(away) == len(painters) and time.monotonic() - since > patience:
-        why = "; ".join(f"{name}: {why}" for name, why in work.why.items())
+    if len(away) == len(left) and time.monotonic() - since > patience:
+        why = "; ".join(f"{name}: {why}" for name, why in (work.why | work.dropped).items())
         work.stop(f"No server has answered for {patience / 60:g} minutes. ({why})")
 
 
@@ -182,7 +241,10 @@ def _serve(painter: Painter, workflow: Workflow, store: Store, work: _Work, bar:
             if isinstance(error, Lost):
                 _wait_for(painter, work, bar)
         except Refused as error:
-            work.stop(f"{painter.name} refuses the workflow: {error}")
+            work.drop(unit, painter.name, error)
+            if not work.is_over:
+                said = f"{painter.name} refuses the workflow, and is left out: {error}"
+                bar.write(said, file=sys.stderr)
         except OSError as error:  # a full disk, say
             work.stop(str(error))
         except Exception as error:
@@ -190,22 +252,25 @@ def _serve(painter: Painter, workflow: Workflow, store: Store, work: _Work, bar:
             raise
         else:
             bar.update()
-            work.finish()
+            work.finish(painter.name)
 
 
 def _wait_for(painter: Painter, work: _Work, bar: Any) -> None:
-    """Come back when the server answers, or there is nothing left for it."""
-    work.lost.setdefault(painter.name, time.monotonic())
-    pauses = list(_PAUSES)
+    """Come back when the server answers, or there is nothing left for it.
+
+    One that answers and yet loses its pictures is left alone for a while first.
+    """
+    work.miss(painter.name)
+    looks = work.losses[painter.name]
+    if looks:
+        work.wait(_PAUSES[min(looks, len(_PAUSES)) - 1])
     while not work.is_over:
         try:
             painter.check()
         except (Lost, Refused) as error:
-            if work.why.get(painter.name) != str(error):
-                work.why[painter.name] = str(error)
+            if work.miss(painter.name, str(error)):
                 bar.write(f"{painter.name} does not answer: {error}", file=sys.stderr)
-            work.wait(pauses.pop(0) if len(pauses) > 1 else pauses[0])
+            looks += 1
+            work.wait(_PAUSES[min(looks, len(_PAUSES)) - 1])
         else:
-            work.lost.pop(painter.name, None)
-            work.why.pop(painter.name, None)
-            return
+            return work.found(painter.name)

@@ -17,6 +17,10 @@ class Lost(Exception):
     """The server cannot be reached, or has lost the picture: another may draw it."""
 
 
+class Hung(Lost):
+    """The server answers, and does not get on with the picture."""
+
+
 class Failed(Exception):
     """A node failed; perhaps not the next time."""
 
@@ -46,9 +50,9 @@ class Server:
         """Give up what is being drawn."""
         self._closed.set()
 
-    def check(self) -> None:
-        """Ask whether it is there; it is `Lost` if not."""
-        self._json("GET", "/system_stats")
+    def check(self) -> Any:
+        """Ask whether it is there, `Lost` if not; what it says of itself."""
+        return self._json("GET", "/system_stats")
 
     def draw(self, graph: dict[str, Any], output: str) -> bytes:
         """Draw one picture.
@@ -106,7 +110,7 @@ class Server:
             if not in_queue:
                 raise Lost("it was restarted")
             if time.monotonic() - started > self._patience:
-                raise Lost(f"no picture in {self._patience / 60:g} minutes")
+                raise Hung(f"no picture in {self._patience / 60:g} minutes")
         raise Lost("stopped")
 
     def _cancel(self, number: str) -> None:
@@ -133,8 +137,9 @@ class Server:
             return session
 
     def _ask(
-        self, method: str, path: str, timeout: float = _TIMEOUT, **options: Any
+        self, method: str, path: str, timeout: float | None = None, **options: Any
     ) -> requests.Response:
+        timeout = min(timeout or _TIMEOUT, _TIMEOUT)
         try:
             reply = self._session().request(method, self.name + path, timeout=timeout, **options)
         except requests.RequestException as error:

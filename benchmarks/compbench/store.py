@@ -2,7 +2,8 @@
 
 Each picture is written to ``partial/`` and flushed to the disk, then named in ``manifest.jsonl``,
 then renamed to its place. Whatever moment a run is killed at, the manifest's lines are the pictures
-that exist: the next run renames what was not, and draws the rest.
+that exist: the next run renames what was not, and draws the rest. A picture that was lost or
+damaged since loses its line, and is drawn again.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import hashlib
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from .plan import Plan, Problem, Unit
 
 RUN, MANIFEST, PARTIAL, LOCK = "run.json", "manifest.jsonl", "partial", ".lock"
+_NEW = ".lock.new"  # the run's file before it has its name
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -80,26 +85,46 @@ class Store:
         part.replace(place)
 
     def recover(self, plan: Plan) -> None:
-        """Find what exists, and finish what a killed run had begun."""
+        """Find what exists, whole, and finish what a killed run had begun."""
         planned = {unit.path for unit in plan.units()}
         there = _pictures(self._out, plan)
         _mend(self._out / MANIFEST)
-        for line in _lines(self._out / MANIFEST):
+        lines = list(_lines(self._out / MANIFEST))
+        for line in lines:
             path, part = line["image"], self._part(line["image"])
             if path not in planned:
                 raise Problem(f"{self._out / MANIFEST} names a picture of another run: {path}")
             if path not in there and part.exists() and _is_whole(part, line):
                 self._place(part, path)
-                there[path] = line["bytes"]
-            if there.get(path) == line["bytes"]:  # else it was lost since: drawn again
-                self.done[path], self.size = line, line["size"]
-        if strange := sorted(there.keys() - self.done.keys()):
+                there.add(path)
+        if strange := sorted(there - {line["image"] for line in lines}):
             raise Problem(
-                f"{len(strange)} files in {self._out} are not this run's pictures, or "
-                f"were changed since; move them away: {', '.join(strange[:3])} ..."
+                f"{len(strange)} files in {self._out} are not this run's pictures; move them "
+                f"away: {', '.join(strange[:3])} ..."
             )
+        present = [line for line in lines if line["image"] in there]
+        for line, is_same in zip(present, self._are_same(present), strict=True):
+            if is_same:
+                self.done[line["image"]], self.size = line, line["size"]
+        if again := [line["image"] for line in lines if line["image"] not in self.done]:
+            print(
+                f"{len(again)} pictures are missing or damaged, and are drawn again: "
+                f"{', '.join(again[:3])} ...",
+                file=sys.stderr,
+            )
+            for path in again:  # first: one that has no line would be strange
+                (self._out / path).unlink(missing_ok=True)
+            kept = b"".join(map(_line, self.done.values()))
+            _write(self._out / PARTIAL / MANIFEST, kept)
+            (self._out / PARTIAL / MANIFEST).replace(self._out / MANIFEST)
         for left in (self._out / PARTIAL).iterdir():
             left.unlink()
+
+    def _are_same(self, lines: list[dict[str, Any]]) -> list[bool]:
+        """Whether each picture is what its line says; hashing leaves Python to other threads."""
+        with ThreadPoolExecutor() as pool:
+            looks = pool.map(lambda line: _is_same(self._out / line["image"], line), lines)
+            return list(tqdm(looks, "looking", len(lines), unit="image", leave=False, delay=2))
 
 
 @contextmanager
@@ -121,13 +146,13 @@ def opened(out: Path, plan: Plan) -> Iterator[Store]:
                         f"{out} holds a run with other {', '.join(differences)}: pictures "
                         f"of two runs are not mixed. Name another folder."
                     )
-            elif strange := [file.name for file in out.iterdir() if file.name != LOCK]:
+            elif strange := [f.name for f in out.iterdir() if f.name not in (LOCK, _NEW)]:
                 raise Problem(
                     f"{out} is not empty and holds no run ({strange[0]}): name a new folder."
                 )
             else:
-                _write(out / f"{LOCK}.new", json.dumps(plan.json(), indent=1).encode())
-                (out / f"{LOCK}.new").replace(run)
+                _write(out / _NEW, json.dumps(plan.json(), indent=1).encode())
+                (out / _NEW).replace(run)
             (out / PARTIAL).mkdir(exist_ok=True)
             _prepare(out, plan)
             store = Store(out)
@@ -143,6 +168,11 @@ def known(out: Path) -> Plan:
         return Plan.read(out / RUN)
     except (OSError, ValueError, KeyError) as error:
         raise Problem(f"{out} holds no run: {error}") from error
+
+
+def size_in(out: Path) -> list[int] | None:
+    """Width and height of a run's pictures; None if there is none."""
+    return next((line["size"] for line in _lines(out / MANIFEST)), None)
 
 
 def check(out: Path) -> int:
@@ -163,9 +193,9 @@ def check(out: Path) -> int:
     if wrong:
         raise Problem(
             f"{len(wrong)} of {len(plan.units())} pictures are missing or damaged: "
-            f"{', '.join(wrong[:3])} ... The same command draws what is missing."
+            f"{', '.join(wrong[:3])} ... The command that drew them draws these again."
         )
-    if strange := _pictures(out, plan).keys() - lines.keys():
+    if strange := _pictures(out, plan) - lines.keys():
         raise Problem(f"Files that are not this run's: {', '.join(sorted(strange)[:3])} ...")
     return len(lines)
 
@@ -203,23 +233,29 @@ def _prepare(out: Path, plan: Plan) -> None:
                     file.write_text(text, "utf-8")
 
 
-def _pictures(out: Path, plan: Plan) -> dict[str, int]:
-    """Path and bytes of every file in the folders of samples."""
-    folders = sorted({unit.path.rpartition("/")[0] for unit in plan.units()})
+def _pictures(out: Path, plan: Plan) -> set[str]:
+    """Paths of all files in the folders of samples."""
+    folders = {unit.path.rpartition("/")[0] for unit in plan.units()}
     return {
-        f"{folder}/{file.name}": file.stat().st_size
+        f"{folder}/{file.name}"
         for folder in folders
         if (out / folder).is_dir()
         for file in os.scandir(out / folder)
     }
 
 
+def _is_same(file: Path, line: dict[str, Any]) -> bool:
+    """Whether a file has the bytes of that line of the manifest."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest() == line["sha256"]
+    except OSError:
+        return False
+
+
 def _is_whole(file: Path, line: dict[str, Any]) -> bool:
     """Whether a file is the picture of that line of the manifest."""
     try:
-        picture = file.read_bytes()
-        same = hashlib.sha256(picture).hexdigest() == line["sha256"]
-        return same and size_of(picture) == line["size"]
+        return _is_same(file, line) and size_of(file.read_bytes()) == line["size"]
     except (OSError, NotThePicture):
         return False
 
@@ -242,9 +278,13 @@ def _lines(manifest: Path) -> Iterable[dict[str, Any]]:
         raise Problem(f"{manifest} is damaged ({error}): draw into a new folder.") from error
 
 
+def _line(line: dict[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
+
+
 def _append(file: Path, line: dict[str, Any]) -> None:
     with file.open("ab") as stream:
-        stream.write(json.dumps(line).encode() + b"\n")
+        stream.write(_line(line))
         stream.flush()
         os.fsync(stream.fileno())
 

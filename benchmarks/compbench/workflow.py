@@ -19,6 +19,8 @@ MARK = "{prompt}"
 _TEXTS = ("text", "prompt", "value")
 _SEEDS = ("seed", "noise_seed")
 _PICTURES = ("images", "image")
+_TACA = "TACAPatchModel"
+_OF_TACA = (_TACA, "TACASchedule", "TACAOptions")
 Graph = dict[str, Any]
 Place = tuple[str, str]
 """Node id and name of an input; on the command line ``NODE.INPUT``."""
@@ -32,6 +34,8 @@ class Workflow:
     ----------
     graph : dict
         Node id -> class_type and inputs, with ``{prompt}`` where the prompt goes.
+    gamma : Place, optional
+        None in a workflow without TACA, which draws gamma 1 alone.
     output : str
         The node whose picture is taken.
     """
@@ -39,7 +43,7 @@ class Workflow:
     graph: Graph
     prompt: tuple[Place, ...]
     seed: Place
-    gamma: Place
+    gamma: Place | None
     output: str
 
     def filled(self, unit: Unit) -> Graph:
@@ -48,8 +52,9 @@ class Workflow:
         for node, name in self.prompt:
             inputs = graph[node]["inputs"]
             inputs[name] = inputs[name].replace(MARK, unit.prompt)
-        for (node, name), value in ((self.seed, unit.seed), (self.gamma, unit.gamma)):
-            graph[node]["inputs"][name] = value
+        graph[self.seed[0]]["inputs"][self.seed[1]] = unit.seed
+        if self.gamma:
+            graph[self.gamma[0]]["inputs"][self.gamma[1]] = unit.gamma
         # ComfyUI counts up over a folder. Servers that share one would overwrite one another.
         inputs = graph[self.output]["inputs"]
         if "filename_prefix" in inputs:
@@ -65,7 +70,7 @@ class Workflow:
             wanted = self.filled(unit)
             return all(
                 drawn[node]["inputs"][name] == wanted[node]["inputs"][name]
-                for node, name in (*self.prompt, self.seed, self.gamma)
+                for node, name in filter(None, (*self.prompt, self.seed, self.gamma))
             )
         except (OSError, ValueError, KeyError, TypeError):
             return True  # what is wrong with a file, `store` says
@@ -75,12 +80,38 @@ class Workflow:
         return json.loads(json.dumps(asdict(self)))
 
 
+def loras(workflow: dict[str, Any]) -> list[str]:
+    """The nodes of a workflow's JSON that load LoRAs."""
+    return sorted({c["class_type"] for c in workflow["graph"].values() if _is_lora(c)})
+
+
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """In which values two workflows' JSON differ, beside TACA's, LoRAs' and those filled in."""
+    found = []
+    for workflow in (mine, theirs):
+        graph = workflow["graph"]
+        found.append({
+            f"{content['class_type']}.{name} {value!r}"
+            for node, content in graph.items()
+            if node != workflow["output"]
+            and not (content["class_type"] in _OF_TACA or _is_lora(content))
+            for name, value in content["inputs"].items()
+            if value is not None and not _is_link(graph, value)
+        })  # fmt: skip
+    return sorted(found[0] ^ found[1])
+
+
+def _is_lora(content: dict[str, Any]) -> bool:
+    return "lora" in content["class_type"].lower()
+
+
 def read_workflow(
     file: Path,
     prompt: str | None = None,
     seed: str | None = None,
     gamma: str | None = None,
     output: str | None = None,
+    plain: bool = False,
 ) -> Workflow:
     """Read a workflow and find its places, where they are not named.
 
@@ -91,9 +122,12 @@ def read_workflow(
     prompt, seed, gamma : str, optional
         ``NODE.INPUT``. By default the prompt goes where the workflow has ``{prompt}``, else into
         the one text before a sampler's or guider's positive; the seed and TACA's gamma into the
-        only ones there are.
+        only ones there are, or the primitives that they come from.
     output : str, optional
-        Node id. Whatever this node does not need is left out of the graph.
+        Node id. Whatever this node does not need is left out of the graph. By default the only one
+        that shows a picture, or the only one of them behind a gamma.
+    plain : bool
+        Whether there need be no gamma, since gamma 1 alone is drawn.
 
     Raises
     ------
@@ -102,15 +136,16 @@ def read_workflow(
     """
     graph = _read(file)
     output = _output(graph, output)
-    kept = _upstream(graph, [output])
-    graph = {node: copy.deepcopy(content) for node, content in graph.items() if node in kept}
+    graph = copy.deepcopy(_needed(graph, output))
     places = {
         "prompt": [_named(graph, prompt)] if prompt else _prompts(graph),
-        "seed": [_named(graph, seed)] if seed else _literals(graph, graph, _SEEDS, int),
+        "seed": [_named(graph, seed)] if seed else _literals(graph, graph, _SEEDS, (int,)),
         "gamma": [_named(graph, gamma)] if gamma else _gammas(graph),
     }
+    without = plain and all(c["class_type"] != _TACA for c in graph.values())
     for what, found in places.items():
-        if len(found) != 1 and not (what == "prompt" and _marked(graph)):
+        marked = what == "prompt" and _marked(graph)
+        if len(found) != 1 and not marked and not (what == "gamma" and without):
             raise Problem(_doubt(what, found, graph))
     for node, name in places["prompt"]:
         inputs = graph[node]["inputs"]
@@ -121,7 +156,8 @@ def read_workflow(
     inputs = graph[output]["inputs"]
     if "filename_prefix" in inputs:
         inputs["filename_prefix"] = None
-    return Workflow(graph, tuple(places["prompt"]), places["seed"][0], places["gamma"][0], output)
+    gammas = places["gamma"] or [None]
+    return Workflow(graph, tuple(places["prompt"]), places["seed"][0], gammas[0], output)
 
 
 def _read(file: Path) -> Graph:
@@ -157,6 +193,12 @@ def _upstream(graph: Graph, start: Iterable[str], without: str | None = None) ->
     return found
 
 
+def _needed(graph: Graph, output: str) -> Graph:
+    """The part of a graph that one node needs."""
+    kept = _upstream(graph, [output])
+    return {node: content for node, content in graph.items() if node in kept}
+
+
 def _output(graph: Graph, named: str | None) -> str:
     """The node whose picture is taken: the one that gets a picture and feeds no other."""
     if named is not None:
@@ -175,6 +217,9 @@ def _output(graph: Graph, named: str | None) -> str:
         if node not in feeding
         and any(_is_link(graph, content["inputs"].get(name)) for name in _PICTURES)
     ]
+    if len(found) > 1:  # without and with TACA, side by side
+        behind = [node for node in found if _gammas(_needed(graph, node))]
+        found = behind if len(behind) == 1 else found
     if len(found) == 1:
         return found[0]
     raise Problem(_doubt("output", [(node, "") for node in found], graph))
@@ -190,20 +235,37 @@ def _named(graph: Graph, text: str) -> Place:
             if not _is_link(graph, v)
         ]
         raise Problem(f"The workflow's picture needs no input {text}. It has {', '.join(known)}.")
+    node, name = _source(graph, (node, name))
     if _is_link(graph, graph[node]["inputs"][name]):
         raise Problem(f"{text} is connected to another node: name that node's input.")
     return node, name
 
 
-def _literals(graph: Graph, nodes: Iterable[str], names: Iterable[str], kind: type) -> list[Place]:
-    """The inputs of these names that hold a value of that kind."""
-    return [
-        (node, name)
-        for node in graph
-        if node in nodes
-        for name, value in graph[node]["inputs"].items()
-        if name in names and isinstance(value, kind) and not isinstance(value, bool)
-    ]
+def _literals(
+    graph: Graph, nodes: Iterable[str], names: Iterable[str], kinds: tuple[type, ...]
+) -> list[Place]:
+    """The inputs of these names that hold a value of these kinds, or the primitives they come from.
+
+    A primitive that feeds several is one place.
+    """
+    found = {}
+    for node in graph:
+        for name in graph[node]["inputs"] if node in nodes else ():
+            place = _source(graph, (node, name)) if name in names else None
+            value = graph[place[0]]["inputs"][place[1]] if place else None
+            if isinstance(value, kinds) and not isinstance(value, bool):
+                found[place] = None
+    return list(found)
+
+
+def _source(graph: Graph, place: Place) -> Place:
+    """Where an input's value is written: there, or in a primitive (PrimitiveInt and its kin)."""
+    value = graph[place[0]]["inputs"][place[1]]
+    if not _is_link(graph, value):
+        return place
+    origin = graph[value[0]]
+    is_primitive = origin["class_type"].startswith("Primitive") and "value" in origin["inputs"]
+    return _source(graph, (value[0], "value")) if is_primitive else place
 
 
 def _marked(graph: Graph) -> list[Place]:
@@ -223,7 +285,7 @@ def _prompts(graph: Graph) -> list[Place]:
     starts = [i["positive"] for i in inputs if "positive" in i]
     starts = starts or [i["conditioning"] for i in guiders if "conditioning" in i]
     starts = [link[0] for link in starts if _is_link(graph, link)]
-    return _literals(graph, _upstream(graph, starts, without="negative"), _TEXTS, str)
+    return _literals(graph, _upstream(graph, starts, without="negative"), _TEXTS, (str,))
 
 
 def _gammas(graph: Graph) -> list[Place]:
@@ -233,8 +295,8 @@ def _gammas(graph: Graph) -> list[Place]:
             graph,
             content["inputs"].get("schedule"),  # it replaces the node's own gamma
         ):
-            found += _literals(graph, [node], ["gamma"], (int, float))  # type: ignore[arg-type]
-    return found
+            found += _literals(graph, [node], ["gamma"], (int, float))
+    return list(dict.fromkeys(found))
 
 
 def _doubt(what: str, found: list[Place], graph: Graph) -> str:
@@ -246,7 +308,8 @@ def _doubt(what: str, found: list[Place], graph: Graph) -> str:
     out = {
         "prompt": f"Write {MARK} where it goes, or name the place with --prompt-at NODE.INPUT.",
         "seed": "Name the place with --seed-at NODE.INPUT.",
-        "gamma": "It needs a TACA Patch Model; name the place with --gamma-at NODE.INPUT.",
+        "gamma": "It needs a TACA Patch Model; name the place with --gamma-at NODE.INPUT. "
+        "(--gammas 1 draws a workflow without one.)",
         "output": "Name the node that saves the picture with --output NODE.",
     }[what]
     return f"The workflow's {what}: it {have}. {out}"
