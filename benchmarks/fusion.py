@@ -434,7 +434,8 @@ def throughput(name: str, conditioning: str, batch: int, what: str, arguments: a
                device: torch.device) -> dict[str, Any]:  # fmt: skip
     """Pictures a second of every method, and ratios within rounds."""
     blocks, published = PUBLISHED[name], "early, published way"
-    torch.compiler.reset()
+    if arguments.compile:
+        torch.compiler.reset()  # its limit of recompilations is for one setting
     fusions = {"early": blocks} | {f"central {k}": k for k in CENTRAL}
     methods = {fusion: (shared, False, False) for fusion, shared in fusions.items()}
     if conditioning == "concatenation":
