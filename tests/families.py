@@ -58,6 +58,8 @@ class Case:
         Image tokens of a frame.
     fixed : str
         Why there are no other sizes; empty where there are.
+    pieces : str
+        Why torch.compile takes no block of it in one piece; empty where it does.
     options : bool
         Whether core hands its attention ``transformer_options``.
     needs : str
@@ -77,6 +79,7 @@ class Case:
     alone: str = ""
     tokens: int = 12
     fixed: str = ""
+    pieces: str = ""
     options: bool = True
     needs: str = ""
 
@@ -344,7 +347,8 @@ OTHER_CASES = [
              "minimax_token_tags": torch.tensor([1, 1, 0, 0, 1, 1, 1, 1, 1][:text])},
          alone=MINIMAX_ALONE),
     Case("Ernie-Image", "ernie.model:ErnieImageModel", ERNIE, (128, 4, 3), (9, 48),
-         image_text, 2, options=False),
+         image_text, 2, options=False,
+         pieces="dynamo does not trace how its attention, handed no options, gets them"),
 ]  # fmt: skip
 
 LUMINA = {"patch_size": 2, "in_channels": 16, "dim": 64, "n_layers": 2, "n_refiner_layers": 2,
@@ -356,6 +360,7 @@ Z_IMAGE = LUMINA | {"dim": 256, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "rop
                     "pad_tokens_multiple": 8}  # fmt: skip
 Z_IMAGE_PIXEL = Z_IMAGE | {"patch_size": 8, "in_channels": 3, "decoder_hidden_size": 32,
                            "decoder_num_res_blocks": 1, "decoder_in_channels": 192}  # fmt: skip
+EXPERTS = "core looks at which experts it chose"
 HIDREAM_O1 = {
     "text_config_overrides": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                               "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
@@ -451,11 +456,12 @@ SINGLE_STREAM_CASES = [
     Case("Z-Image, pixel space", "lumina.model:NextDiTPixelSpace", Z_IMAGE_PIXEL, (3, 32, 24),
          (9, 48), filled, 2, detected={"image_model": "zimage_pixel"}),
     Case("HiDream-I1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
-         lambda t, n: [("image", n), ("text", t + 5 + 5)], 4, llama),
+         lambda t, n: [("image", n), ("text", t + 5 + 5)], 4, llama, pieces=EXPERTS),
     # The picture to edit lies beside the one that is drawn.
     Case("HiDream-E1", "hidream.model:HiDreamImageTransformer2DModel", HIDREAM, (16, 8, 6), (9, 48),
          lambda t, n: [("image", 2 * n), ("text", t + 5 + 5)], 4,
-         together(llama, lambda text, *size: {"concat_latent_image": torch.ones(1, 16, *size)})),
+         together(llama, lambda text, *size: {"concat_latent_image": torch.ones(1, 16, *size)}),
+         pieces=EXPERTS),
     # The text is read by itself: it is keys only. The token that tells the time is neither.
     Case("HiDream-O1", "hidream_o1.model:HiDreamO1Transformer", HIDREAM_O1, (3, 128, 96), (9, 1),
          lambda t, n: [("text", t - 1, False), ("other", 1), ("image", n)], 2, words),

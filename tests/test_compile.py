@@ -133,7 +133,11 @@ QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model take
 )  # fmt: skip
 def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     """TACA on a compiled model and off again, twice, then compiled with TACA in it, against dense
-    attention; nothing is stale, and every block compiles in one piece."""
+    attention; nothing is stale, and the blocks compile in one piece.
+
+    Where they cannot (``Case.pieces``), steps with TACA run uncompiled, and the log says so.
+    The second order takes a third of the time: of a whole model, once for each class.
+    """
     if not exists(case):
         pytest.skip(f"this ComfyUI has no {case.name}")
     model = families.load(case, folder, monkeypatch)
@@ -145,14 +149,14 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
         if type(child) is nn.ModuleList and not re.search(r"\d", name)  # not in another list
     ]  # fmt: skip
     fast = compiled(model, whole, lists=lists)
-    for m, wanted in [
-        *[(apply_taca(fast, 1.4), expected), (fast, plain)] * 2,
-        (compiled(apply_taca(model, 1.4), whole, lists=lists), expected),
-        (fast, plain),
-    ]:
+    runs = [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2
+    first = next(each for each in families.CASES if each.transformer == case.transformer)
+    if case is first or not whole:
+        runs += [(compiled(apply_taca(model, 1.4), whole, lists=lists), expected), (fast, plain)]
+    for m, wanted in runs:
         assert (sample_family(m, case) - wanted).abs().max() < 2e-3 * effect
     assert counters["stats"]["unique_graphs"]
-    assert "cannot be compiled" not in caplog.text
+    assert ("cannot be compiled" in caplog.text) == bool(case.pieces)
     assert not installed_on(model)
 
 

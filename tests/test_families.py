@@ -120,6 +120,9 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch, record_property):
     ours = sample(apply_taca(model, 1.4), case)
     error, effect = (ours - expected).abs().max(), (plain - expected).abs().max()
     assert error < 2e-3 * effect
+    if case.options:  # the other override attends, inside ours
+        beside = sample(apply_taca(dense(model, case, 1.0), 1.4), case)
+        assert (beside - expected).abs().max() < 2e-3 * effect
     assert not any("forward" in m.__dict__ for m in model.model.modules())
 
 
