@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 PATCH = 4
 """Width and height in pixels of the patch that becomes one latent position."""
 CHANNELS = 16
 """Latent channels, as in SD3."""
+AGAIN = "Get the demo again (git checkout demo), or train it with demo/train.py."
 # ComfyUI shifts and scales SD3's latents on their way into the model and back on their way out
 # (comfy.latent_formats.SD3). The codec's latents are those outside the model, like a VAE's.
 SCALE, SHIFT = 1.5305, 0.0609
@@ -97,8 +99,29 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | Path) -> Codec:
-        """Read a codec from a safetensors file."""
-        return cls(**load_file(path))
+        """Read a codec from a safetensors file.
+
+        Raises
+        ------
+        ValueError
+            If it is damaged, or no codec.
+        """
+        try:
+            codec = cls(**load_file(path))
+        except (SafetensorError, OSError, TypeError) as error:
+            raise ValueError(f"{path} is no codec of the TACA demo: {error}. {AGAIN}") from error
+        patch, width = 3 * PATCH**2, codec.words.shape[-1:]
+        wanted = {"mean": (patch,), "encoder": (patch, CHANNELS), "decoder": (CHANNELS, patch),
+                  "words": (*codec.words.shape[:1], *width),
+                  "positions": (*codec.positions.shape[:1], *width)}  # fmt: skip
+        for name, shape in wanted.items():
+            tensor = getattr(codec, name)
+            if tensor.shape != shape or not tensor.is_floating_point() or not tensor.numel():
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"{path} is no codec of the TACA demo: {name} is {found}. {AGAIN}")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{path} is damaged: {name} is not finite. {AGAIN}")
+        return codec
 
     def save(self, path: str | Path) -> None:
         """Write the codec to a safetensors file."""

@@ -12,6 +12,7 @@ import comfy.ldm.flux.math
 import comfy.samplers
 import comfy.sd
 import comfy.utils
+import folder_paths
 import pytest
 import tiny
 import torch
@@ -22,15 +23,17 @@ from comfy.taesd.taesd import TAESD
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_edit_model import ReferenceLatent
 from comfy_extras.nodes_mahiro import Mahiro
-from comfy_extras.nodes_model_merging import ModelMergeSimple
+from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sd3 import ControlNetApplySD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_tcfg import TCFG
 from diffusers import FluxControlNetModel, SD3ControlNetModel
 from reference import dense_override, image_tokens
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_families import dense as dense_family
 from test_families import families, named
 from test_families import sample as sample_family
 from test_lora import random_lora
@@ -55,17 +58,22 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-def dense(model, gamma=1.4, text=TEXT, size=SIZE, more=0):
-    """The model with Eq. 10 in dense float64, in all steps."""
-    return dense_in(model, [text + image_tokens(torch.empty(1, 16, *size)) + more], gamma, text)
+def dense(model, gamma=1.4, text=TEXT, size=SIZE, more=0, threshold=0.0, calls=None):
+    """The model with Eq. 10 in dense float64, in all calls at t >= threshold."""
+    lengths = [text + image_tokens(torch.empty(1, 16, *size)) + more]
+    return dense_in(model, lengths, gamma, text, threshold, calls)
 
 
-def dense_in(model, lengths, gamma=1.4, text=TEXT):
-    """The same in attention of several lengths."""
+def dense_in(model, lengths, gamma=1.4, text=TEXT, threshold=0.0, calls=None):
+    """The same in attention of several lengths; ``calls`` gets t of each call."""
 
     def override(func, q, k, v, heads, **kwargs):
         length = k.shape[2 if kwargs.get("skip_reshape") else 1]
-        inner = dense_override(gamma if length in lengths else 1.0, text, length)
+        t = 1000 * float(kwargs["transformer_options"]["sigmas"][0])
+        if calls is not None and t not in calls[-1:]:
+            calls.append(t)
+        adjusted = length in lengths and t >= threshold
+        inner = dense_override(gamma if adjusted else 1.0, text, length)
         return inner(func, q, k, v, heads, **kwargs).to(q.dtype)
 
     return attending(model, override)
@@ -522,61 +530,179 @@ def test_conditioning_areas(folder, apply_taca, kind):
     torch.testing.assert_close(ours, sample(both, kind, **settings), atol=2e-3, rtol=2e-3)
 
 
+def hooked(conditioning, lora):
+    """A prompt with core's keyframed LoRA: on in the first half of the sampling."""
+    hook = comfy.hooks.create_hook_lora(lora=dict(lora), strength_model=1.0, strength_clip=0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.0, 0.5)):
+        keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hook.set_keyframes_on_hooks(keyframes)
+    return comfy.hooks.set_hooks_for_conditioning(conditioning, hook)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_hooked_to_steps(folder, apply_taca, kind):
     """Core's keyframed LoRA on the conditioning, beside TACA."""
     model = tiny.load(folder, kind)
-    lora = random_lora(model, only="blocks")
-
-    def hooked(m):
-        positive = tiny.conditioning(kind, TEXT)
-        hook = comfy.hooks.create_hook_lora(lora=dict(lora), strength_model=1.0, strength_clip=0.0)
-        keyframes = comfy.hooks.HookKeyframeGroup()
-        for strength, start in ((1.0, 0.0), (0.0, 0.5)):
-            keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
-        hook.set_keyframes_on_hooks(keyframes)
-        return comfy.hooks.set_hooks_for_conditioning(positive, hook)
-
+    lora, prompt = random_lora(model, only="blocks"), tiny.conditioning(kind, TEXT)
     settings = {"steps": 4, "text": (TEXT, TEXT), "cfg": 1.0}
-    expected = sample(dense(model), kind, positive=hooked(model), **settings)
-    ours = sample(apply_taca(model, 1.4, 0.0), kind, positive=hooked(model), **settings)
+    expected = sample(dense(model), kind, positive=hooked(prompt, lora), **settings)
+    ours = sample(apply_taca(model, 1.4, 0.0), kind, positive=hooked(prompt, lora), **settings)
     torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
     without = sample(apply_taca(model, 1.4, 0.0), kind, **settings)
     assert not torch.allclose(ours, without, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_and_saving(folder, apply_taca, kind, tmp_path):
-    """A merge of a patched model is the merge; a saved patched model is the plain file."""
+def test_merging(folder, apply_taca, kind):
+    """A merge of a patched model is the merge."""
     one, two = tiny.load(folder, kind), tiny.load(folder, kind, seed=9)
     merged = ModelMergeSimple().merge(one, two, 0.5)[0]
     ours = ModelMergeSimple().merge(apply_taca(one, 1.4), two, 0.5)[0]
     assert torch.equal(sample(ours, kind), sample(apply_taca(merged, 1.4), kind))
-    for m in (one, apply_taca(one)):
-        sample(m, kind, steps=1)
-        state = m.model.state_dict_for_saving(m.model_state_dict())
-        assert not any("taca" in key for key in state)
-        for key, value in tiny.weights(kind).items():
-            names = (
-                f".{key}",
-                f".{key.replace('.scale', '.weight')}",
-            )  # as core calls FLUX's norms
-            saved = next(tensor for name, tensor in state.items() if name.endswith(names))
-            assert torch.equal(saved, value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving(folder, apply_taca, kind, tmp_path, monkeypatch):
+    """By core's ModelSave, before and after a run: the plain model's file, also with a TACA LoRA;
+    loaded again, it is the plain model."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    model = tiny.load(folder, kind)
+    fit, add = (sys.modules[f"taca_pack.taca.{module}"] for module in ("lora", "patch"))
+    lora = fit.fit_lora(random_lora(model), model.model, "lora", 1.0)
+    taca = apply_taca(model, 1.4, 0.0)
+    files = []
+    for m in (model, taca, add.patch_lora(taca, lora)):
+        for _ in range(2):
+            ModelSave().save(m, f"{len(files)}")
+            files.append(next(tmp_path.glob(f"{len(files)}_*.safetensors")))
+            sample(m, kind, steps=1)
+    first, *others = map(load_file, files)
+    for state in others:
+        assert state.keys() == first.keys()
+        assert all(torch.equal(state[key], first[key]) for key in first)
+    for key, value in tiny.weights(kind).items():
+        names = (f".{key}", f".{key.replace('.scale', '.weight')}")  # as core calls FLUX's norms
+        assert torch.equal(next(t for name, t in first.items() if name.endswith(names)), value)
+    again = comfy.sd.load_diffusion_model(str(files[-1]))
+    assert torch.equal(sample(again, kind), sample(model, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "sampler",
-    ["heun", "dpmpp_2s_ancestral", "res_multistep", "dpmpp_sde", "uni_pc", "euler_ancestral"],
-)
+    ["heun", "dpmpp_2s_ancestral", "res_multistep", "dpmpp_sde", "uni_pc", "euler_ancestral",
+     "dpmpp_2m"],
+)  # fmt: skip
 def test_samplers_densely(folder, apply_taca, kind, sampler):
-    """Several calls a step, and noise between them."""
-    model = tiny.load(folder, kind)
+    """Several calls a step, and noise between them; in all calls, and in a window that begins or
+    ends within a step."""
+    model, calls = tiny.load(folder, kind), []
     settings = {"steps": 4, "text": (TEXT, TEXT), "sampler": sampler}
-    expected = sample(dense(model), kind, **settings)
-    ours = sample(apply_taca(model, 1.4, 0.0), kind, **settings)
-    torch.testing.assert_close(ours, expected, atol=5e-3, rtol=5e-3)
+    results = []
+    for threshold in (0.0, 800.0):
+        expected = sample(dense(model, threshold=threshold, calls=calls), kind, **settings)
+        ours = sample(apply_taca(model, 1.4, threshold), kind, **settings)
+        torch.testing.assert_close(ours, expected, atol=5e-3, rtol=5e-3)
+        results.append(expected)
+    assert (results[0] - results[1]).abs().max() > 0.05
+    assert min(calls) < 800 < max(calls)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("denoise", [0.8, 0.4])
+@pytest.mark.parametrize("threshold", [0.0, 750.0])
+def test_image_to_image_densely(folder, apply_taca, kind, denoise, threshold):
+    """From a picture: the window's timesteps are those of the whole sampling."""
+    model, calls = tiny.load(folder, kind), []
+
+    def drawn(m):
+        return nodes.common_ksampler(
+            m, 3, 6, 1.0, "euler", "simple", tiny.conditioning(kind, TEXT),
+            tiny.conditioning(kind, TEXT), {"samples": tiny.latent(16, 16)}, denoise=denoise,
+        )[0]["samples"]  # fmt: skip
+
+    plain, expected, ours = map(drawn, (
+        model, dense(model, threshold=threshold, calls=calls), apply_taca(model, 1.4, threshold)
+    ))  # fmt: skip
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    assert max(calls) < 990
+    assert ((plain - expected).abs().max() > 0.05) == (max(calls) >= threshold)
+
+
+@pytest.mark.parametrize("references", [1, 2])
+def test_kontext(folder, apply_taca, references):
+    """Reference latents, by core's node and through the sampler: they count as image."""
+    model, positive = tiny.load(folder, "flux"), tiny.conditioning("flux", TEXT)
+    sizes, more = [(8, 12), (6, 8)][:references], 0
+    for i, size in enumerate(sizes):
+        reference = {"samples": tiny.latent(*size, seed=7 + i)}
+        positive = ReferenceLatent.execute(positive, reference).result[0]
+        more += image_tokens(reference["samples"])
+    settings = {"steps": 3, "cfg": 1.0, "positive": positive}
+    expected = sample(dense(model, more=more), "flux", **settings)
+    ours = sample(apply_taca(model, 1.4, 0.0), "flux", **settings)
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    for other in (
+        sample(model, "flux", **settings),
+        sample(dense(model), "flux", steps=3, cfg=1.0),
+    ):
+        assert (other - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_in_front_or_behind(folder, apply_taca, kind):
+    """An ordinary LoRA adds to the weights either way round."""
+    model = tiny.load(folder, kind)
+    lora = random_lora(model, only="blocks")
+
+    def add(m):
+        return comfy.sd.load_lora_for_models(m, None, dict(lora), 0.7, 0.0)[0]
+
+    settings = {"steps": 4, "text": (TEXT, TEXT)}
+    expected = sample(dense(add(model)), kind, **settings)
+    before, after = add(apply_taca(model, 1.4, 0.0)), apply_taca(add(model), 1.4, 0.0)
+    torch.testing.assert_close(sample(before, kind, **settings), expected, atol=2e-3, rtol=2e-3)
+    assert torch.equal(sample(before, kind, **settings), sample(after, kind, **settings))
+    assert (sample(dense(model), kind, **settings) - expected).abs().max() > 0.1
+
+
+FAMILY_COMBINATIONS = {
+    "skip layer guidance": lambda m, case: COMBINATIONS["skip layer guidance"](m, "flux"),
+    "APG": COMBINATIONS["APG"],
+    "EasyCache": COMBINATIONS["EasyCache"],
+    "a hooked LoRA": lambda m, case: m,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY_COMBINATIONS)
+@pytest.mark.parametrize("case", named("Qwen-Image", "Z-Image", "FLUX.2", "Chroma"), ids=str)
+def test_beside_on_families(folder, apply_taca, monkeypatch, case, name):
+    """As `test_beside`, on the models that most people run."""
+    model = families.load(case, folder, monkeypatch)
+    combine, run = FAMILY_COMBINATIONS[name], {"steps": 4, "cfg": 3.0}
+    alone = sample_family(model, case, **run)
+    if name == "a hooked LoRA":
+        conditioning, lora = families.conditioning, random_lora(model, only="att")
+        monkeypatch.setattr(
+            families, "conditioning", lambda *a, **k: hooked(conditioning(*a, **k), lora)
+        )
+    taca = apply_taca(model, 1.4, 0.0)
+    plain, expected, *ours = (
+        sample_family(m, case, **run)
+        for m in (
+            combine(model, case), combine(dense_family(model, case, 1.4), case),
+            combine(taca, case), apply_taca(combine(model, case), 1.4, 0.0),
+        )
+    )  # fmt: skip
+    effect = (plain - expected).abs().max()
+    assert effect > 0.1
+    # Z-Image asks no patch whether to run a block.
+    no_op = (name, case.name) == ("skip layer guidance", "Z-Image")
+    assert ((plain - alone).abs().max() > 0.1) != no_op
+    assert all((each - expected).abs().max() < 2e-3 * effect for each in ours)
+    assert not installed_on(model)
 
 
 @pytest.mark.parametrize(("denoise", "inside"), [(0.9, 0), (0.95, 1), (1.0, 2)])
