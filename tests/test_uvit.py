@@ -811,9 +811,9 @@ def test_bad_data_is_told(train_node, told):
 
 
 @pytest.mark.slow
-def test_the_demo_learns_to_draw_the_prompt(tmp_path):
-    """The demo's workflow in full on a server: after training, the checker finds the prompted
-    shapes in the pictures; saved and loaded, the model draws the same; the log says how long.
+def test_the_demo_learns_to_draw_its_prompts(tmp_path):
+    """The demo's workflow in full on a server: the loss falls, and by the checker the prompted
+    shapes appear; from the saved file the same pictures, and those of another prompt it learnt.
     """
     world = load("world")
     with (
@@ -823,18 +823,21 @@ def test_the_demo_learns_to_draw_the_prompt(tmp_path):
         graph = api_form(read(ROOT / "demo/workflows/taca_demo_uvit.json"),
                          server.get("/object_info"))  # fmt: skip
         ids = {node["class_type"]: key for key, node in graph.items()}
+        [prompt] = [n["inputs"] for n in graph.values() if n["inputs"].get("text")]
         first = pictures_of(server, server.run(graph)[ids["SaveImage"]])
         saved = next((tmp_path / "base/output/diffusion_models").glob("*.safetensors"))
         graph[ids["TrainUViT"]] = {"class_type": "LoadUViT", "inputs": {"unet_name": saved.name}}
         del graph[ids["SaveUViT"]]
         again = pictures_of(server, server.run(graph)[ids["SaveImage"]])
+        told, prompt["text"] = prompt["text"], "a blue circle below a cyan circle"
+        other = pictures_of(server, server.run(graph)[ids["SaveImage"]])
     checkpoint = next((tmp_path / "base/output/uvit").glob("*.safetensors"))
     losses = load_file(checkpoint)["training.losses"]
     assert losses[-100:].mean() < 0.1 * losses[:100].mean()
-    told = next(node["inputs"]["text"] for node in graph.values() if node["inputs"].get("text"))
-    verdicts = [world.check(picture, told)["everything"] for picture in first]
-    assert len(verdicts) == 4
-    assert all(verdicts)
+    for pictures, caption in ((first, told), (other, prompt["text"])):
+        right = [world.check(picture, caption)["everything"] for picture in pictures]
+        assert len(right) == 4
+        assert sum(right) >= 3, caption
     assert np.abs(first - again).max() < 0.02
 
 
