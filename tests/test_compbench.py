@@ -772,8 +772,7 @@ def assert_drawn_by_the_demo(out, number):
 def test_two_servers_one_killed(tmp_path, capsys):
     """A real ComfyUI with the demo's model; one of two is killed on the way."""
     out = tmp_path / "out"
-    captions = demo.world.captions("held-out")[:8]
-    line = demo.write_inputs(tmp_path, captions, steps=12)
+    line = demo.write_inputs(tmp_path, 8, 2, steps=12)
     with demo.comfyuis(tmp_path, 2) as ((url, victim), (other, _)):
         line += ["--out", str(out), "--images", "2", "--servers", url, other]
 
@@ -788,9 +787,16 @@ def test_two_servers_one_killed(tmp_path, capsys):
         thread.join()
     by_server = [line["server"] for line in lines_of(out)]
     assert set(by_server) == {url, other}
-    assert by_server.count(url) < 12
+    assert by_server.count(url) < 16
     assert "will be drawn again" in capsys.readouterr().err
-    assert_drawn_by_the_demo(out, 32)
+    assert_drawn_by_the_demo(out, 40)
+    found = demo.record(out, {"server": 8}, 8, 1)  # GenEval's layout is in it
+    assert found["by category"] == {"shapes": 32, "geneval": 8}
+    assert sorted(found["by server"].values()) == sorted(map(by_server.count, (url, other)))
+    for i, text in enumerate(demo.world.captions("held-out")[8:10]):
+        folder = out / f"gamma_1.2/geneval/{i:05}"
+        assert json.loads((folder / "metadata.jsonl").read_text())["prompt"] == text
+        assert files_under(folder / "samples") == ["0000.png", "0001.png"]
 
 
 @posix
@@ -799,7 +805,7 @@ def test_on_ray(tmp_path):
     """Two workers, each with a ComfyUI of its own; one is killed on the way."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     out = tmp_path / "out"
-    line = demo.write_inputs(tmp_path, demo.world.captions("held-out")[:10])
+    line = demo.write_inputs(tmp_path, 8, 2)
     line += [
         "--out",
         str(out),
