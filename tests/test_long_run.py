@@ -23,7 +23,14 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from test_server import DEMO_MODEL, LORA, load, on_the_demo_model, save_lora
+from test_server import (
+    DEMO_MODEL,
+    LORA,
+    add_tiny_clip,
+    load,
+    on_the_demo_model,
+    save_lora,
+)
 from workflow import DEMO, ONE_THREAD, USERS, WIDGETS, api_form, read
 
 log = logging.getLogger(__name__)
@@ -41,6 +48,7 @@ def serving(tmp_path_factory):
         loras = folder / "base/output/loras"
         loras.mkdir(parents=True)
         save_lora(loras / LORA)
+        add_tiny_clip(folder / "base")
         return load("comfy_server").serving(folder / "base", folder / "log")
 
     with mock.patch.dict(os.environ, ONE_THREAD):
