@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io
 from safetensors import safe_open
@@ -15,6 +19,8 @@ ADVICE = (
     "Load CLIP-L by CLIPLoader with type stable_diffusion, from a file that has its text "
     "projection (clip_l.safetensors as published with FLUX and SD3 has it)."
 )
+_SAFE = (".safetensors", ".sft")
+_READABLE = (*_SAFE, ".pt", ".pth", ".bin", ".ckpt")
 
 
 class TACAAlignmentScore(io.ComfyNode):
@@ -122,10 +128,7 @@ def text_embedding(clip: Any, text: str) -> Tensor:
         )
     _, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
     projection = encoder.transformer.text_projection
-    weight = projection.weight
-    # Where the file has none, core leaves the layer as the memory was.
-    usable = torch.isfinite(weight).all() and weight.count_nonzero() > 0
-    if not usable or not _projection_in_file(clip):
+    if not _is_loaded(projection.weight, clip):
         raise ValueError(
             f"TACA Alignment Score: this CLIP-L was saved without its text projection, as in "
             f"Stable Diffusion's checkpoints, and cannot be compared with pictures. {ADVICE}"
@@ -135,16 +138,48 @@ def text_embedding(clip: Any, text: str) -> Tensor:
     return projection(pooled.to(clip.patcher.load_device))
 
 
-def _projection_in_file(clip: Any) -> bool:
-    """Whether the file that the patcher was loaded from has a text projection, if core tells."""
+def _is_loaded(weight: Tensor, clip: Any) -> bool:
+    """Whether the text projection came from a file.
+
+    Where the file has none, core leaves the layer as the memory was, which may be any numbers, and
+    keeps no note of it: so the file is asked.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be known.
+    """
     made = getattr(clip.patcher, "cached_patcher_init", None)
     paths = made[1][0] if made else []
-    for path in [paths] if isinstance(paths, str) else paths:
-        if str(path).endswith((".safetensors", ".sft")):
-            with safe_open(path, framework="pt") as file:
-                if not any("text_projection" in key for key in file.keys()):  # noqa: SIM118
-                    return False
-    return True
+    files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    if files and all(file.suffix in _READABLE and file.is_file() for file in files):
+        return all(_projection(file, file.stat().st_mtime) is not None for file in files)
+    # A ComfyUI or a loader that does not tell the file: it is the one that has these numbers.
+    for name in folder_paths.get_filename_list("text_encoders"):
+        file = Path(folder_paths.get_full_path_or_raise("text_encoders", name))
+        found = _projection(file, file.stat().st_mtime) if file.suffix in _SAFE else None
+        if found is not None and torch.equal(found.to(weight).float(), weight.float()):
+            return True
+    raise ValueError(
+        f"TACA Alignment Score cannot tell whether this CLIP-L has its text projection: its loader "
+        f"does not say which file it read, and no .safetensors file in models/text_encoders has "
+        f"that projection. {ADVICE}"
+    )
+
+
+@lru_cache(maxsize=16)
+def _projection(file: Path, _: float) -> Tensor | None:
+    """The text projection in a file, kept until that is changed; None if it has none."""
+    if file.suffix in _SAFE:
+        with safe_open(file, framework="pt") as weights:
+            found = [key for key in weights.keys() if "text_projection" in key]  # noqa: SIM118
+            weight = weights.get_tensor(found[0]) if found else None
+    else:
+        state = comfy.utils.load_torch_file(str(file), safe_load=True)
+        found = [key for key in state if "text_projection" in key]
+        weight = state[found[0]] if found else None
+    # Old files have the matrix the other way round, under a name without "weight".
+    return weight.T if weight is not None and not found[0].endswith("weight") else weight
 
 
 NODES = [TACAAlignmentScore]

@@ -26,7 +26,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_abuse import many
-from test_server import DEMO_MODEL, LORA, load, on_the_demo_model, save_lora
+from test_server import (
+    DEMO_MODEL,
+    LORA,
+    add_tiny_clip,
+    load,
+    on_the_demo_model,
+    save_lora,
+)
 from workflow import DEMO, ONE_THREAD, USERS, WIDGETS, api_form, read
 
 log = logging.getLogger(__name__)
@@ -44,6 +51,7 @@ def serving(tmp_path_factory):
         loras = folder / "base/output/loras"
         loras.mkdir(parents=True)
         save_lora(loras / LORA)
+        add_tiny_clip(folder / "base")
         return load("comfy_server").serving(folder / "base", folder / "log")
 
     with mock.patch.dict(os.environ, ONE_THREAD):

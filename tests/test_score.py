@@ -1,6 +1,7 @@
 """TACA Alignment Score against transformers' CLIP, on seeded weights of ViT-L's shapes."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -128,17 +129,56 @@ def test_what_is_not_clip_l_is_refused(clip_l, loaded, score):
         score(image, TEXT, vision, without)
 
 
-def test_a_projection_that_core_left_empty_is_seen(loaded, score):
-    """Where core does not say which file it read."""
+@pytest.fixture
+def encoders(monkeypatch, tmp_path):
+    """The user's models/text_encoders, empty."""
+    import folder_paths
+
+    (tmp_path / "encoders").mkdir()
+    place = ([str(tmp_path / "encoders")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", place)
+    return tmp_path / "encoders"
+
+
+def test_a_loader_that_does_not_tell_its_file(clip_l, loaded, score, encoders, monkeypatch):
+    """As ComfyUI's did not once: the file is looked for by its numbers, whatever the memory has."""
     vision, clip = loaded
+    image, folder = pictures((224, 224), 1), clip_l[1]
+    known = score(image, TEXT, vision, clip).result
+    monkeypatch.setattr(clip.patcher, "cached_patcher_init", None)
+    shutil.copy(folder / "clip_l_without.safetensors", encoders)
+    with pytest.raises(ValueError, match=r"cannot tell whether.*type stable_diffusion"):
+        score(image, TEXT, vision, clip)
+    shutil.copy(folder / "clip_l.safetensors", encoders)
+    assert score(image, TEXT, vision, clip).result == known
     weight = clip.cond_stage_model.clip_l.transformer.text_projection.weight
     kept = weight.data.clone()
-    weight.data.zero_()
+    weight.data.copy_(weight.data.roll(1))  # numbers as good as any, from no file
     try:
-        with pytest.raises(ValueError, match="without its text projection"):
-            score(pictures((224, 224), 1), TEXT, vision, clip)
+        with pytest.raises(ValueError, match="cannot tell whether"):
+            score(image, TEXT, vision, clip)
     finally:
         weight.data.copy_(kept)
+
+
+def test_files_that_are_no_safetensors(clip_l, loaded, score, tmp_path):
+    """Of core's other kind; and with the projection as it was saved of old."""
+    import comfy.sd
+    from safetensors.torch import load_file
+
+    image, (_, folder) = pictures((224, 224), 1), clip_l
+    known = score(image, TEXT, *loaded).result
+    whole = load_file(folder / "clip_l.safetensors")
+    without = {key: weight for key, weight in whole.items() if "text_projection" not in key}
+    old = {**without, "text_projection": whole["text_projection.weight"].T.contiguous()}
+    for state in (whole, old, without):
+        torch.save(state, tmp_path / "clip_l.bin")
+        clip = comfy.sd.load_clip([str(tmp_path / "clip_l.bin")])
+        if state is without:
+            with pytest.raises(ValueError, match="without its text projection"):
+                score(image, TEXT, loaded[0], clip)
+        else:
+            assert score(image, TEXT, loaded[0], clip).result == known
 
 
 def test_another_vision_model_is_refused(loaded, score):

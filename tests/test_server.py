@@ -5,6 +5,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -46,6 +48,12 @@ def save_lora(path):
     save_file({f"diffusion_model.{layer}.{k}.weight": v / 4 for k, v in factors.items()}, path)
 
 
+def add_tiny_clip(base):
+    """A pack of its own, for a server that is not running yet."""
+    (base / "custom_nodes").mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("tiny_clip.py"), base / "custom_nodes")
+
+
 def save_uvit(path):
     """A U-ViT of noise for the demo's latents and prompts."""
     sizes = NETWORK.Sizes(3, 64, 16, 16, 2, 16, 64)
@@ -59,6 +67,7 @@ def server(tmp_path_factory):
     for kind, name, save in (("loras", LORA, save_lora), ("diffusion_models", U_VIT, save_uvit)):
         (folder / "base/output" / kind).mkdir(parents=True)
         save(folder / "base/output" / kind / name)
+    add_tiny_clip(folder / "base")
     with (
         mock.patch.dict(os.environ, ONE_THREAD),
         load("comfy_server").serving(folder / "base", folder / "log") as running,
@@ -190,6 +199,8 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
     "TrainLoraNode": ("TrainLoraNode", {"steps": 1, "training_dtype": "fp32"}),
     "EmptyLatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
     "LoadUViT": ("LoadUViT", {"unet_name": U_VIT}),
+    "CLIPLoader": ("TinyCLIP", {}),
+    "CLIPVisionLoader": ("TinyCLIPVision", {}),
     "TrainUViT": ("TrainUViT", {"steps": 2, "batch_size": 2, "blocks": 3, "width": 64}),
 }  # fmt: skip
 
@@ -210,6 +221,7 @@ SAID = {  # by workflows that say something about a run; a sweep shows one sheet
     "taca_flux1_attention_report": "Where TACA acts, text gets",
     "taca_flux1_schedule_preview": "TACA acts on 3 of 30 steps.",
     "taca_flux1_sweep": "",
+    "taca_alignment_score": "",
 }
 
 
@@ -243,6 +255,24 @@ def test_workflow_runs(path, server, object_info):
     else:
         plain, taca = pictures
         assert np.abs(plain - taca).max() > 1
+
+
+def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
+    """The workflow's own, from Sweep to Score to the sheet: one for each picture, in its place."""
+    path = ROOT / "workflows/taca_alignment_score.json"
+    graph = on_the_demo_model(api_form(read(path), object_info), object_info)
+    by_class = {content["class_type"]: node for node, content in graph.items()}
+    sheet, score = by_class["TACAContactSheet"], by_class["TACAAlignmentScore"]
+    assert graph[sheet]["inputs"]["labels"] == [score, 1]
+    for output in (0, 1):
+        graph[f"see {output}"] = {"class_type": "PreviewAny",
+                                  "inputs": {"source": [score, output]}}  # fmt: skip
+    outputs = server.run(graph)
+    numbers, labels = (outputs[f"see {output}"]["text"] for output in (0, 1))
+    assert len(numbers) == len(set(numbers)) == 2
+    for number, label, gamma in zip(numbers, labels, ("1", "1.2"), strict=True):
+        assert re.fullmatch(rf"gamma {gamma}\b.*: CLIP {float(number):.4f}", label), label
+    assert outputs[by_class["SaveImage"]]["images"]
 
 
 def test_the_demo_draws_the_prompt(server, tmp_path, monkeypatch):

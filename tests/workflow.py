@@ -23,6 +23,7 @@ MODELS = {
     "clip_name1": "text_encoders", "clip_name2": "text_encoders", "clip_name3": "text_encoders",
     "lora_name": "loras",
 }  # fmt: skip
+VISION = "CLIPVisionLoader"  # whose clip_name is of a folder of its own
 PICTURES = "folder"
 PICTURE_OF = ("LoadImage", "image")  # ... or one of those pictures, by node and widget
 UPLOAD = "image_upload"  # that widget's option
@@ -173,8 +174,9 @@ def place_files(base, workflows):
                     (base / "input").mkdir(parents=True, exist_ok=True)
                     Image.new("RGB", (64, 64), "gray").save(base / "input" / value)
                 elif name in MODELS:
-                    folder = base / "stand_ins" / MODELS[name]
+                    kind = "clip_vision" if node["type"] == VISION else MODELS[name]
+                    folder = base / "stand_ins" / kind
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / value).touch()
-                    folders.add((MODELS[name], folder))
+                    folders.add((kind, folder))
     return folders

@@ -1,15 +1,18 @@
 """compbench on the demo's model: one of two servers killed on the way, every picture checked.
 
 ``python dev.py run benchmarks/compbench/demo.py`` draws held-out captions of the demo's world,
-kills a server after a third of the pictures and the command itself after two thirds, starts the
-command again, and has the demo's checker look at what is there. It takes minutes on a CPU.
+in both layouts, kills a server after a third of the pictures and the command itself after two
+thirds, starts the command again, and has the demo's checker look at what is there. It takes minutes
+on a CPU. ``--record FILE`` writes down what was found.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -32,6 +35,7 @@ import comfy_server  # noqa: E402
 import world  # noqa: E402
 
 from compbench import store  # noqa: E402
+from compbench.plan import IMAGES  # noqa: E402
 from compbench.server import Lost, Refused, Server  # noqa: E402
 
 CRITERIA = ("colour", "shape", "relation", "everything")
@@ -100,13 +104,22 @@ def comfyuis(folder: Path, number: int) -> Iterator[list[tuple[str, subprocess.P
         yield started
 
 
-def write_inputs(folder: Path, captions: list[str], steps: int = 20) -> list[str]:
-    """A prompt file as T2I-CompBench's are, and the workflow; the command's arguments for them."""
+def write_inputs(folder: Path, shapes: int, objects: int, steps: int = 20) -> list[str]:
+    """Prompt files as T2I-CompBench's and GenEval's are, and the workflow; the arguments for them.
+
+    Parameters
+    ----------
+    shapes, objects : int
+        How many held-out captions are in the one and in the other.
+    """
+    captions = world.captions("held-out")[: shapes + objects]
     folder.mkdir(parents=True, exist_ok=True)
     # As theirs: CRLF, and no end of the last line.
-    (folder / "shapes_val.txt").write_bytes("\r\n".join(captions).encode())
+    (folder / "shapes_val.txt").write_bytes("\r\n".join(captions[:shapes]).encode())
+    lines = [{"tag": "position", "include": [], "prompt": text} for text in captions[shapes:]]
+    (folder / "objects.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "workflow.json").write_text(json.dumps(workflow(steps)))
-    return ["--prompts", str(folder / "shapes_val.txt"),
+    return ["--prompts", str(folder / "shapes_val.txt"), str(folder / "objects.jsonl"),
             "--workflow", str(folder / "workflow.json")]  # fmt: skip
 
 
@@ -124,18 +137,51 @@ def judge(out: Path) -> dict[float, Counter[str]]:
     """
     found: dict[float, Counter[str]] = {}
     plan = store.known(out)
-    [category] = plan.categories
+    each = [(category, i) for category in plan.categories for i in range(len(category.prompts))]
     for gamma in plan.gammas:
         count = found[gamma] = Counter()
-        for i, prompt in enumerate(category.prompts):
-            other = category.prompts[(i + 2) % len(category.prompts)]
+        for k, (category, i) in enumerate(each):
+            other, j = each[(k + 2) % len(each)]
             for unit in category.units(i, gamma):
                 picture = np.asarray(Image.open(out / unit.path).convert("RGB")) / 255
-                right = world.check(picture, prompt)
+                right = world.check(picture, unit.prompt)
                 count.update(key for key in CRITERIA if right[key])
-                count["chance"] += world.check(picture, other)["everything"]
+                count["chance"] += world.check(picture, other.prompts[j])["everything"]
                 count["pictures"] += 1
     return found
+
+
+def record(out: Path, kills: dict[str, int], again: int, seconds: float) -> dict[str, Any]:
+    """What a finished run has, as JSON; it is an error if a picture is not whole and once there.
+
+    Parameters
+    ----------
+    kills : dict
+        What was killed -> after how many pictures.
+    again : int
+        How many pictures the second command found.
+    """
+    plan = store.known(out)
+    lines = [json.loads(line) for line in (out / store.MANIFEST).read_bytes().splitlines()]
+    whole = store.check(out)
+    names = sorted({line["server"] for line in lines})
+    of_server = Counter(f"server {names.index(line['server'])}" for line in lines)
+    if not whole == len(lines) == len(plan.units()):
+        sys.exit(f"{len(plan.units())} pictures, {whole} whole, {len(lines)} lines")
+    return {
+        "pictures": len(plan.units()),
+        "whole": whole,
+        "lines of the manifest": len(lines),
+        "by category": {c.name: 2 * len(c.prompts) * len(c.seeds) for c in plan.categories},
+        "by server": dict(sorted(of_server.items())),
+        "killed after": kills,
+        "found by the second command": again,
+        "seconds": round(seconds),
+        "plan, SHA-256": hashlib.sha256(
+            json.dumps(plan.json(), sort_keys=True).encode()
+        ).hexdigest(),
+        "right, by gamma": {f"{gamma:g}": dict(count) for gamma, count in judge(out).items()},
+    }
 
 
 def worker_of(command: subprocess.Popen) -> psutil.Process:
@@ -147,14 +193,16 @@ def worker_of(command: subprocess.Popen) -> psutil.Process:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "compbench")
-    parser.add_argument("--captions", type=int, default=30)
-    parser.add_argument("--images", type=int, default=10)
+    parser.add_argument("--shapes", type=int, default=28, help="captions in T2I-CompBench's layout")
+    parser.add_argument("--objects", type=int, default=5, help="captions in GenEval's")
     parser.add_argument("--ray", action="store_true", help="two workers of Ray, on the CPU")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what was found, as JSON")
     options = parser.parse_args()
     out = options.out / "pictures"
-    arguments = write_inputs(options.out, world.captions("held-out")[: options.captions])
-    arguments += ["--out", str(out), "--images", str(options.images)]
-    total = 2 * options.captions * options.images
+    arguments = write_inputs(options.out, options.shapes, options.objects)
+    arguments += ["--out", str(out)]
+    total = 2 * (IMAGES["t2i"] * options.shapes + IMAGES["geneval"] * options.objects)
+    kills = {}
     with ExitStack() as stack:
         if options.ray:
             arguments += ["--ray", "--workers", "2", "--gpus-per-worker", "0"]
@@ -165,20 +213,22 @@ def main() -> None:
         started = time.monotonic()
         first = subprocess.Popen(command)
         wait_for(out, total // 3, first)
-        print(f"\nKilling a server after {drawn(out)} of {total} pictures", flush=True)
         (worker_of(first) if options.ray else servers[0][1]).kill()
+        kills["server"] = drawn(out)
+        print(f"\nKilled a server after {kills['server']} of {total} pictures", flush=True)
         wait_for(out, 2 * total // 3, first)
-        print(f"\nKilling the command after {drawn(out)} of {total} pictures", flush=True)
         first.kill()
         first.wait()
-        subprocess.run(command, check=True)
+        kills["command"] = drawn(out)
+        print(f"\nKilled the command after {kills['command']} of {total} pictures", flush=True)
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(said)
         seconds = time.monotonic() - started
-    print(
-        f"\n{store.check(out)} pictures whole, {drawn(out)} lines in the manifest, {seconds:.0f} s"
-    )
-    for gamma, count in judge(out).items():
-        share = {key: f"{count[key] / count['pictures']:.1%}" for key in (*CRITERIA, "chance")}
-        print(f"gamma {gamma:g}: right of {count['pictures']}:", share)
+    again = int(re.search(r"(\d+) of them drawn before", said)[1])
+    text = json.dumps(record(out, kills, again, seconds), indent=1)
+    print(text)
+    if options.record:
+        options.record.write_text(text + "\n")
 
 
 def wait_for(out: Path, number: int, command: subprocess.Popen) -> None:

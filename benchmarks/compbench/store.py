@@ -124,7 +124,8 @@ class Store:
         """Whether each picture is what its line says; hashing leaves Python to other threads."""
         with ThreadPoolExecutor() as pool:
             looks = pool.map(lambda line: _is_same(self._out / line["image"], line), lines)
-            return list(tqdm(looks, "looking", len(lines), unit="image", leave=False, delay=2))
+            pause = 0.5 if sys.stderr.isatty() else 30
+            return list(tqdm(looks, "looking", len(lines), False, mininterval=pause, delay=2))
 
 
 @contextmanager
