@@ -94,22 +94,22 @@ def table(versions: dict[str, dict[str, Any]]) -> str:
         ]
         tokens = [span(n for run in runs for n in run[kind]) for kind in ("text", "image")]
         cells = [
-            family.name, ", ".join(tested), ", ".join(tokens),
+            family.name, "; ".join(tested), ", ".join(tokens),
             verdict(runs, "attention"), verdict(runs, "LoRA"), oldest,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Skipped, of the tests of these on each version:", ""]
+    lines += ["", "What these tests counted, and skipped with the reason:", ""]
     everywhere = set.intersection(*(set(found["skipped"].values()) for found in versions.values()))
     for version, found in versions.items():
         own = dict.fromkeys(r for r in found["skipped"].values() if r not in everywhere)
         lacks = [r.rpartition(" has no ")[2] for r in own if " has no " in r]
         others = [r for r in own if " has no " not in r]
-        parts = ["no " + ", ".join(lacks)] * bool(lacks) + others
+        parts = ["it has no " + "; ".join(lacks)] * bool(lacks) + others
         lines.append(
             f"- {version} ({found['passed']} passed, {len(found['failed'])} failed, "
-            f"{len(found['skipped'])} skipped): {'; '.join(parts) or 'nothing more'}"
+            f"{len(found['skipped'])} skipped): {'. '.join(parts)}."
         )
-    lines.append(f"- on all: {'; '.join(sorted(everywhere))}")
+    lines.append(f"- on all: {'. '.join(sorted(everywhere))}.")
     lines += ["", "Refused, by name and with the reason:", ""]
     reasons = defaultdict(dict)
     for called, reason in REFUSED.values():
@@ -120,7 +120,8 @@ def table(versions: dict[str, dict[str, Any]]) -> str:
 
 def span(numbers: Any) -> str:
     """The least and the most of some numbers."""
-    low, *_, high = sorted([*numbers] * 2)
+    known = set(numbers)
+    low, high = min(known), max(known)
     return str(low) if low == high else f"{low}-{high}"
 
 
