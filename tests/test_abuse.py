@@ -183,7 +183,8 @@ def window_at(window, sigma, sigmas, sampling):
     else:
         n = window["steps"]
         high, low = 1000 * sigmas[0], 1000 * sigmas[n] + 5e-3 if n < len(sigmas) - 1 else 0.0
-    if not low - 1e-3 <= t <= high + 1e-3:
+    # A window that begins at t >= 999 begins with the sampling: with whatever noise that has.
+    if t < low - 1e-3 or (t > high + 1e-3 and high < 999):
         return False, 0.0
     x = min(max((high - t) / max(high - low, 1e-9), 0.0), 1.0)
     share = {"step": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}
