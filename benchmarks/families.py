@@ -98,7 +98,8 @@ def table(versions: dict[str, dict[str, Any]]) -> str:
             verdict(runs, "attention"), verdict(runs, "LoRA"), oldest,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "What these tests counted, and skipped with the reason:", ""]
+    counts = "What these tests counted, and skipped with the reason"
+    lines += ["", f"<details><summary>{counts}</summary>", ""]
     everywhere = set.intersection(*(set(found["skipped"].values()) for found in versions.values()))
     for version, found in versions.items():
         own = dict.fromkeys(r for r in found["skipped"].values() if r not in everywhere)
@@ -110,7 +111,7 @@ def table(versions: dict[str, dict[str, Any]]) -> str:
             f"{len(found['skipped'])} skipped): {'. '.join(parts)}."
         )
     lines.append(f"- on all: {'. '.join(sorted(everywhere))}.")
-    lines += ["", "Refused, by name and with the reason:", ""]
+    lines += ["", "</details>", "", "Refused, by name and with the reason:", ""]
     reasons = defaultdict(dict)
     for called, reason in REFUSED.values():
         reasons[reason][called] = None

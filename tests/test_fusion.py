@@ -63,12 +63,22 @@ def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path):
     assert list(report["networks"]) == [file.stem for file in files]
     ((name, found),) = report["differences"].items()
     assert (name, found["seeds"]) == ("central 3, 3 steps, minus early, 3 steps", [0, 1])
-    shares = [report["networks"][file.stem]["right"] for file in files]
-    for what in fusion.world.CRITERIA:
-        early, central = (np.array([s[what] for s in half]) for half in (shares[:2], shares[2:]))
-        expected = 100 * (central - early)
-        assert np.allclose(found[what]["by_seed"], expected, atol=0.02)
-        assert found[what]["mean"] == pytest.approx(expected.mean(), abs=0.02)
+    for kind, criteria in (("right", fusion.world.CRITERIA), ("tells", fusion.TOLD)):
+        shares = [report["networks"][file.stem][kind] for file in files]
+        for what in criteria:
+            early, central = (np.array([s[what] for s in two]) for two in (shares[:2], shares[2:]))
+            expected = 100 * (central - early)
+            assert np.allclose(found[kind][what]["by_seed"], expected, atol=0.02)
+            assert found[kind][what]["mean"] == pytest.approx(expected.mean(), abs=0.02)
+
+
+def test_wrong_captions_are_wrong(fusion):
+    """Each in one thing, of a rendered picture; and never another way to say the same."""
+    rng = np.random.default_rng(0)
+    for caption in fusion.world.captions("held-out"):
+        picture = fusion.world.render(caption, rng)
+        for wrong in fusion.wrong(caption):
+            assert not fusion.world.check(picture, wrong)["everything"]
 
 
 def test_interval_covers_the_truth_where_seeds_differ(fusion):
@@ -77,9 +87,12 @@ def test_interval_covers_the_truth_where_seeds_differ(fusion):
     hits = {"seeds": 0, "scenes": 0}
     for _ in range(40):
         of_seed = 0.1 + 0.05 * rng.standard_normal((6, 1, 1, 1))
-        difference = of_seed + 0.3 * rng.standard_normal((6, 1, 204, 5))
-        low, high = fusion.paired(difference, 200)["colour"]["interval"]
+        ours = of_seed + 0.3 * rng.standard_normal((6, 1, 204, 1))
+        plain = dict(enumerate(np.zeros_like(ours)))
+        seeds = list(plain)
+        low, high = fusion.paired(("x",), dict(enumerate(ours)), plain, seeds, 200)["x"]["interval"]
         hits["seeds"] += low <= 10 <= high
-        alone = fusion.paired(difference.mean(0, keepdims=True), 200)["colour"]["interval"]
+        mean = {0: ours.mean(0)}
+        alone = fusion.paired(("x",), mean, plain, [0], 200)["x"]["interval"]
         hits["scenes"] += alone[0] <= 10 <= alone[1]
     assert hits["seeds"] / 40 > 0.8 > hits["scenes"] / 40 + 0.05
