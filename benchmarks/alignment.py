@@ -217,13 +217,15 @@ def summary(result: dict[str, Any]) -> str:
     """What the table is of, and the best gamma of each window."""
     share = ", ".join(f"{100 * s:.1f}" for s in result["text_share"])
     count = len(result["settings"][0]["judged"][JUDGED[0]])
-    chance = ", ".join(f"{what} {result['chance'][what]:g} %" for what in JUDGED)
+    by_chance = ""
+    if "chance" in result:  # results of before have none
+        chance = ", ".join(f"{what} {result['chance'][what]:g} %" for what in JUDGED)
+        by_chance = f" Of captions that are not theirs those at gamma 1 get right: {chance}."
     lines = [
         f"{result['model']}: {result['image_tokens']} image tokens to {result['text_tokens']} of "
         f"text; {share} % of the image's attention on text in blocks 0.. (even: "
         f"{100 * result['text_tokens'] / (result['text_tokens'] + result['image_tokens']):.1f} %); "
-        f"{count} pictures a setting. Of captions that are not theirs these pictures get right: "
-        f"{chance}."
+        f"{count} pictures a setting.{by_chance}"
     ]
     for cfg in sorted({s["cfg"] for s in result["settings"]}, reverse=True):
         for window in WINDOWS:
