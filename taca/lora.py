@@ -112,9 +112,10 @@ class Patch(nn.Module):
         if isinstance(value, WeightAdapterBase):
             self._like = type(value)(set(), ())
             self._like.multiplier = strength
-            if isinstance(value, LoRAAdapter) and permute is None and is_sum:
-                _, down, alpha = parts[:3]
-                self._scale = strength * (1.0 if alpha is None else float(alpha) / down.shape[0])
+            down, alpha = parts[1:3]
+            is_plain = isinstance(value, LoRAAdapter) and permute is None and is_sum
+            if is_plain and down.ndim == 2 and down.numel():
+                self._scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
 
     def value(self, device: torch.device) -> Any:
         """The adapter or the difference, on a device."""

@@ -343,7 +343,7 @@ def test_context_windows_over_frames(case, folder, apply_taca, monkeypatch):
     model = families.load(case, folder, monkeypatch)
     frames, text = 6, case.text[0]
     monkeypatch.setattr(
-        families, "empty", lambda case: {"samples": torch.zeros(1, 16, frames, 8, 6)}
+        families, "empty", lambda *case: {"samples": torch.zeros(1, 16, frames, 8, 6)}
     )
 
     def windows(m):

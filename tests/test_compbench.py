@@ -698,7 +698,7 @@ def test_servers_share_the_work(tmp_path, color, workflow, fast):
 @posix
 def test_stopped_by_ctrl_c(tmp_path, color, workflow):
     out = tmp_path / "out"
-    with StandIn(lambda graph: time.sleep(0.02)) as server:
+    with StandIn(lambda graph: time.sleep(0.3)) as server:
         line = arguments([color], workflow, out, server.url, images=10)
         whole = [sys.executable, str(ROOT / "benchmarks/compbench"), *line]
         with subprocess.Popen(whole, stderr=subprocess.PIPE, text=True) as process:
