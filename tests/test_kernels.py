@@ -6,7 +6,6 @@ Attention Backend and Model Sparse Attention, which came after 0.30.
 
 import functools
 
-import comfy.ldm.minimax.model
 import pytest
 import tiny
 import torch
@@ -134,14 +133,15 @@ def coming(kernel, preferred):
 def test_containers_and_a_preferred_attention(case, folder, apply_taca, monkeypatch):
     """Inside the window TACA is in the slot: it gets tensors, and the file's preference gives way
     to what the user chose or, without, to core's own attention. Outside all is as it was."""
+    minimax = pytest.importorskip("comfy.ldm.minimax.model", reason="this ComfyUI has no MiniMax")
     model = families.load(case, folder, monkeypatch)
-    kernel, calls = comfy.ldm.minimax.model.optimized_attention, []
+    kernel, calls = minimax.optimized_attention, []
 
     def preferred(*args, **kwargs):
         calls.append("preferred")
         return kernel(*args, **kwargs)
 
-    monkeypatch.setattr(comfy.ldm.minimax.model, "optimized_attention", coming(kernel, preferred))
+    monkeypatch.setattr(minimax, "optimized_attention", coming(kernel, preferred))
     expected, plain = (sample_family(dense_family(model, case, g), case) for g in (1.4, 1.0))
     effect = (expected - plain).abs().max()
 
@@ -276,6 +276,7 @@ def test_sparse_attention_that_goes_round_the_slot(
 ):
     """As core's of MiniMax-H3, which hands each block an attention of its own from some sigma on:
     an error if that is all of the window, a warning if some of it, and nothing behind it."""
+    pytest.importorskip("comfy.ldm.minimax.model", reason="this ComfyUI has no MiniMax")
     model = families.load(case, folder, monkeypatch).clone()
 
     def block_patch(args, extra, attention):
