@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .preview import say
@@ -157,7 +157,10 @@ def _is_loaded(weight: Tensor, clip: Any) -> bool:
     # A ComfyUI or a loader that does not tell the file: it is the one that has these numbers.
     for name in folder_paths.get_filename_list("text_encoders"):
         file = Path(folder_paths.get_full_path_or_raise("text_encoders", name))
-        found = _projection(file, file.stat().st_mtime) if file.suffix in _SAFE else None
+        try:
+            found = _projection(file, file.stat().st_mtime) if file.suffix in _SAFE else None
+        except (SafetensorError, OSError):
+            continue  # a damaged file, that is not the one
         if found is not None and torch.equal(found.to(weight).float(), weight.float()):
             return True
     raise ValueError(

@@ -31,8 +31,14 @@ OVERRIDE = "optimized_attention_override"
 
 Lists = dict[str, tuple[nn.Module, ...]]
 
-frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: False)
-"""What dynamo does with the frames of this thread: None where nothing is being compiled."""
+frame_callback: Callable[[], Any] = lambda: False  # noqa: E731
+"""What dynamo does with the frames of this thread: None where nothing is being compiled.
+
+Asked of the torch that was tested, and later ones; some older ones return a reference that is not
+counted.
+"""
+if torch.__version__ >= "2.13":
+    frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", frame_callback)
 
 log = logging.getLogger("taca")
 
@@ -543,8 +549,13 @@ def handing(kwargs: Mapping[str, Any], options: dict[str, Any]) -> dict[str, Any
     """A block's arguments with other options: its own, or those of the attention it is handed."""
     attention: Any = kwargs.get("optimized_attention")
     cells = _cells(attention)
-    if "transformer_options" not in cells:
+    if attention is None:
         return {**kwargs, "transformer_options": options}
+    if "transformer_options" not in cells:
+        raise RuntimeError(
+            "TACA does not know the attention that this model's blocks are handed: another node "
+            "has wrapped it. Take that node out, or TACA Patch Model."
+        )
     cells["transformer_options"] = CellType(options)
     made = FunctionType(attention.__code__, attention.__globals__, attention.__name__,
                         attention.__defaults__, tuple(cells.values()))  # fmt: skip

@@ -329,3 +329,10 @@ def test_the_training_of_some_models_is_refused(case, pack, folder, apply_taca, 
     model = apply_taca(families.load(case, folder, monkeypatch))
     with pytest.raises(ValueError, match=f"{case.name} in training"):
         pack["TACATrainingWindow"].execute(model)
+
+
+def test_an_attention_that_another_node_wrapped_is_told():
+    """HiDream-O1's blocks are handed theirs, with the options in it."""
+    wrapped = partial(print)
+    with pytest.raises(RuntimeError, match="another node has wrapped it"):
+        sys.modules["taca_pack.taca.patch"].handing({"optimized_attention": wrapped}, {})

@@ -147,6 +147,7 @@ def test_a_loader_that_does_not_tell_its_file(clip_l, loaded, score, encoders, m
     known = score(image, TEXT, vision, clip).result
     monkeypatch.setattr(clip.patcher, "cached_patcher_init", None)
     shutil.copy(folder / "clip_l_without.safetensors", encoders)
+    (encoders / "a_download_cut_short.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"cannot tell whether.*type stable_diffusion"):
         score(image, TEXT, vision, clip)
     shutil.copy(folder / "clip_l.safetensors", encoders)

@@ -395,6 +395,7 @@ BROKEN = {
     "pos_embed has 1 axes": lambda s: s | {"pos_embed": s["pos_embed"].flatten()},
     "decoder_pred.weight has 0 axes": lambda s: s | {"decoder_pred.weight": torch.tensor(1.0)},
     "fused_blocks, the first": lambda s: s | {"fused_blocks": torch.tensor([1])},
+    "with text, is (nan, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([torch.nan, 3])},
     "with text, is (1.5, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([1.5, 3.0])},
     "side is at least 1": lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 4, 0, 2)},
     "not as numbers with a fraction": lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)},
@@ -660,7 +661,8 @@ def test_a_checkpoint_of_other_data_is_told(tmp_path, grad):
         with pytest.raises(ValueError, match=rf"{name}\.safetensors was.*{told}.*another name"):
             training(tmp_path, name=name, data=changed)
     noise = torch.randn(data.latents.shape, generator=torch.manual_seed(0))
-    anew = dataclasses.replace(data, latents=data.latents * (1 + 1e-4 * noise))
+    latents = data.latents * (1 + 1e-4 * noise)
+    anew = dataclasses.replace(data, latents=latents, latent_scale=0.50001)
     assert training(tmp_path, data=anew).step == 1
 
 

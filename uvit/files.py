@@ -119,7 +119,7 @@ def read_sizes(
         fused = tuple(state["fused_blocks"].flatten().tolist()) if "fused_blocks" in state else (
             0, blocks - 1,
         )  # fmt: skip
-        if len(fused) != 2 or fused != tuple(map(int, fused)):
+        if len(fused) != 2 or not all(float(block).is_integer() for block in fused):
             raise ValueError(
                 f"{name} is not a whole U-ViT: fused_blocks, the first and the last block with "
                 f"text, is {fused}. {_AGAIN}"

@@ -91,6 +91,7 @@ class Data:
         numbers = {}
         for name in PARTS:
             x = getattr(self, name).flatten(1)
+            x = x[:1] if x.stride(0) == 0 else x  # one caption of all pictures: no copies of it
             rows, columns = (torch.randn(4, n, generator=drawn) for n in x.shape)
             size = x.norm().item()
             along = ((rows @ x) * columns).sum(1) / (size or 1.0)
@@ -266,13 +267,14 @@ class Training:
                 f"{self.path.name} is of an earlier version and does not say what it was trained "
                 f"on: the training goes on with these pictures."
             )
-        here = asdict(self.recipe) | {"latent_scale": self.data.latent_scale}
-        there = recipe | {"latent_scale": said["latent_scale"]}
         other += [
-            f"{key} {there.get(key)} there and {value} here"
-            for key, value in here.items()
-            if there.get(key) != value
+            f"{key} {recipe.get(key)} there and {value} here"
+            for key, value in asdict(self.recipe).items()
+            if recipe.get(key) != value
         ]
+        scale, was_scale = self.data.latent_scale, said["latent_scale"]
+        if not math.isclose(scale, was_scale, rel_tol=1e-3):  # as pictures encoded anew differ
+            other.append(f"latent_scale {was_scale} there and {scale} here")
         fused = [self.sizes.first, self.sizes.last]
         if (said["fused_blocks"], said["conditioning"]) != (fused, self.sizes.conditioning) or any(
             was[name].shape != weight.shape for name, weight in self.weights.items()
