@@ -284,6 +284,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def store(path: Path, result: dict[str, Any]) -> None:
+    """Write the result, whole or not at all."""
+    path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".new").replace(path)
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Sample what the results lack and store after every setting."""
     path = options.out / f"alignment-{name}.json"
@@ -318,6 +324,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         result["text_share"] = subject.text_share(captions[::6])
     if "chance" not in result:
         result["chance"] = subject.chance(captions, options.cfg[0])
+    store(path, result)
     done = {Setting(s["gamma"], s["window"], s["cfg"], s["lora"]) for s in result["settings"]}
     todo = [setting for setting in wanted if setting not in done]
     for number, setting in enumerate(todo, 1):
@@ -331,8 +338,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             what: "".join(str(int(one[what])) for one in judged) for what in JUDGED
         }  # fmt: skip
         result["settings"].append(stored)
-        path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".new").replace(path)
+        store(path, result)
         right = sum(one["everything"] for one in judged)
         print(f"{name} {number}/{len(todo)} {setting}: {right} of {len(judged)} right, "
               f"{time.monotonic() - start:.0f} s", flush=True)  # fmt: skip

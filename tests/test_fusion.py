@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train, fusi
 
 
 @pytest.mark.slow
-def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path):
+def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path, monkeypatch):
+    monkeypatch.setattr(fusion, "tells", partial(fusion.tells, draws=1))
     files = [train(shared, 3, seed=seed) for shared in (7, 3) for seed in (0, 1)]
     out = tmp_path / "score.json"
     fusion.score(argparse.Namespace(files=files, noises=1, ddim_steps=2, cfg=3.0, threads=1,
