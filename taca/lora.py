@@ -108,7 +108,7 @@ class Patch(nn.Module):
         for i, part in enumerate(parts):
             if isinstance(part, Tensor):
                 self.register_parameter(f"tensor{i}", nn.Parameter(part, requires_grad=False))
-        self._scale: float | None = None
+        self._scale: float | None = None  # of B A x, where no adapter is needed to add it
         if isinstance(value, WeightAdapterBase):
             self._like = type(value)(set(), ())
             self._like.multiplier = strength

@@ -654,3 +654,15 @@ def test_pickles_are_refused(folder, load_lora, loras):
     torch.save({"a": torch.zeros(1)}, loras / "lora.pt")
     with pytest.raises(ValueError, match="only safetensors"):
         load_lora(tiny.load(folder, "flux"), "lora.pt")
+
+
+def test_a_forward_is_wrapped_once_and_again_where_another_pack_replaced_it():
+    remembering = sys.modules["taca_pack.taca.lora"].remembering
+    layer, wrapped = torch.nn.Linear(2, 2), []
+    wrap = remembering(lambda forward: wrapped.append(forward) or (lambda x: forward(x) + 1))
+    first = wrap(layer.forward)
+    assert wrap(layer.forward) is first
+    layer.forward = lambda x: 2 * x
+    x = torch.ones(1, 2)
+    assert torch.equal(wrap(layer.forward)(x), 2 * x + 1)
+    assert len(wrapped) == 2
