@@ -84,25 +84,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import world  # noqa: E402
 from codec import SCALE, Codec  # noqa: E402
 
-from uvit.files import metadata_of, read_sizes  # noqa: E402
-from uvit.network import (  # noqa: E402
-    TIMESTEPS,
-    Sizes,
-    UViT,
-    central,
-    noise_levels,
-    plain_attention,
-)
+from uvit.config import UViTConfig, central  # noqa: E402
+from uvit.diffusion import TIMESTEPS, noise_levels  # noqa: E402
+from uvit.files import metadata_of, read_config  # noqa: E402
+from uvit.network import UViT, plain_attention  # noqa: E402
 
 BLOCKS, WIDTH = 7, 128
 STEPS, FALL = 3000, 600
 CODEC = ROOT / "demo" / "taca_demo_codec.safetensors"
 
 
-def sizes_of(shared: int) -> Sizes:
+def config_of(shared: int) -> UViTConfig:
     """The network whose central ``shared`` blocks see the text."""
     first, last = central(BLOCKS, shared)
-    return Sizes(BLOCKS, WIDTH, 16, world.SIZE // 4, 2, world.TOKENS, 64, first, last)
+    return UViTConfig(BLOCKS, WIDTH, 16, world.SIZE // 4, 2, world.TOKENS, 64, first, last)
 
 
 def draw_pool(codec: Codec, per_caption: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +127,7 @@ def optimisers_of(network: UViT, lr: float) -> list[torch.optim.Optimizer]:
 def train(arguments: argparse.Namespace) -> None:
     """Train one network to the last step; see the module's recipe."""
     torch.set_num_threads(arguments.threads)
-    sizes = sizes_of(arguments.shared)
+    config = config_of(arguments.shared)
     run = f"shared-{arguments.shared}-seed-{arguments.seed}"
     name = f"{run}-steps-{arguments.steps}"
     folder = arguments.work
@@ -142,7 +137,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     codec = Codec.load(CODEC)
     pool, tokens = draw_pool(codec, arguments.pool, arguments.seed)
-    network = UViT(sizes).initialise(torch.Generator().manual_seed(arguments.seed))
+    network = UViT(config).initialise(torch.Generator().manual_seed(arguments.seed))
     optimisers = optimisers_of(network, arguments.lr)
     average = {key: weight.clone() for key, weight in network.named_parameters()}
     signal, noise_share = noise_levels()
@@ -206,7 +201,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     weights = {**network.state_dict(), **average}
     metadata = metadata_of(
-        sizes, SCALE, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed,
+        config, SCALE, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed,
         cpu_seconds=round(seconds), shared=arguments.shared,
     )  # fmt: skip
     save_file({k: w.contiguous() for k, w in weights.items()}, folder / f"{name}.safetensors",
@@ -223,7 +218,7 @@ def sample(network: UViT, codec: Codec, captions: list[str], seed: int, steps: i
     """
     tokens = torch.from_numpy(np.stack([world.encode(caption) for caption in captions]))
     context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
-    side = network.sizes.side
+    side = network.config.side
     x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
     signal, noise_share = noise_levels()
     times = torch.linspace(TIMESTEPS, 1, steps).round().long().tolist()
@@ -295,7 +290,7 @@ def load(path: Path) -> tuple[UViT, dict[str, Any]]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     state = load_file(path)
-    network = UViT(read_sizes(state, metadata, path.name)[0])
+    network = UViT(read_config(state, metadata, path.name)[0])
     network.load_state_dict(state)
     return network.eval(), json.loads(metadata["uvit"])
 
@@ -386,31 +381,33 @@ def published_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -
         return plain_attention(q, k, v, heads)
 
 
-def network_sizes(blocks: int, shared: int, conditioning: str) -> Sizes:
-    """The published sizes, where ``shared`` central blocks see the text."""
+def published_config(blocks: int, shared: int, conditioning: str) -> UViTConfig:
+    """The published network, where ``shared`` central blocks see the text."""
     first, last = central(blocks, shared)
-    return Sizes(blocks, first=first, last=last, conditioning=conditioning)
+    return UViTConfig(blocks, first=first, last=last, conditioning=conditioning)
 
 
-def network_of(sizes: Sizes, published: bool) -> UViT:
+def network_of(config: UViTConfig, published: bool) -> UViT:
     """A new network."""
     attention = published_attention if published else plain_attention
-    return UViT(sizes, attention).initialise(torch.Generator().manual_seed(0))
+    return UViT(config, attention).initialise(torch.Generator().manual_seed(0))
 
 
-def inputs_of(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs_of(
+    config: UViTConfig, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Seeded latents, timesteps and prompts."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, sizes.channels, sizes.side, sizes.side, generator=generator)
+    x = torch.randn(batch, config.channels, config.side, config.side, generator=generator)
     t = torch.randint(1, TIMESTEPS + 1, (batch,), generator=generator)
-    context = torch.randn(batch, sizes.text_tokens, sizes.text_width, generator=generator)
+    context = torch.randn(batch, config.text_tokens, config.text_width, generator=generator)
     return x.to(device), t.to(device), context.to(device)
 
 
-def flops_of(sizes: Sizes, backward: bool) -> int:
+def flops_of(config: UViTConfig, backward: bool) -> int:
     """Of one picture, attention counted as matrix products. Nothing is computed."""
-    network = UViT(sizes, device="meta")
-    given = inputs_of(sizes, 1, torch.device("meta"))
+    network = UViT(config, device="meta")
+    given = inputs_of(config, 1, torch.device("meta"))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = network(*given).square().mean()
         if backward:
@@ -422,7 +419,7 @@ def work_of(network: UViT, what: str, batch: int, published: bool, compiled: boo
             device: torch.device) -> Callable[[], None]:  # fmt: skip
     """One training step, or one call, of a network."""
     network = network.to(device)
-    x, t, context = inputs_of(network.sizes, batch, device)
+    x, t, context = inputs_of(network.config, batch, device)
     call = torch.compile(network, dynamic=False) if compiled else network
     reduced = torch.autocast(device.type, torch.bfloat16)
 
@@ -480,8 +477,8 @@ def cost(arguments: argparse.Namespace) -> None:
         blocks = PUBLISHED[name]
         rows = {}
         for shared in (blocks, *CENTRAL[::-1]):
-            sizes = network_sizes(blocks, shared, conditioning)
-            rows[shared] = [flops_of(sizes, backward) / 1e9 for backward in (False, True)]
+            config = published_config(blocks, shared, conditioning)
+            rows[shared] = [flops_of(config, backward) / 1e9 for backward in (False, True)]
         report["flops"][f"{name}, {conditioning}"] = {
             "early" if k == blocks else f"central {k}": {
                 "inference_gflops": round(forward, 2), "training_gflops": round(both, 2),
@@ -517,7 +514,7 @@ def throughput(name: str, conditioning: str, batch: int, what: str, arguments: a
         methods |= {f"{fusion}, compiled": (fusions[fusion], False, True) for fusion in COMPILED}
     works = {
         method: work_of(
-            network_of(network_sizes(blocks, shared, conditioning), is_published),
+            network_of(published_config(blocks, shared, conditioning), is_published),
             what,
             batch,
             is_published,

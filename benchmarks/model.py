@@ -82,7 +82,7 @@ def load_pack() -> Any:
     return (
         importlib.import_module("taca_pack.taca.patch"),
         importlib.import_module("taca_pack.taca.schedule"),
-        importlib.import_module("taca_pack.taca.lora"),
+        importlib.import_module("taca_pack.taca.lora_file"),
     )
 
 

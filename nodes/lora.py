@@ -6,8 +6,9 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..taca.lora import fit_lora, read_lora
+from ..taca.lora_file import fit_lora, read_lora
 from ..taca.patch import patch_lora
+from .ui.schema import schema
 
 
 class LoadTACALoRA(io.ComfyNode):
@@ -15,37 +16,15 @@ class LoadTACALoRA(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LoadTACALoRA",
-            display_name="Load TACA LoRA",
-            category="TACA",
-            description=(
-                "Loads the small LoRA that repairs the artifacts TACA can leave. It is active in "
-                "the steps in which TACA acts and in no other, and no weight of the model is "
-                "changed. Put it before or after TACA Patch Model, which it needs. On its own it "
-                "does nothing for how closely a picture follows the prompt."
-            ),
-            search_aliases=["taca", "taca lora", "lora loader", "lora schedule", "lora timestep"],
+        return schema(
+            "LoadTACALoRA",
             inputs=[
-                io.Model.Input("model", tooltip="The model that the LoRA was trained for."),
-                io.Combo.Input(
-                    "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip=(
-                        "A safetensors file in models/loras: the paper's (FLUX.1-dev and "
-                        "SD3.5-Medium, r = 16 or 64), or one you trained with TACA Training Window."
-                    ),
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="How strongly the LoRA acts. The paper uses 1; 0 leaves it out.",
-                ),
+                io.Model.Input("model"),
+                io.Combo.Input("lora_name", options=folder_paths.get_filename_list("loras")),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the LoRA; the input stays.")],
+            outputs=[io.Model.Output()],
+            search_aliases=["taca", "taca lora", "lora loader", "lora schedule", "lora timestep"],
         )
 
     @classmethod

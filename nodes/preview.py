@@ -1,19 +1,20 @@
 """TACA Schedule Preview: what a schedule does in a run, before the run."""
 
-from __future__ import annotations
-
-import re
 from typing import Any
 
-from comfy_api.latest import io, ui
-from comfy_execution.utils import get_executing_context
+from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..taca.patch import loras_of, resolve, settings_of, timestep
+from ..taca.lora import loras_of
+from ..taca.run import config_of
 from ..taca.schedule import Schedule
-from . import drawing
+from ..taca.timesteps import resolve, timestep
 from .schedule import TACASchedule
+from .ui import pictures
+from .ui.plots import COLOURS, Axes, ticks
+from .ui.schema import schema
+from .ui.text import show
 
 
 class TACASchedulePreview(io.ComfyNode):
@@ -21,42 +22,27 @@ class TACASchedulePreview(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACASchedulePreview",
-            display_name="TACA Schedule Preview",
-            category="TACA",
-            description=(
-                "Shows on which steps TACA will act and with which gamma, as a plot and a table, "
-                "without sampling anything; and says when a window holds no step, or too many."
-            ),
-            search_aliases=["taca", "show schedule", "plot gamma", "plot sigmas"],
+        return schema(
+            "TACASchedulePreview",
             inputs=[
-                io.Sigmas.Input(
-                    "sigmas", tooltip="The run's sigmas, for example from Basic Scheduler."
-                ),
-                io.Model.Input("model", tooltip="The model that will be sampled."),
-                TACASchedule.Input(
-                    "schedule",
-                    optional=True,
-                    tooltip="From TACA Schedule; left open, that of the model's TACA Patch Model.",
-                ),
+                io.Sigmas.Input("sigmas"),
+                io.Model.Input("model"),
+                TACASchedule.Input("schedule", optional=True),
             ],
-            outputs=[
-                io.Image.Output("plot", tooltip="gamma and sigma over the steps."),
-                io.String.Output("table", tooltip="Step, t, gamma, and whether a LoRA is on."),
-            ],
+            outputs=[io.Image.Output("plot"), io.String.Output("table")],
+            search_aliases=["taca", "show schedule", "plot gamma", "plot sigmas"],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, sigmas: Tensor, model: Any, schedule: Schedule | None = None) -> io.NodeOutput:
-        settings = settings_of(model)
-        if schedule is None and settings is None:
+        config = config_of(model)
+        chosen = schedule or (config.schedule if config else None)
+        if chosen is None:
             raise ValueError(
                 "TACA Schedule Preview has no schedule: connect TACA Schedule, or a model from "
                 "TACA Patch Model."
             )
-        chosen = schedule or settings.schedule
         if len(sigmas) < 2:
             raise ValueError(
                 "TACA Schedule Preview got sigmas without a step: a denoise of 0, or an empty "
@@ -69,24 +55,9 @@ class TACASchedulePreview(io.ComfyNode):
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
         lines = table(t.tolist(), gamma, inside, bool(loras_of(model)))
         advice = advise(inside, chosen.gamma)
-        text = "\n".join([*advice, "", *lines])
-        page = drawing.stack([picture, drawing.columns(lines, picture.width)])
-        image = drawing.to_tensor(page)
-        words = " ".join(advice)
-        say(words)
-        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(words).as_dict()}
-        return io.NodeOutput(image, text, ui=shown)
-
-
-def say(text: str) -> None:
-    """Show a text in the node that is running, which its ``ui`` alone does not do."""
-    context = get_executing_context()
-    if context:
-        from server import PromptServer
-
-        # The page folds spaces; those as wide as a digit keep columns apart.
-        wide = re.sub(" {2,}", lambda spaces: "\u2007" * len(spaces[0]), text)
-        PromptServer.instance.send_progress_text(wide, context.node_id)
+        page = pictures.stack([picture, pictures.columns(lines, picture.width)])
+        image, shown = show(page, " ".join(advice), cls)
+        return io.NodeOutput(image, "\n".join([*advice, "", *lines]), ui=shown)
 
 
 def advise(inside: list[bool], gamma: float) -> list[str]:
@@ -124,23 +95,22 @@ def table(t: list[float], gamma: list[float], inside: list[bool], lora: bool) ->
 
 def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str) -> Image.Image:
     """Gamma above, sigma below, over the steps; the window shaded."""
-    picture = Image.new("RGB", (720, 480), drawing.PAPER)
+    picture = pictures.blank(720, 480)
     steps = len(gamma)
     low, high = min(1.0, *gamma), max(1.0, *gamma)
     margin = max(0.05, 0.15 * (high - low))
     x = (0.5, steps + 0.5)
-    marks = drawing.ticks([str(i + 1) for i in range(steps)])
-    places = list(range(1, steps + 1))
-    upper = drawing.Axes(picture, (70, 40, 690, 200), x, (low - margin, high + margin))
-    lower = drawing.Axes(picture, (70, 270, 690, 420), x, (0.0, max(sigmas) * 1.05))
+    marks = ticks([str(i + 1) for i in range(steps)])
+    upper = Axes(picture, (70, 40, 690, 200), x, (low - margin, high + margin))
+    lower = Axes(picture, (70, 270, 690, 420), x, (0.0, max(sigmas) * 1.05))
     for axes in (upper, lower):
-        for i, acts in zip(places, inside, strict=True):
+        for i, acts in enumerate(inside, 1):
             if acts:
                 axes.band(i - 0.5, i + 0.5, "#fde8d7")
     upper.frame("", title, sorted({low, 1.0, high}), marks)
     lower.frame("step", "sigma", [0, max(sigmas) / 2, max(sigmas)], marks)
-    upper.steps(gamma, drawing.COLOURS[0])
-    lower.line(list(zip(places, sigmas, strict=True)), drawing.COLOURS[1], dots=True)
+    upper.steps(gamma, COLOURS[0])
+    lower.line(list(enumerate(sigmas, 1)), COLOURS[1], dots=True)
     return picture
 
 

@@ -1,19 +1,19 @@
 """TACA Attention Report: a run of the user's own, and what attention did in it."""
 
-from __future__ import annotations
-
 import copy
+import math
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..taca.options import find_words, without_ends
+from ..taca.prompt_tokens import find_words, tokens_of, without_ends
 from ..taca.report import Report, watched
-from . import drawing
-from .options import tokens_of
-from .preview import say
+from .ui import pictures
+from .ui.plots import COLOURS, Axes, round_up, ticks
+from .ui.schema import schema
+from .ui.text import show
 
 
 class TACAAttentionReport(io.ComfyNode):
@@ -21,84 +21,64 @@ class TACAAttentionReport(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACAAttentionReport",
-            display_name="TACA Attention Report",
-            category="TACA",
-            description=(
-                "Samples as SamplerCustomAdvanced does, and shows how much of the image's "
-                "attention goes to the text in every step and block, without TACA and with it; "
-                "and, for words you choose, where in the picture they are looked at."
-            ),
-            search_aliases=["taca", "attention map", "heat map", "daam", "text attention share"],
+        return schema(
+            "TACAAttentionReport",
             inputs=[
-                io.Noise.Input("noise", tooltip="As for SamplerCustomAdvanced."),
-                io.Guider.Input("guider", tooltip="Its model has TACA, or has not."),
-                io.Sampler.Input("sampler", tooltip="As for SamplerCustomAdvanced."),
-                io.Sigmas.Input("sigmas", tooltip="As for SamplerCustomAdvanced."),
-                io.Latent.Input("latent_image", tooltip="As for SamplerCustomAdvanced."),
-                io.String.Input(
-                    "words",
-                    default="",
-                    tooltip=(
-                        "Words of the prompt for heat maps, with commas between, such as 'red "
-                        "circle, blue'. They need clip and prompt; without those, give the numbers "
-                        "of the text tokens: 'circle=2, red=4-5'."
-                    ),
-                ),
-                io.Clip.Input("clip", optional=True, tooltip="To find the words in the prompt."),
-                io.String.Input(
-                    "prompt",
-                    optional=True,
-                    force_input=True,
-                    tooltip="The text of the positive prompt, the very one that is encoded.",
-                ),
-                io.Vae.Input(
-                    "vae", optional=True, tooltip="Puts the heat maps over the decoded picture."
-                ),
+                io.Noise.Input("noise"),
+                io.Guider.Input("guider"),
+                io.Sampler.Input("sampler"),
+                io.Sigmas.Input("sigmas"),
+                io.Latent.Input("latent_image"),
+                io.String.Input("words", default=""),
+                io.Clip.Input("clip", optional=True),
+                io.String.Input("prompt", optional=True, force_input=True),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[
-                io.Latent.Output("output", tooltip="What SamplerCustomAdvanced would give."),
-                io.Image.Output("shares", tooltip="Share of attention on text, to save."),
-                io.Image.Output("heat_maps", tooltip="A sheet of heat maps, one a word, to save."),
-                io.String.Output("summary", tooltip="The figures in words."),
+                io.Latent.Output("output"),
+                io.Image.Output("shares"),
+                io.Image.Output("heat_maps"),
+                io.String.Output("summary"),
             ],
+            search_aliases=["taca", "attention map", "heat map", "daam", "text attention share"],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent_image: Any,
-                words: str, clip: Any = None, prompt: str | None = None,
-                vae: Any = None) -> io.NodeOutput:  # fmt: skip
-        from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+    def execute(
+        cls,
+        noise: Any,
+        guider: Any,
+        sampler: Any,
+        sigmas: Tensor,
+        latent_image: Any,
+        words: str,
+        clip: Any = None,
+        prompt: str | None = None,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as Core
 
         report = Report(words_of(words, clip, prompt))
         observed = copy.copy(guider)
         observed.model_patcher = watched(guider.model_patcher, report)
-        observed.model_options = observed.model_patcher.model_options
-        output = SamplerCustomAdvanced.execute(
-            noise, observed, sampler, sigmas, latent_image
-        ).result[0]  # fmt: skip
+        output = Core.execute(noise, observed, sampler, sigmas, latent_image).result[0]
         table = report.table()
         if not table.numel():
             raise RuntimeError(
                 "TACA Attention Report saw no joint attention in this run: another node or pack "
                 "probably replaced this model's attention, or a cache answered every call."
             )
-        decoded = None if vae is None else drawing.to_picture(vae.decode(output["samples"])[0])
-        shares = plot(table, report.blocks)
-        maps = heat_maps(report, decoded)
-        text = summary(table, report)
-        images = [drawing.to_tensor(picture) for picture in (shares, maps)]
-        say(text)
-        both = drawing.to_tensor(drawing.stack([shares, maps]))
-        shown = ui.PreviewImage(both, cls=cls).as_dict()
-        shown |= ui.PreviewText(text).as_dict()
+        decoded = None if vae is None else pictures.to_picture(vae.decode(output["samples"])[0])
+        shares, maps = plot(table, report.blocks), heat_maps(report, decoded)
+        text = summary(table)
+        _, shown = show(pictures.stack([shares, maps]), text, cls)
+        images = map(pictures.to_tensor, (shares, maps))
         return io.NodeOutput(output, *images, text, ui=shown)
 
 
 def words_of(words: str, clip: Any, prompt: str | None) -> dict[str, list[int]]:
-    """The text tokens of the chosen words."""
+    """The token indices of the chosen words."""
     if clip is None or prompt is None:
         return find_words(words, [], None)
 
@@ -110,69 +90,61 @@ def words_of(words: str, clip: Any, prompt: str | None) -> dict[str, list[int]]:
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:
     """Shares over the steps, averaged over blocks; and over the blocks, in the first step seen."""
-    picture = Image.new("RGB", (760, 640), drawing.PAPER)
+    picture = pictures.blank(760, 640)
     by_step = 100 * table.nanmean(2)
-    seen = [i for i in range(by_step.shape[1]) if not bool(by_step[0, i].isnan())]
-    by_block = 100 * table[:, seen[0]]
+    first = int((~by_step[0].isnan()).nonzero()[0])
     steps = [str(i + 1) for i in range(table.shape[1])]
-    for box, values, x_label, marks in (
-        ((70, 80, 730, 290), by_step, "step", drawing.ticks(steps)),
-        ((70, 370, 730, 590), by_block, "block", drawing.ticks(blocks, 8)),
+    title = "% of the image's attention that goes to text"
+    for top, x_label, y_label, values, marks in (
+        (80, "step", title, by_step, ticks(steps)),
+        (370, "block", f"{title}, in step {first + 1}", 100 * table[:, first], ticks(blocks, 8)),
     ):
-        top = drawing.round_up(values.nan_to_num(0).max().item())
-        axes = drawing.Axes(picture, box, (0.5, values.shape[1] + 0.5), (0.0, top))
-        title = "% of the image's attention that goes to text"
-        if x_label == "block":
-            title += f", by block, in step {seen[0] + 1}"
-        axes.frame(x_label, title, [0, top / 2, top], marks)
-        for which, colour in enumerate(reversed(drawing.COLOURS[:2])):
-            line = list(enumerate(values[which].tolist(), 1))
-            axes.line([point for point in line if point[1] == point[1]], colour, dots=True)
-    for which, name in enumerate(("without TACA", "as sampled")):
-        axes.draw.text((70 + 140 * which, 20), name, fill=drawing.COLOURS[1 - which],
-                       font=drawing.font(16))  # fmt: skip
+        high = round_up(values.nan_to_num(0).max().item())
+        box = (70, top, 730, top + 210)
+        axes = Axes(picture, box, (0.5, values.shape[1] + 0.5), (0.0, high))
+        axes.frame(x_label, y_label, [0, high / 2, high], marks)
+        for line, colour in zip(values.tolist(), reversed(COLOURS), strict=True):
+            points = [(i, value) for i, value in enumerate(line, 1) if not math.isnan(value)]
+            axes.line(points, colour, dots=True)
+    font = pictures.font(16)
+    axes.draw.text((70, 20), "without TACA", fill=COLOURS[1], font=font)
+    axes.draw.text((210, 20), "as sampled", fill=COLOURS[0], font=font)
     return picture
 
 
 def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
     """A picture for each word, brighter where it is looked at more."""
     if report.maps is None:
-        note = Image.new("RGB", (420, 60), drawing.PAPER)
-        drawing.ImageDraw.Draw(note).text(
-            (12, 20), "No words were chosen.", fill=drawing.INK, font=drawing.font(16)
-        )
-        return note
-    maps = report.maps / report.calls
-    pictures, labels = [], []
-    for word, own in zip(report.words, maps, strict=True):
+        return pictures.note("No words were chosen.")
+    maps, labels = [], []
+    for word, own in zip(report.words, report.maps / report.calls, strict=True):
         low, high = own.min(), own.max()
-        heat = drawing.heat((own - low) / (high - low).clamp_min(1e-12))
+        heat = pictures.heat((own - low) / (high - low).clamp_min(1e-12))
         scale = max(1, 384 // max(heat.size))
         size = decoded.size if decoded else (heat.width * scale, heat.height * scale)
         heat = heat.resize(size, Image.Resampling.BILINEAR)
-        pictures.append(Image.blend(decoded, heat, 0.6) if decoded else heat)
+        maps.append(Image.blend(decoded, heat, 0.6) if decoded else heat)
         labels.append(f"{word}: {100 * low:.3g} to {100 * high:.3g} %")
-    return drawing.sheet(pictures, labels, min(len(pictures), 2), "attention of each place to")
+    return pictures.sheet(maps, labels, min(len(maps), 2), "attention of each place to")
 
 
-def summary(table: Tensor, report: Report) -> str:
+def summary(table: Tensor) -> str:
     """The figures in words."""
     by_step = 100 * table.nanmean(2)
-    lines = ["step   without TACA   as sampled"]
-    for i in range(by_step.shape[1]):
-        if not bool(by_step[0, i].isnan()):
-            lines.append(f"{i + 1:4}   {by_step[0, i]:9.2f} %   {by_step[1, i]:8.2f} %")
-    changed = by_step[:, (table[0] != table[1]).any(1) & ~by_step[0].isnan()]
+    seen = ~by_step[0].isnan()
+    changed = by_step[:, seen & (table[0] != table[1]).any(1)]
+    first = "TACA acts on no step of this run."
     if changed.numel():
         plain, taca = changed.mean(1).tolist()
-        lines.insert(
-            0,
+        first = (
             f"Where TACA acts, text gets {taca:.2f} % of the image's attention instead of "
-            f"{plain:.2f} %, {taca / max(plain, 1e-9):.2f} times as much.\n",
+            f"{plain:.2f} %, {taca / max(plain, 1e-9):.2f} times as much."
         )
-    else:
-        lines.insert(0, "TACA acts on no step of this run.\n")
-    return "\n".join(lines)
+    rows = [
+        f"{i + 1:4}   {by_step[0, i]:9.2f} %   {by_step[1, i]:8.2f} %"
+        for i in seen.nonzero().flatten().tolist()
+    ]
+    return "\n".join([first, "", "step   without TACA   as sampled", *rows])
 
 
 NODES = [TACAAttentionReport]

@@ -1,42 +1,30 @@
 """TACA Schedule: when TACA acts and how strongly, as one socket."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..taca.schedule import GAMMA, WINDOWS, Schedule
+from .ui.schema import schema
 
 TACASchedule = io.Custom("TACA_SCHEDULE")
 
 
 def gamma_input() -> io.Input:
     """The gamma widget, alike on every node that has one."""
-    return io.Float.Input(
-        "gamma",
-        default=GAMMA,
-        min=0.0,
-        max=10.0,
-        step=0.01,
-        tooltip=(
-            "How strongly the picture listens to the words while TACA acts: the attention logits "
-            "of image towards text are multiplied by it. The paper uses 1.2; 1 changes nothing; "
-            "above 1.5 pictures tend to break."
-        ),
-    )
+    return io.Float.Input("gamma", default=GAMMA, min=0.0, max=10.0, step=0.01)
 
 
 def widget(setting: Any) -> io.Input:
     """The widget of one setting of a window."""
-    look = dict(setting.metadata)
-    if look.pop("curve", False):
-        return io.Curve.Input(setting.name, default=list(setting.default), socketless=False, **look)
+    name, default, look = setting.name, setting.default, setting.metadata
     if "options" in look:
-        return io.Combo.Input(setting.name, default=setting.default, **look)
-    kind = io.Int if isinstance(setting.default, int) else io.Float
-    return kind.Input(setting.name, default=setting.default, **look)
+        return io.Combo.Input(name, default=default, **look)
+    if isinstance(default, tuple):
+        return io.Curve.Input(name, default=list(default), socketless=False)
+    kind = io.Int if isinstance(default, int) else io.Float
+    return kind.Input(name, default=default, **look)
 
 
 def windows() -> list[io.DynamicCombo.Option]:
@@ -53,28 +41,11 @@ class TACAScheduleNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACASchedule",
-            display_name="TACA Schedule",
-            category="TACA",
-            description=(
-                "Says when TACA acts and how strongly. Connect it to TACA Patch Model, where it "
-                "replaces the two widgets."
-            ),
+        return schema(
+            "TACASchedule",
+            inputs=[gamma_input(), io.DynamicCombo.Input("window", options=windows())],
+            outputs=[TACASchedule.Output("schedule")],
             search_aliases=["taca", "gamma schedule", "attention temperature", "timestep window"],
-            inputs=[
-                gamma_input(),
-                io.DynamicCombo.Input(
-                    "window",
-                    options=windows(),
-                    tooltip=(
-                        "How you want to say when TACA acts: by the timestep (the paper), by "
-                        "percent of the sampling (ComfyUI), by the first steps (the authors' "
-                        "code), or by a curve you draw in Curve Editor."
-                    ),
-                ),
-            ],
-            outputs=[TACASchedule.Output("schedule", tooltip="gamma over the timesteps.")],
         )
 
     @classmethod

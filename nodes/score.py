@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.utils
 import folder_paths
@@ -13,7 +14,12 @@ from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .preview import say
+from .ui.schema import schema
+from .ui.text import show_text
+
+if TYPE_CHECKING:
+    from comfy.clip_vision import ClipVisionModel
+    from comfy.sd import CLIP
 
 ADVICE = (
     "Load CLIP-L by CLIPLoader with type stable_diffusion, from a file that has its text "
@@ -28,74 +34,42 @@ class TACAAlignmentScore(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACAAlignmentScore",
-            display_name="TACA Alignment Score",
-            category="TACA",
-            description=(
-                "The CLIP score of a picture and a text: the cosine between CLIP ViT-L's view of "
-                "the one and of the other, as a number and as a label for TACA Contact Sheet. "
-                "Good for comparing pictures of one prompt; papers mostly use another CLIP "
-                "(ViT-B/32), whose numbers are not comparable with these."
-            ),
-            search_aliases=["taca", "clip score", "clip similarity", "prompt alignment"],
+        return schema(
+            "TACAAlignmentScore",
             inputs=[
-                io.Image.Input("image", tooltip="One picture, or a batch, whose mean is taken."),
-                io.String.Input(
-                    "text",
-                    default="",
-                    multiline=True,
-                    tooltip="The prompt. CLIP reads its first 75 tokens.",
-                ),
-                io.ClipVision.Input("clip_vision", tooltip="CLIP ViT-L/14, by Load CLIP Vision."),
-                io.Clip.Input("clip", tooltip="CLIP-L, by Load CLIP with type stable_diffusion."),
-                io.String.Input(
-                    "label",
-                    optional=True,
-                    force_input=True,
-                    tooltip="What the score is written behind, such as TACA Sweep's labels.",
-                ),
+                io.Image.Input("image"),
+                io.String.Input("text", default="", multiline=True),
+                io.ClipVision.Input("clip_vision"),
+                io.Clip.Input("clip"),
+                io.String.Input("label", optional=True, force_input=True),
             ],
-            outputs=[
-                io.Float.Output("score", tooltip="The cosine, -1 to 1; mostly 0.15 to 0.35."),
-                io.String.Output("label", tooltip="The label with the score, for a sheet."),
-            ],
+            outputs=[io.Float.Output("score"), io.String.Output("label")],
+            search_aliases=["taca", "clip score", "clip similarity", "prompt alignment"],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, image: Tensor, text: str, clip_vision: Any, clip: Any,
-                label: str | None = None) -> io.NodeOutput:  # fmt: skip
+    def execute(
+        cls, image: Tensor, text: str, clip_vision: Any, clip: Any, label: str | None = None
+    ) -> io.NodeOutput:
         cosines = clip_cosines(image, text, clip_vision, clip)
         score = cosines.mean().item()
         shown = f"CLIP {score:.4f}"
         if len(cosines) > 1:
             low, high = cosines.min().item(), cosines.max().item()
             shown += f" ({low:.4f} to {high:.4f})"
-        say(shown)
+        show_text(shown)
         return io.NodeOutput(score, f"{label}: {shown}" if label else shown)
 
 
-def clip_cosines(image: Tensor, text: str, clip_vision: Any, clip: Any) -> Tensor:
+def clip_cosines(image: Tensor, text: str, clip_vision: ClipVisionModel, clip: CLIP) -> Tensor:
     """Cosine between each picture and the text (Radford et al. 2021, arXiv 2103.00020).
 
-    Parameters
-    ----------
-    image : torch.Tensor
-        ``(B, H, W, 3)`` in 0..1; the middle square is seen.
-    text : str
-    clip_vision : comfy.clip_vision.ClipVisionModel
-    clip : comfy.sd.CLIP
+    ``image`` is ``(b, H, W, 3)`` in 0..1, of which the middle square is seen; returns ``(b,)``,
+    float32.
 
-    Returns
-    -------
-    torch.Tensor
-        ``(B,)``, float32.
-
-    Raises
-    ------
-    ValueError
-        If the text is empty, or one of the encoders is not CLIP ViT-L with its projection.
+    Raises ValueError if the text is empty, or one of the encoders is not CLIP ViT-L with its
+    projection.
     """
     if not text.strip():
         raise ValueError("TACA Alignment Score has no text to compare the picture with.")
@@ -111,14 +85,8 @@ def clip_cosines(image: Tensor, text: str, clip_vision: Any, clip: Any) -> Tenso
     return torch.nn.functional.cosine_similarity(of_image, of_text.float(), dim=-1).cpu()
 
 
-def text_embedding(clip: Any, text: str) -> Tensor:
-    """The projected embedding of a text, ``(1, 768)``.
-
-    Raises
-    ------
-    ValueError
-        If `clip` is not CLIP-L alone, or its file has no text projection.
-    """
+def text_embedding(clip: CLIP, text: str) -> Tensor:
+    """The projected embedding of a text, ``(1, 768)``; errors as above."""
     tokens = clip.tokenize(text)
     encoder = getattr(clip.cond_stage_model, "clip_l", None)
     if set(tokens) != {"l"} or encoder is None:
@@ -128,7 +96,7 @@ def text_embedding(clip: Any, text: str) -> Tensor:
         )
     _, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
     projection = encoder.transformer.text_projection
-    if not _is_loaded(projection.weight, clip):
+    if not _is_from_file(projection.weight, clip):
         raise ValueError(
             f"TACA Alignment Score: this CLIP-L was saved without its text projection, as in "
             f"Stable Diffusion's checkpoints, and cannot be compared with pictures. {ADVICE}"
@@ -138,31 +106,25 @@ def text_embedding(clip: Any, text: str) -> Tensor:
     return projection(pooled.to(clip.patcher.load_device))
 
 
-def _is_loaded(weight: Tensor, clip: Any) -> bool:
+def _is_from_file(weight: Tensor, clip: CLIP) -> bool:
     """Whether the text projection came from a file.
 
     Where the file has none, core leaves the layer as the memory was, which may be any numbers, and
     keeps no note of it: so the file is asked.
 
-    Raises
-    ------
-    ValueError
-        If it cannot be known.
+    Raises ValueError if it cannot be known.
     """
-    made = getattr(clip.patcher, "cached_patcher_init", None)
-    paths = made[1][0] if made else []
+    paths = (getattr(clip.patcher, "cached_patcher_init", None) or [None, [[]]])[1][0]
     files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
     if files and all(file.suffix in _READABLE and file.is_file() for file in files):
         return all(_projection(file, file.stat().st_mtime) is not None for file in files)
     # A ComfyUI or a loader that does not tell the file: it is the one that has these numbers.
     for name in folder_paths.get_filename_list("text_encoders"):
         file = Path(folder_paths.get_full_path_or_raise("text_encoders", name))
-        try:
+        with contextlib.suppress(SafetensorError, OSError):  # damaged, so not the one
             found = _projection(file, file.stat().st_mtime) if file.suffix in _SAFE else None
-        except (SafetensorError, OSError):
-            continue  # a damaged file, that is not the one
-        if found is not None and torch.equal(found.to(weight).float(), weight.float()):
-            return True
+            if found is not None and torch.equal(found.to(weight).float(), weight.float()):
+                return True
     raise ValueError(
         f"TACA Alignment Score cannot tell whether this CLIP-L has its text projection: its loader "
         f"does not say which file it read, and no .safetensors file in models/text_encoders has "
@@ -175,14 +137,14 @@ def _projection(file: Path, _: float) -> Tensor | None:
     """The text projection in a file, kept until that is changed; None if it has none."""
     if file.suffix in _SAFE:
         with safe_open(file, framework="pt") as weights:
-            found = [key for key in weights.keys() if "text_projection" in key]  # noqa: SIM118
-            weight = weights.get_tensor(found[0]) if found else None
+            key = next((key for key in weights.keys() if "text_projection" in key), "")  # noqa: SIM118
+            weight = weights.get_tensor(key) if key else None
     else:
         state = comfy.utils.load_torch_file(str(file), safe_load=True)
-        found = [key for key in state if "text_projection" in key]
-        weight = state[found[0]] if found else None
-    # Old files have the matrix the other way round, under a name without "weight".
-    return weight.T if weight is not None and not found[0].endswith("weight") else weight
+        key = next((key for key in state if "text_projection" in key), "")
+        weight = state.get(key)
+    # Old files have the matrix transposed, under a name without "weight".
+    return weight.T if weight is not None and not key.endswith("weight") else weight
 
 
 NODES = [TACAAlignmentScore]

@@ -1,16 +1,16 @@
 """TACA Sweep and TACA Contact Sheet: several settings through the user's own sampler."""
 
-from __future__ import annotations
-
+from itertools import chain, zip_longest
 from typing import Any
 
 from comfy_api.latest import io, ui
-from PIL import Image
 from torch import Tensor
 
+from ..taca.lora import loras_of
 from ..taca.patch import patch_model
 from ..taca.schedule import TIMESTEP_THRESHOLD, Schedule, TimestepWindow
-from . import drawing
+from .ui import pictures
+from .ui.schema import schema
 
 
 class TACASweep(io.ComfyNode):
@@ -18,58 +18,40 @@ class TACASweep(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACASweep",
-            display_name="TACA Sweep",
-            category="TACA",
-            description=(
-                "Makes one model for each gamma and window, so that the nodes behind it, your own "
-                "sampler among them, run once for each with the same seed. TACA Contact Sheet "
-                "joins the pictures."
-            ),
-            search_aliases=["taca", "compare gamma", "xy plot", "grid", "parameter sweep"],
+        return schema(
+            "TACASweep",
             inputs=[
-                io.Model.Input("model", tooltip="The model to compare; its own TACA is replaced."),
-                io.String.Input(
-                    "gammas",
-                    default="1, 1.2, 1.4",
-                    tooltip="Values of gamma, with commas between. 1 is the plain model.",
-                ),
-                io.String.Input(
-                    "timestep_thresholds",
-                    default=f"{TIMESTEP_THRESHOLD:g}",
-                    tooltip=(
-                        "Values of the timestep threshold, 0 to 1000, with commas between. Every "
-                        "gamma is tried with every threshold."
-                    ),
-                ),
+                io.Model.Input("model"),
+                io.String.Input("gammas", default="1, 1.2, 1.4"),
+                io.String.Input("timestep_thresholds", default=f"{TIMESTEP_THRESHOLD:g}"),
             ],
             outputs=[
-                io.Model.Output("models", is_output_list=True, tooltip="One for each setting."),
-                io.String.Output("labels", is_output_list=True, tooltip="What each setting is."),
+                io.Model.Output("models", is_output_list=True),
+                io.String.Output("labels", is_output_list=True),
             ],
+            search_aliases=["taca", "compare gamma", "xy plot", "grid", "parameter sweep"],
         )
 
     @classmethod
     def execute(cls, model: Any, gammas: str, timestep_thresholds: str) -> io.NodeOutput:
         models, labels = [], []
         thresholds = numbers("timestep_thresholds", timestep_thresholds)
+        has_lora = bool(loras_of(model))
         for gamma in numbers("gammas", gammas):
-            # gamma 1 is the plain model at any threshold
-            for threshold in thresholds[:1] if gamma == 1 else thresholds:
+            # At gamma 1 the threshold matters to a LoRA alone.
+            plain = gamma == 1 and not has_lora
+            for threshold in thresholds[:1] if plain else thresholds:
                 window = TimestepWindow(threshold)
                 models.append(patch_model(model, Schedule(gamma, window)))
-                labels.append("gamma 1 (plain)" if gamma == 1 else f"gamma {gamma:g}, {window}")
+                note = " (LoRA alone)" if gamma == 1 else ""
+                labels.append("gamma 1 (plain)" if plain else f"gamma {gamma:g}{note}, {window}")
         return io.NodeOutput(models, labels)
 
 
 def numbers(name: str, text: str) -> list[float]:
     """The numbers of a list with commas.
 
-    Raises
-    ------
-    ValueError
-        If one is no number, or there is none.
+    Raises ValueError if a part is not a number, or there is none.
     """
     try:
         values = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
@@ -87,54 +69,47 @@ class TACAContactSheet(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACAContactSheet",
-            display_name="TACA Contact Sheet",
-            category="TACA",
-            description="Puts the pictures of a sweep on one sheet, each under its label.",
+        return schema(
+            "TACAContactSheet",
+            inputs=[
+                io.Image.Input("images"),
+                io.String.Input("labels", force_input=True),
+                io.Int.Input("columns", default=0, min=0, max=100),
+                io.String.Input("title", default="", optional=True),
+            ],
+            outputs=[io.Image.Output("sheet")],
             search_aliases=["taca", "image grid", "compare images", "label images"],
             is_input_list=True,
-            inputs=[
-                io.Image.Input("images", tooltip="The pictures, one or more for each label."),
-                io.String.Input("labels", force_input=True, tooltip="From TACA Sweep."),
-                io.Int.Input(
-                    "columns",
-                    default=0,
-                    min=0,
-                    max=100,
-                    tooltip="Pictures in a row; 0 puts one label's pictures in a column.",
-                ),
-                io.String.Input("title", default="", optional=True, tooltip="Above the sheet."),
-            ],
-            outputs=[io.Image.Output("sheet", tooltip="The sheet, to save or to show.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, images: list[Tensor], labels: list[str], columns: list[int],
-                title: list[str] | None = None) -> io.NodeOutput:  # fmt: skip
+    def execute(
+        cls,
+        images: list[Tensor],
+        labels: list[str],
+        columns: list[int],
+        title: list[str] | None = None,
+    ) -> io.NodeOutput:
         if len(labels) not in (1, len(images)):
             raise ValueError(
                 f"TACA Contact Sheet has {len(images)} pictures and {len(labels)} labels: connect "
                 f"both from the same sweep."
             )
         labels = labels * len(images) if len(labels) == 1 else labels
-        batches = [[drawing.to_picture(one) for one in batch] for batch in images]
-        if columns[0]:
-            pictures = [picture for batch in batches for picture in batch]
-            under = [label for label, batch in zip(labels, batches, strict=True) for _ in batch]
-        else:  # a column for each label
-            rows = max(map(len, batches))
-            pictures, under = [], []
-            for row in range(rows):
-                for label, batch in zip(labels, batches, strict=True):
-                    blank = Image.new("RGB", batch[0].size, drawing.PAPER)
-                    pictures.append(batch[row] if row < len(batch) else blank)
-                    under.append(label)
-        page = drawing.sheet(
-            pictures, under, columns[0] or len(batches), title[0] if title and title[0] else ""
-        )
-        image = drawing.to_tensor(page)
+        batches = [[pictures.to_picture(one) for one in batch] for batch in images]
+        cells = [
+            [(picture, label) for picture in batch]
+            for batch, label in zip(batches, labels, strict=True)
+        ]
+        if not columns[0]:  # a column for each label
+            blank = pictures.blank(*batches[0][0].size)
+            rows = zip_longest(*batches, fillvalue=blank)
+            cells = [list(zip(row, labels, strict=True)) for row in rows]
+        shown, under = zip(*chain.from_iterable(cells), strict=True)
+        heading = title[0] if title and title[0] else ""
+        page = pictures.sheet(shown, under, columns[0] or len(batches), heading)
+        image = pictures.to_tensor(page)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 

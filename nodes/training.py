@@ -5,6 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..taca.training import training_window
+from .ui.schema import schema
 
 
 class TACATrainingWindow(io.ComfyNode):
@@ -12,18 +13,11 @@ class TACATrainingWindow(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TACATrainingWindow",
-            display_name="TACA Training Window",
-            category="TACA",
-            description=(
-                "Makes ComfyUI's Train LoRA train a TACA LoRA: only at the timesteps in which TACA "
-                "acts, and with TACA on. Put it between TACA Patch Model, which says when and how "
-                "strongly, and Train LoRA; load the result with Load TACA LoRA."
-            ),
+        return schema(
+            "TACATrainingWindow",
+            inputs=[io.Model.Input("model")],
+            outputs=[io.Model.Output()],
             search_aliases=["taca", "train taca lora", "timestep range training"],
-            inputs=[io.Model.Input("model", tooltip="A model from TACA Patch Model.")],
-            outputs=[io.Model.Output(tooltip="The model for Train LoRA. It samples as before.")],
         )
 
     @classmethod

@@ -4,67 +4,96 @@
 
 The trainer draws a timestep as ``model_sampling.percent_to_sigma(uniform)`` and, to save memory,
 may compute the model again in the backward pass, when the call is over. So here alone something
-outlives a call: the blocks' forwards, for as long as the model is loaded.
+outlives a call: the blocks' forwards, for as long as the model is loaded. What they do is in the
+call's own options, which core keeps for the backward pass; nothing is compiled in training.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import partial
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
 from comfy.patcher_extension import PatcherInjection
-from torch import nn
+from torch import Tensor
 
-from .families import family_of
-from .lora import Wrap
+from .arguments import CallArguments
+from .block import joint_forward
+from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
-from .patch import TRAINING_KEY, located_blocks, resolve, settings_of, timestep, training_forward
-from .schedule import Schedule
+from .reach import through_options
+from .run import KEY, Run, config_of
+from .schedule import ResolvedSchedule, Schedule
+from .swap import Forward
+from .timesteps import resolve, timestep
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
+    from comfy.patcher_extension import WrapperExecutor
+
+TRAINING_KEY = "taca_training"
 
 DRAWS = 2**14
 """How finely the trainer's uniform draw over all timesteps is divided."""
 
 
-def training_window(model: Any) -> Any:
+def training_window(model: ModelPatcher) -> ModelPatcher:
     """A clone of a model with TACA, which core's trainer trains inside the window, with TACA.
 
-    Parameters
-    ----------
-    model : comfy.model_patcher.ModelPatcher
-        With TACA; left as it is.
-
-    Raises
-    ------
-    ValueError
-        If the model has no TACA, or its window no timestep that the trainer would draw, or none
-        without a run; or if TACA cannot act on such a model in training.
+    Raises ValueError if the model has no TACA, if its window holds no timestep to draw or needs a
+    run, or if TACA cannot act on such a model in training.
     """
-    settings = settings_of(model)
-    if settings is None:
+    config = config_of(model)
+    if config is None:
         raise ValueError(
-            "TACA Training Window trains inside the window of TACA, and this model has none: put "
-            "TACA Patch Model before it."
+            "TACA Training Window needs a model with TACA: put TACA Patch Model before it."
         )
     family = family_of(model.get_model_object("diffusion_model"))
-    if family.attention or family.kept_keys:
-        # Of the first, nothing would tell the blocks of TACA when the backward pass computes them
-        # again; the second's keys would be those of a LoRA that was trained on since.
-        why = "keeps the keys of its text" if family.kept_keys else "hands its attention no options"
+    if family.reach is not through_options:
+        # Nothing would tell its blocks of TACA when the backward pass computes them again.
+        keeps = family.caches_text_keys
+        why = "keeps the keys of its text" if keeps else "hands its attention no options"
         raise ValueError(
-            f"TACA cannot act on {family.name} in training, for this model {why}. To train it "
+            f"TACA cannot act on {family.name} in training, since this model {why}. To train it "
             f"without TACA, take TACA Patch Model and TACA Training Window out."
         )
     patched = model.clone()
-    sampling = _inside_window(model.get_model_object("model_sampling"), settings.schedule)
+    sampling = _inside_window(model.get_model_object("model_sampling"), config.schedule)
     patched.add_object_patch("model_sampling", sampling)
     patched.set_injections(TRAINING_KEY, [PatcherInjection(_install, _remove)])
     return patched
 
 
-def _inside_window(model_sampling: Any, schedule: Schedule) -> Any:
+def adjust_training_call(
+    run: Run, schedule: ResolvedSchedule, executor: WrapperExecutor, call: CallArguments
+) -> Tensor:
+    """One call of a model in training, whose blocks ``training_window`` prepared.
+
+    Raises RuntimeError if they were not prepared, or a timestep outside the window was drawn.
+    """
+    base_model = executor.class_obj
+    if TRAINING_KEY not in base_model.current_patcher.injections:
+        raise RuntimeError(
+            "The trainer would train this model with TACA at all timesteps: put TACA Training "
+            "Window between TACA Patch Model and the trainer, or take TACA Patch Model out."
+        )
+    t = timestep(base_model.model_sampling, call.sigma)
+    if not bool(schedule.contains(t).all()):
+        raise RuntimeError(
+            "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "
+            "after every node that changes the model's sampling."
+        )
+    state = call.initial_state()
+    gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call)
+    result = call.run(executor, {**call.options, KEY: {"gamma": gamma, "state": state}})
+    run.record(state.ran, state.attended)
+    return result
+
+
+def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSampling:
     """A model sampling whose draws, in training, are those of the original inside the window."""
     percents = (torch.arange(DRAWS) + 0.5) / DRAWS
     sigmas = torch.tensor([model_sampling.percent_to_sigma(p) for p in percents.tolist()])
@@ -72,7 +101,7 @@ def _inside_window(model_sampling: Any, schedule: Schedule) -> Any:
     inside = percents[resolved.contains(timestep(model_sampling, sigmas))].tolist()
     if not inside:
         raise ValueError(
-            f"The TACA window {schedule.window} holds no timestep to train on: widen it."
+            f"TACA's window {schedule.window} holds no timestep to train on: widen it."
         )
     original = model_sampling.percent_to_sigma
 
@@ -87,28 +116,41 @@ def _inside_window(model_sampling: Any, schedule: Schedule) -> Any:
     return sampling
 
 
-def _install(patcher: Any) -> None:
+def training_forward(forward: Forward, block: JointBlock) -> Forward:
+    """A block's forward while its model is loaded for training."""
+
+    @wraps(forward)
+    def taca_training_forward(*args: Any, **kwargs: Any) -> Any:
+        adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
+        if adjustment is None:
+            return forward(*args, **kwargs)
+        return joint_forward(forward, block, **adjustment)(*args, **kwargs)
+
+    return taca_training_forward
+
+
+def _install(patcher: ModelPatcher) -> None:
     """When the model is loaded."""
-    for block, wrap in _forwards(patcher):
-        before = block.__dict__.get("forward")
-        block.forward = wrap(block.forward)
-        block.__dict__[TRAINING_KEY] = (before, block.forward)
+    for block in _blocks(patcher):
+        module = block.module
+        if TRAINING_KEY not in module.__dict__:  # else it is loaded twice before it is unloaded
+            own = module.__dict__.get("forward")
+            module.forward = training_forward(module.forward, block)
+            module.__dict__[TRAINING_KEY] = (own, module.forward)
 
 
-def _remove(patcher: Any) -> None:
-    """When it is unloaded. What another put over ours in the meantime stays."""
-    for block, _ in _forwards(patcher):
-        before, ours = block.__dict__.pop(TRAINING_KEY, (None, None))
-        if ours is not None and block.__dict__.get("forward") is ours:
-            del block.forward
-            if before is not None:
-                block.forward = before
+def _remove(patcher: ModelPatcher) -> None:
+    """When it is unloaded. What another pack put over ours in the meantime stays."""
+    for block in _blocks(patcher):
+        attributes = block.module.__dict__
+        own, ours = attributes.pop(TRAINING_KEY, (None, None))
+        if ours is not None and attributes.get("forward") is ours:
+            attributes.pop("forward")
+            attributes.update({} if own is None else {"forward": own})
 
 
-def _forwards(patcher: Any) -> list[tuple[nn.Module, Wrap]]:
-    settings = settings_of(patcher)
-    options = settings.options if settings else NO_OPTIONS
-    return [
-        (block, partial(training_forward, locate=locate))
-        for block, locate in located_blocks(patcher.model.diffusion_model, options).items()
-    ]
+def _blocks(patcher: ModelPatcher) -> list[JointBlock]:
+    config = config_of(patcher)
+    transformer = uncompiled(patcher.model.diffusion_model)
+    options = config.options if config else NO_OPTIONS
+    return family_of(transformer).observed_blocks(transformer, options.blocks)

@@ -130,9 +130,9 @@ def load(case, folder, monkeypatch, seed=0):
         network, files, model = (
             sys.modules[f"taca_pack.uvit.{name}"] for name in ("network", "files", "model")
         )
-        sizes = network.Sizes(**case.config)
+        config = network.UViTConfig(**case.config)
         if not path.exists():
-            save_file(seeded(network.UViT(sizes), seed), path, files.metadata_of(sizes, 0.25))
+            save_file(seeded(network.UViT(config), seed), path, files.metadata_of(config, 0.25))
         return model.load_uvit(str(path))
     transformer = class_of(case)
     if not path.exists():

@@ -86,10 +86,11 @@ def test_gamma_is_applied_in_float32(dtype):
         return q
 
     adjusted(attend, k, k, k, torch.tensor([1.2]), (Span("text", 4), Span("image", 2)))
-    assert seen[0].dtype == dtype
-    assert torch.equal(seen[0][:, :, :4], (k[:, :, :4].float() * 1.2).to(dtype))
-    assert torch.equal(seen[0][:, :, 4:], k[:, :, 4:])
-    assert seen[1] is k
+    plain, scaled = seen  # keys of the text's queries, and of the image's
+    assert plain is k
+    assert scaled.dtype == dtype
+    assert torch.equal(scaled[:, :, :4], (k[:, :, :4].float() * 1.2).to(dtype))
+    assert torch.equal(scaled[:, :, 4:], k[:, :, 4:])
 
 
 def test_inputs_are_left_alone():

@@ -108,13 +108,13 @@ def test_targets_say_how_far_they_were_missed(monkeypatch, tmp_path):
 
 def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
     """FLOPs, all methods in the same rounds, and the table."""
-    small = fusion.Sizes(7, 64, 4, 8, 2, 5, 6)
+    small = fusion.UViTConfig(7, 64, 4, 8, 2, 5, 6)
 
-    def sizes(blocks, shared, conditioning):
+    def config(blocks, shared, conditioning):
         first, last = fusion.central(7, min(shared, 7))
         return dataclasses.replace(small, first=first, last=last, conditioning=conditioning)
 
-    monkeypatch.setattr(fusion, "network_sizes", sizes)
+    monkeypatch.setattr(fusion, "published_config", config)
     file = tmp_path / "cost.json"
     monkeypatch.setattr(sys, "argv", ["fusion.py", "cost", "--networks", "small", "--rounds", "2",
                                       "--batches", "2", "--out", str(file)])  # fmt: skip

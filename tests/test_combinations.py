@@ -304,7 +304,7 @@ def test_a_cache_that_hides_the_modules_of_a_lora(folder, apply_taca, kind):
     """A first-block cache and Load TACA LoRA: an error that names both, and nothing left behind."""
     model = tiny.load(folder, kind)
     taca = apply_taca(model, 1.4, 0.0)
-    lora = sys.modules["taca_pack.taca.lora"].fit_lora(
+    lora = sys.modules["taca_pack.taca.lora_file"].fit_lora(
         random_lora(model, only="blocks"), taca.model, "lora", 1.0
     )
     patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
@@ -568,7 +568,7 @@ def test_saving(folder, apply_taca, kind, tmp_path, monkeypatch):
     loaded again, it is the plain model."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     model = tiny.load(folder, kind)
-    fit, add = (sys.modules[f"taca_pack.taca.{module}"] for module in ("lora", "patch"))
+    fit, add = (sys.modules[f"taca_pack.taca.{module}"] for module in ("lora_file", "patch"))
     lora = fit.fit_lora(random_lora(model), model.model, "lora", 1.0)
     taca = apply_taca(model, 1.4, 0.0)
     files = []

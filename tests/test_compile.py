@@ -23,7 +23,7 @@ from test_model import KINDS, installed_on, sample
 from torch import nn
 from torch._dynamo.utils import counters
 
-patch = sys.modules["taca_pack.taca.patch"]
+compiler = sys.modules["taca_pack.taca.compiler"]
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +191,7 @@ def test_past_dynamos_limit_of_recompilations(folder, apply_taca, whole):
 
 def test_the_uncompiled_stance_is_reset_by_the_last(folder):
     """Two devices' threads inside at once: compilation is off for both, and on again after."""
-    uncompiled = patch.uncompiled_calls
+    uncompiled = compiler.uncompiled_calls
     is_on = torch.compile(lambda x: x * torch.compiler.is_compiling(), backend="eager")
     entered, leave = threading.Event(), threading.Event()
 

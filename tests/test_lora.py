@@ -657,9 +657,9 @@ def test_pickles_are_refused(folder, load_lora, loras):
 
 
 def test_a_forward_is_wrapped_once_and_again_where_another_pack_replaced_it():
-    remembering = sys.modules["taca_pack.taca.lora"].remembering
+    cached_wrap = sys.modules["taca_pack.taca.swap"].cached_wrap
     layer, wrapped = torch.nn.Linear(2, 2), []
-    wrap = remembering(lambda forward: wrapped.append(forward) or (lambda x: forward(x) + 1))
+    wrap = cached_wrap(lambda forward: wrapped.append(forward) or (lambda x: forward(x) + 1))
     first = wrap(layer.forward)
     assert wrap(layer.forward) is first
     layer.forward = lambda x: 2 * x

@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.sd
@@ -198,14 +199,30 @@ def test_blocks_without_text_are_no_error(folder, apply_taca, kind, monkeypatch)
     families = sys.modules["taca_pack.taca.families"]
     model = tiny.load(folder, kind)
 
-    def no_text(args, kwargs, seen):
-        return (families.Span("text", 0), families.Span("image", 999))
+    family = families.family_of(model.model.diffusion_model)
+    located = []
 
-    def blocks(self, diffusion_model, limit=""):
-        return [(b, no_text) for name in self.joint for b in getattr(diffusion_model, name)]
+    def without_text(locate):
+        def locate_without_text(args, kwargs, state):
+            args = tuple(x[:, :0] if i == family_text[kind][0] else x for i, x in enumerate(args))
+            kwargs = {n: x[:, :0] if n == family_text[kind][1] else x for n, x in kwargs.items()}
+            located.append(locate(args, kwargs, state))
+            return located[-1]
 
-    monkeypatch.setattr(families.Family, "joint_blocks", blocks)
+        return locate_without_text
+
+    family_text = {"flux": (1, "txt"), "sd3": (0, "context")}
+    joint = {name: without_text(locate) for name, locate in family.joint.items()}
+    if kind == "flux":
+        monkeypatch.setattr(families, "FAMILIES", [replace(family, joint={
+            "double_blocks": joint["double_blocks"],
+            "single_blocks": lambda args, kwargs, state: (),
+        })])  # fmt: skip
+    else:
+        monkeypatch.setattr(families, "FAMILIES", [replace(family, joint=joint)])
     assert torch.equal(sample(model, kind), sample(apply_taca(model), kind))
+    assert located
+    assert not any(located)
 
 
 @pytest.mark.parametrize("kind", ["schnell", "flux-fill"])
@@ -226,8 +243,8 @@ def test_attn2_is_left_alone(folder, apply_taca):
 
     model.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = spy
     sample(apply_taca(model, 1.2, 1000.0), "sd3", steps=1, cfg=1.0, text=(7, 7))
-    # Block 0: image queries, text queries, attn2; block 1: image queries, text queries.
-    assert lengths == [(64, 71), (7, 71), (64, 64), (64, 71), (7, 71)]
+    # Block 0: text queries, image queries, attn2; block 1: text queries, image queries.
+    assert lengths == [(7, 71), (64, 71), (64, 64), (7, 71), (64, 71)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,7 @@ from test_model import KINDS, reference, sample
 multigpu = pytest.importorskip(
     "comfy_extras.nodes_multigpu", reason="this ComfyUI runs on one device"
 )
-patch = sys.modules["taca_pack.taca.patch"]
+lora_module = sys.modules["taca_pack.taca.lora"]
 DEVICES = [torch.device("cpu"), torch.device("cpu:0")]
 
 
@@ -112,7 +112,9 @@ def test_a_lora_on_two_devices(folder, apply_taca, load_lora, kind, order):  # n
         bases = {base for _, base, *_ in calls}
         assert len(bases) == 2
         copies = [both, *both.get_additional_models_with_key("multigpu")]
-        assert len({id(each) for m in copies for each in patch.loras_of(m)}) == len(copies) == 2
+        assert (
+            len({id(each) for m in copies for each in lora_module.loras_of(m)}) == len(copies) == 2
+        )
         assert not installed_on(bases)
 
 

@@ -19,7 +19,7 @@ from test_lora import replaced
 from test_model import KINDS, sample
 
 report_module = sys.modules["taca_pack.taca.report"]
-options_module = sys.modules["taca_pack.taca.options"]
+tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
 preview = sys.modules["taca_pack.nodes.preview"]
 
 
@@ -175,7 +175,7 @@ def test_the_cost(folder, apply_taca, pack, monkeypatch):
 
 def test_places_lie_on_a_grid():
     def places(latent, image):
-        probe = report_module.Probe(report_module.Report({}), torch.zeros(1), 0, latent)
+        probe = report_module.Probe(*[None] * 6, latent)
         return probe.places(image)
 
     numbers, grid = places((128, 128), 4096)
@@ -193,7 +193,7 @@ def test_words_by_the_tokenizer():
               [[15, 16, 17, 1, 0, 0]]]  # fmt: skip
     own = {"six": [[[6], [6]], [[16]]], "six seven": [[[6, 7], [6, 7]], [[16, 17]]],
            "ten": [[[10], [10]], [[20]]]}  # fmt: skip
-    find = options_module.find_words
+    find = tokens_module.find_words
     assert find("six, six seven", prompt, own.get) == {
         "six": [2, 4, 8], "six seven": [2, 3, 8, 9]
     }  # fmt: skip
@@ -208,8 +208,8 @@ def test_words_by_the_tokenizer():
         with pytest.raises(ValueError, match="TACA") as error:
             find(half, [], None)
         str(error.value).encode()
-    assert options_module.without_ends([49406, 5, 49407, 49407]) == [5]
-    assert options_module.without_ends([15, 16, 1, 0, 0]) == [15, 16]
+    assert tokens_module.without_ends([49406, 5, 49407, 49407]) == [5]
+    assert tokens_module.without_ends([15, 16, 1, 0, 0]) == [15, 16]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 schedule = sys.modules["taca_pack.taca.schedule"]
-timestep = sys.modules["taca_pack.taca.patch"].timestep
+timestep = sys.modules["taca_pack.taca.timesteps"].timestep
 Schedule, TimestepWindow = schedule.Schedule, schedule.TimestepWindow
-resolve = sys.modules["taca_pack.taca.patch"].resolve
+resolve = sys.modules["taca_pack.taca.timesteps"].resolve
 try:
     from comfy_api.input import CurveInput
 except ImportError:  # ComfyUI before 0.20.1
@@ -155,7 +155,7 @@ def test_a_bad_curve_is_refused(low, high, says):
         ("PercentWindow", (0.5, 0.2), "swap them"),
         ("PercentWindow", (-0.1, 0.2), "start_percent"),
         ("PercentWindow", (0.1, float("nan")), "end_percent"),
-        ("FirstStepsWindow", (0,), "at least 1"),
+        ("FirstStepsWindow", (0,), "between 1 and 10000"),
     ],
 )
 def test_bad_windows_are_refused(window, values, says):

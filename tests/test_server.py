@@ -56,9 +56,9 @@ def add_tiny_clip(base):
 
 def save_uvit(path):
     """A U-ViT of noise for the demo's latents and prompts."""
-    sizes = NETWORK.Sizes(3, 64, 16, 16, 2, 16, 64)
+    config = NETWORK.UViTConfig(3, 64, 16, 16, 2, 16, 64)
     torch.manual_seed(0)
-    save_file(NETWORK.UViT(sizes).initialise().state_dict(), path, FILES.metadata_of(sizes, 1.5))
+    save_file(NETWORK.UViT(config).initialise().state_dict(), path, FILES.metadata_of(config, 1.5))
 
 
 @pytest.fixture(scope="module")

@@ -37,11 +37,12 @@ from workflow import ONE_THREAD, ROOT, api_form, read
 
 import nodes
 
+CONFIG = importlib.import_module("taca_pack.uvit.config")
 NETWORK = importlib.import_module("taca_pack.uvit.network")
 FILES = importlib.import_module("taca_pack.uvit.files")
 MODEL = importlib.import_module("taca_pack.uvit.model")
 TRAINING = importlib.import_module("taca_pack.uvit.training")
-Sizes, UViT, central = NETWORK.Sizes, NETWORK.UViT, NETWORK.central
+UViTConfig, UViT = CONFIG.UViTConfig, NETWORK.UViT
 
 CASES = int(os.environ.get("TACA_FUZZ", "300"))
 PUBLISHED = {"small": (13, 44_692_644), "small deep": (17, 58_345_636)}
@@ -67,11 +68,11 @@ def seeded(network, seed=0):
     return network
 
 
-def inputs(sizes, batch=2, seed=1):
+def inputs(config, batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, sizes.channels, sizes.side, sizes.side, generator=generator)
+    x = torch.randn(batch, config.channels, config.side, config.side, generator=generator)
     t = torch.tensor([317, 1000, 1][:batch])
-    return x, t, torch.randn(batch, sizes.text_tokens, sizes.text_width, generator=generator)
+    return x, t, torch.randn(batch, config.text_tokens, config.text_width, generator=generator)
 
 
 def reference(w, x, t, context, blocks, heads, first, last, cross=False, gamma=1.0):
@@ -159,20 +160,20 @@ def test_is_the_published_network(size):
     calls it, at the first and the last timestep.
     """
     blocks, count = PUBLISHED[size]
-    network = seeded(UViT(Sizes(blocks=blocks)))
+    network = seeded(UViT(UViTConfig(blocks=blocks)))
     state = network.state_dict()
     assert sum(p.numel() for p in state.values()) == count
     assert state["pos_embed"].shape == (1, 334, 512)
     assert state["out_blocks.0.skip_linear.weight"].shape == (512, 1024)
     assert state["mid_block.attn.qkv.weight"].shape == (1536, 512)
     assert state["decoder_pred.weight"].shape == (16, 512)
-    assert FILES.read_sizes(state, None, "it") == (network.sizes, 0.23010)
-    x, _, context = inputs(network.sizes)
+    assert FILES.read_config(state, None, "it") == (network.config, 0.23010)
+    x, _, context = inputs(network.config)
     t = torch.tensor([1, 1000])
     expected = reference(state, x, t, context, blocks, 8, 0, blocks - 1)
     assert (network(x, t, context) - expected).abs().max() < 1e-5 * expected.abs().max()
     operations = comfy.ops.disable_weight_init
-    in_comfyui = MODEL.ComfyUViT(network.sizes, torch.float32, None, operations)
+    in_comfyui = MODEL.ComfyUViT(network.config, torch.float32, None, operations)
     in_comfyui.load_state_dict(state)
     ours = in_comfyui(x, t - 1, context)
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -183,53 +184,53 @@ def test_is_the_published_network(size):
 def test_every_fusion(fusion, conditioning):
     """Also where the text's blocks do not lie evenly around the middle one."""
     first, last = FUSIONS[fusion]
-    network = seeded(UViT(Sizes(**TINY, first=first, last=last, conditioning=conditioning)))
-    given = inputs(network.sizes)
+    network = seeded(UViT(UViTConfig(**TINY, first=first, last=last, conditioning=conditioning)))
+    given = inputs(network.config)
     cross = conditioning == "cross-attention"
     expected = reference(network.state_dict(), *given, 5, 2, first, last, cross)
     assert (network(*given) - expected).abs().max() < 1e-5 * expected.abs().max()
-    metadata = FILES.metadata_of(network.sizes, 0.5)
-    assert FILES.read_sizes(network.state_dict(), metadata, "it") == (network.sizes, 0.5)
+    metadata = FILES.metadata_of(network.config, 0.5)
+    assert FILES.read_config(network.state_dict(), metadata, "it") == (network.config, 0.5)
 
 
 def write(path, seed=0, metadata=True, **changes):
-    """A tiny U-ViT's file; its path and sizes."""
-    network = seeded(UViT(Sizes(**TINY | changes)), seed)
-    said = FILES.metadata_of(network.sizes, 0.25) if metadata else {}
+    """A tiny U-ViT's file; its path and config."""
+    network = seeded(UViT(UViTConfig(**TINY | changes)), seed)
+    said = FILES.metadata_of(network.config, 0.25) if metadata else {}
     save_file(network.state_dict(), path, said)
-    return str(path), network.sizes
+    return str(path), network.config
 
 
-def conditioning(sizes, seed=1):
-    return [[inputs(sizes, 1, seed)[2], {}]]
+def conditioning(config, seed=1):
+    return [[inputs(config, 1, seed)[2], {}]]
 
 
-def sample(model, sizes, steps=4, cfg=1.0, seed=3):
+def sample(model, config, steps=4, cfg=1.0, seed=3):
     """A run through core's KSampler function."""
-    empty = {"samples": torch.zeros(1, sizes.channels, sizes.side, sizes.side)}
-    positive, negative = conditioning(sizes), conditioning(sizes, 2)
+    empty = {"samples": torch.zeros(1, config.channels, config.side, config.side)}
+    positive, negative = conditioning(config), conditioning(config, 2)
     return nodes.common_ksampler(
         model, seed, steps, cfg, "euler", "normal", positive, negative, empty
     )[0]["samples"]  # fmt: skip
 
 
-def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0, texts=None):
+def reference_run(config, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0, texts=None):
     """The same run in float64, by the reference network and the published schedule."""
     betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
     kept = (1 - betas).cumprod(0)
     sigmas = ((1 - kept) / kept) ** 0.5
     times = torch.linspace(999, 0, steps, dtype=torch.float64).round().long().tolist()
     levels = [*sigmas[times].tolist(), 0.0]
-    shape = (1, sizes.channels, sizes.side, sizes.side)
+    shape = (1, config.channels, config.side, config.side)
     noise = torch.randn(shape, generator=torch.manual_seed(seed)).double()
     x = noise * (1 + levels[0] ** 2) ** 0.5
-    positive, negative = texts or (conditioning(sizes, seed)[0][0] for seed in (1, 2))
+    positive, negative = texts or (conditioning(config, seed)[0][0] for seed in (1, 2))
     for t, (sigma, following) in zip(times, itertools.pairwise(levels), strict=True):
         parts = [
             reference(
-                state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, sizes.blocks,
-                sizes.width // 64, sizes.first, sizes.last, sizes.conditioning == "cross-attention",
-                gamma,
+                state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, config.blocks,
+                config.width // 64, config.first, config.last,
+                config.conditioning == "cross-attention", gamma,
             )
             for context in ([positive] if cfg == 1 else [positive, negative])
         ]  # fmt: skip
@@ -241,24 +242,24 @@ def reference_run(sizes, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0,
 @pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
 def test_core_samples_the_published_process(tmp_path, pack, conditioning_by, monkeypatch):
     """Loader, schedule, timesteps, latent scale and attention, through core's sampler."""
-    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    path, config = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
     monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: path)
     model = pack["LoadUViT"].execute("it.safetensors").result[0]
-    assert model.model.diffusion_model.sizes == sizes
-    expected = reference_run(sizes, load_file(path))
-    ours = sample(model, sizes)
+    assert model.model.diffusion_model.config == config
+    expected = reference_run(config, load_file(path))
+    ours = sample(model, config)
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert torch.isfinite(sample(model, sizes, steps=2, cfg=2.0)).all()
+    assert torch.isfinite(sample(model, config, steps=2, cfg=2.0)).all()
 
 
 def test_taca_equals_dense(tmp_path, apply_taca):
     """In the blocks that share text and image, and in no other."""
-    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    path, config = write(tmp_path / "it.safetensors", first=1, last=3)
     model, state = MODEL.load_uvit(path), load_file(path)
-    plain, expected = (reference_run(sizes, state, gamma=g) for g in (1.0, 1.5))
-    ours = sample(apply_taca(model, 1.5, 0.0), sizes)
+    plain, expected = (reference_run(config, state, gamma=g) for g in (1.0, 1.5))
+    ours = sample(apply_taca(model, 1.5, 0.0), config)
     assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
-    assert torch.equal(sample(apply_taca(model, 1.0, 0.0), sizes), sample(model, sizes))
+    assert torch.equal(sample(apply_taca(model, 1.0, 0.0), config), sample(model, config))
 
 
 def test_taca_refuses_cross_attention(tmp_path, apply_taca):
@@ -287,7 +288,7 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
              "dropout": 0.0}  # fmt: skip
     vae = seeded_as(comfy.ldm.models.autoencoder.AutoencoderKL, embed_dim=4, ddconfig=parts)
     vae = {key: value for key, value in vae.items() if "encoder" not in key}
-    network = seeded(UViT(Sizes(blocks=3, width=64, side=8)))
+    network = seeded(UViT(UViTConfig(blocks=3, width=64, side=8)))
     files = {"text_encoders": text, "vae": vae, "diffusion_models": network.state_dict()}
     for kind, state in files.items():
         save_file(state, tmp_path / f"{kind}.safetensors")
@@ -301,7 +302,7 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
     latent = nodes.EmptyLatentImage().generate(64, 64)[0]
     drawn = nodes.KSampler().sample(model, 3, 4, 2.0, "euler", "normal", *texts, latent)[0]
     expected = reference_run(
-        network.sizes, network.state_dict(), scale=0.23010, cfg=2.0, texts=[c[0][0] for c in texts]
+        network.config, network.state_dict(), scale=0.23010, cfg=2.0, texts=[c[0][0] for c in texts]
     )
     assert (drawn["samples"] - expected).abs().max() < 1e-4 * expected.abs().max()
     decode = nodes.VAEDecode().decode
@@ -321,19 +322,19 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
 )
 def test_compiled(tmp_path, apply_taca, conditioning_by, whole):
     """As core compiles, with TACA and without in turn; nothing is stale."""
-    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    path, config = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
     model, state = MODEL.load_uvit(path), load_file(path)
     torch._dynamo.reset()
     counters.clear()
     fast = compiled(model, whole, lists=("in_blocks", "out_blocks"))
-    plain = reference_run(sizes, state)
+    plain = reference_run(config, state)
     turns, effect = [(fast, plain)], plain.abs().max()
     if conditioning_by == "concatenation":
-        expected = reference_run(sizes, state, gamma=1.5)
+        expected = reference_run(config, state, gamma=1.5)
         turns.insert(0, (apply_taca(fast, 1.5, 0.0), expected))
         effect = (plain - expected).abs().max()
     for m, wanted in turns * 2:
-        assert (sample(m, sizes) - wanted).abs().max() < 2e-3 * effect
+        assert (sample(m, config) - wanted).abs().max() < 2e-3 * effect
     assert counters["stats"]["unique_graphs"]
     assert not counters["graph_break"]
     torch._dynamo.reset()
@@ -347,11 +348,11 @@ def test_cfg_on_two_devices(tmp_path, apply_taca, monkeypatch):
     monkeypatch.setattr(
         comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES[:]
     )
-    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    path, config = write(tmp_path / "it.safetensors", first=1, last=3)
     model, state = MODEL.load_uvit(path), load_file(path)
-    plain, expected = (reference_run(sizes, state, gamma=g, cfg=2.0) for g in (1.0, 1.5))
+    plain, expected = (reference_run(config, state, gamma=g, cfg=2.0) for g in (1.0, 1.5))
     both, calls = watched(split(apply_taca(model, 1.5, 0.0)))
-    ours = sample(both, sizes, cfg=2.0)
+    ours = sample(both, config, cfg=2.0)
     assert (ours - expected).abs().max() < 2e-3 * (plain - expected).abs().max()
     assert len(calls) == 4 * 2
     assert {device for device, *_ in calls} == set(DEVICES)
@@ -366,14 +367,14 @@ def as_pth(path, state):
 
 def test_the_published_file(tmp_path):
     """``.pth``, without metadata: text of 77 tokens, its own latent scale; fp16 too."""
-    network = seeded(UViT(Sizes(blocks=3, width=64)))
+    network = seeded(UViT(UViTConfig(blocks=3, width=64)))
     half = {key: value.half() for key, value in network.state_dict().items()}
     for state in (network.state_dict(), half):
         model = MODEL.load_uvit(as_pth(tmp_path / "mscoco.pth", state))
-        assert model.model.diffusion_model.sizes == network.sizes
+        assert model.model.diffusion_model.config == network.config
         assert model.model.latent_format.scale_factor == 0.23010
         assert model.model.model_type == comfy.model_base.ModelType.EPS
-        assert torch.isfinite(sample(model, network.sizes, steps=1)).all()
+        assert torch.isfinite(sample(model, network.config, steps=1)).all()
 
 
 def without(state, part):
@@ -397,8 +398,11 @@ BROKEN = {
     "fused_blocks, the first": lambda s: s | {"fused_blocks": torch.tensor([1])},
     "with text, is (nan, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([torch.nan, 3])},
     "with text, is (1.5, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([1.5, 3.0])},
+    "with text, is ((1+0j), (3+0j))": lambda s: s | {"fused_blocks": s["fused_blocks"] + 0j},
     "side is at least 1": lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 4, 0, 2)},
-    "not as numbers with a fraction": lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)},
+    "in a type that is not floating-point": lambda s: (
+        s | {"norm.bias": s["norm.bias"].to(torch.int8)}
+    ),
     "draws classes": lambda s: without(s, "context_embed") | {"label_emb.weight": torch.ones(3)},
     "lacks context_embed": lambda s: without(s, "context_embed"),
     "beside a U-ViT's": lambda s: s | {"label_emb.weight": torch.ones(3)},
@@ -509,7 +513,7 @@ def test_any_damaged_file_is_told_or_loaded(whole_file, data):
     except ValueError as error:
         assert path.name in str(error)  # noqa: PT017
     else:
-        sample(model, model.model.diffusion_model.sizes, steps=1)
+        sample(model, model.model.diffusion_model.config, steps=1)
 
 
 def test_an_unreadable_file_is_told(tmp_path):
@@ -529,21 +533,21 @@ def test_an_unreadable_file_is_told(tmp_path):
 
 
 def test_the_wrong_latents_and_prompts_are_told(tmp_path):
-    path, sizes = write(tmp_path / "it.safetensors")
+    path, config = write(tmp_path / "it.safetensors")
     model = MODEL.load_uvit(path)
     with pytest.raises(ValueError, match="64 x 64 pixels"):
-        sample(model, dataclasses.replace(sizes, side=16))
+        sample(model, dataclasses.replace(config, side=16))
     with pytest.raises(ValueError, match="7 tokens of 48"):
-        sample(model, dataclasses.replace(sizes, text_tokens=14))
+        sample(model, dataclasses.replace(config, text_tokens=14))
 
 
 def test_core_loads_it_again(tmp_path):
     """What core's trainer and its nodes for several GPUs ask for."""
-    path, sizes = write(tmp_path / "it.safetensors", first=2, last=2)
+    path, config = write(tmp_path / "it.safetensors", first=2, last=2)
     model = MODEL.load_uvit(path)
     make, given = model.cached_patcher_init
     again = make(*given)
-    assert torch.equal(sample(again, sizes), sample(model, sizes))
+    assert torch.equal(sample(again, config), sample(model, config))
     assert not make(*given, disable_dynamic=True).is_dynamic()
 
 
@@ -555,10 +559,10 @@ def save(pack, model, monkeypatch, folder):
 
 @pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
 def test_what_is_saved_is_what_is_loaded(tmp_path, pack, monkeypatch, conditioning_by):
-    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    path, config = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
     model = MODEL.load_uvit(path)
     saved = save(pack, model, monkeypatch, tmp_path)
-    assert torch.equal(sample(MODEL.load_uvit(saved), sizes), sample(model, sizes))
+    assert torch.equal(sample(MODEL.load_uvit(saved), config), sample(model, config))
     assert MODEL.load_uvit(saved).model.latent_format.scale_factor == 0.25
     with pytest.raises(ValueError, match="takes a U-ViT"):
         save(pack, tiny.load(tmp_path, "sd3"), monkeypatch, tmp_path)
@@ -566,17 +570,17 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, pack, monkeypatch, conditioni
 
 def test_core_trains_and_merges_a_lora(tmp_path, pack, monkeypatch):
     """Core's trainer on a U-ViT; and a file has in it what its LoRAs made of the weights."""
-    path, sizes = write(tmp_path / "it.safetensors", first=1, last=3)
+    path, config = write(tmp_path / "it.safetensors", first=1, last=3)
     model = MODEL.load_uvit(path)
-    latents = [{"samples": inputs(sizes, 1, seed)[0]} for seed in (1, 2)]
-    positive = [conditioning(sizes, seed) for seed in (1, 2)]
+    latents = [{"samples": inputs(config, 1, seed)[0]} for seed in (1, 2)]
+    positive = [conditioning(config, seed) for seed in (1, 2)]
     lora, losses = train(model, None, optimizer="AdamW", rate=1e-2, data=(latents, positive))
     assert all(map(math.isfinite, losses))
     tuned, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
-    expected = sample(tuned, sizes)
-    assert not torch.allclose(expected, sample(model, sizes))
+    expected = sample(tuned, config)
+    assert not torch.allclose(expected, sample(model, config))
     saved = save(pack, tuned, monkeypatch, tmp_path)
-    ours = sample(MODEL.load_uvit(saved), sizes)
+    ours = sample(MODEL.load_uvit(saved), config)
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -584,17 +588,17 @@ RECIPE = {"batch_size": 4, "learning_rate": 1e-3, "warm_up": 3, "ema": 0.9, "bf1
 
 
 def data_of(pictures=6):
-    x, _, context = inputs(Sizes(**TINY), 3)
+    x, _, context = inputs(UViTConfig(**TINY), 3)
     times = pictures // 3
     return TRAINING.Data(
         x.repeat(times, 1, 1, 1), context.repeat(times, 1, 1), context[:1] * 0, 0.5
     )  # fmt: skip
 
 
-def training(folder, sizes=None, name="it", data=None, **changes):
-    sizes = sizes or Sizes(**TINY, first=1, last=3)
+def training(folder, config=None, name="it", data=None, **changes):
+    config = config or UViTConfig(**TINY, first=1, last=3)
     recipe = TRAINING.Recipe(**RECIPE | changes)
-    return TRAINING.Training(sizes, recipe, data or data_of(), folder / f"{name}.safetensors")
+    return TRAINING.Training(config, recipe, data or data_of(), folder / f"{name}.safetensors")
 
 
 @pytest.fixture
@@ -631,9 +635,9 @@ def test_a_stopped_training_goes_on_to_the_bit(tmp_path, grad):
 def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
     training(tmp_path).run(1, 1, lambda running: None)
     for changes, told in (
-        ({"seed": 1}, "seed 0 there and 1 here"),
-        ({"sizes": Sizes(**TINY)}, "another network"),
-        ({"sizes": Sizes(**TINY | {"width": 64}, first=1, last=3)}, "another network"),
+        ({"seed": 1}, "seed 0, now 1"),
+        ({"config": UViTConfig(**TINY)}, "another network"),
+        ({"config": UViTConfig(**TINY | {"width": 64}, first=1, last=3)}, "another network"),
     ):
         with pytest.raises(ValueError, match=told):
             training(tmp_path, **changes)
@@ -643,10 +647,13 @@ def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
 
 
 def test_a_checkpoint_of_other_data_is_told(tmp_path, grad):
-    """More, others, in another order; one among 900; not the last bits of pictures encoded anew."""
+    """More, others, in another order; one among 900, picture or caption; not the last bits of those
+    encoded anew.
+    """
     training(tmp_path).run(1, 1, lambda running: None)
-    many, one = data_of(900), data_of(900)
+    many, one, two = data_of(900), data_of(900), data_of(900)
     one.latents[17] = one.latents[17].flip(0)
+    two.context[17] = two.context[17].flip(0)
     training(tmp_path, name="many", data=many).run(1, 1, lambda running: None)
     data = data_of()
     for told, name, changed in (
@@ -655,25 +662,29 @@ def test_a_checkpoint_of_other_data_is_told(tmp_path, grad):
         ("other pictures[.]", "it", dataclasses.replace(data, latents=1.01 * data.latents)),
         ("other captions[.]", "it", dataclasses.replace(data, context=data.context.flip(0))),
         ("another empty prompt", "it", dataclasses.replace(data, empty=data.context[:1])),
-        ("latent_scale 0.5 there and 0.6 here", "it", dataclasses.replace(data, latent_scale=0.6)),
+        ("latent_scale 0.5, now 0.6", "it", dataclasses.replace(data, latent_scale=0.6)),
         ("other pictures[.]", "many", one),
+        ("other captions[.]", "many", two),
     ):
         with pytest.raises(ValueError, match=rf"{name}\.safetensors was.*{told}.*another name"):
             training(tmp_path, name=name, data=changed)
     noise = torch.randn(data.latents.shape, generator=torch.manual_seed(0))
-    latents = data.latents * (1 + 1e-4 * noise)
-    anew = dataclasses.replace(data, latents=latents, latent_scale=0.50001)
+    latents = data.latents * (1 + 1e-3 * noise)
+    anew = dataclasses.replace(data, latents=latents, latent_scale=0.5001)
     assert training(tmp_path, data=anew).step == 1
 
 
-def test_a_checkpoint_that_says_no_data_goes_on(tmp_path, grad, caplog):
-    """As those of earlier versions; from the next checkpoint on it says them."""
+EARLIER = {"no data": {}, "a sketch": {"data": {"latents": [6, 4, 8, 8, 39.0, 0.1, 0.2, 0.3, 0.4]}}}
+
+
+@pytest.mark.parametrize("kept", EARLIER)
+def test_a_checkpoint_without_samples_of_its_data_resumes(tmp_path, grad, caplog, kept):
+    """As those of earlier versions; the next checkpoint has them."""
     training(tmp_path).run(1, 1, lambda running: None)
     path = tmp_path / "it.safetensors"
     with safe_open(path, "pt") as file:
-        said = json.loads(file.metadata()["uvit"])
-    del said["data"]
-    save_file(load_file(path), path, {"uvit": json.dumps(said)})
+        said = json.loads(file.metadata()["uvit"]) | EARLIER[kept]
+    save_file(without(load_file(path), "training.data"), path, {"uvit": json.dumps(said)})
     running = training(tmp_path, data=data_of(9))
     assert "it.safetensors is of an earlier version" in caplog.text
     running.run(2, 1, lambda running: None)
@@ -732,10 +743,10 @@ NODE = {
 def train_node(pack, tmp_path, monkeypatch):
     """Train U-ViT as core calls it: all inputs in lists, in inference mode."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    sizes = Sizes(**TINY)
+    config = UViTConfig(**TINY)
 
     def run(latents=None, positive=None, **changes):
-        x, _, context = inputs(sizes, 3)
+        x, _, context = inputs(config, 3)
         with torch.inference_mode():
             latents = latents or [{"samples": x[i : i + 1]} for i in range(3)]
             positive = positive or [[[context[i : i + 1], {}]] for i in range(3)]
@@ -756,11 +767,11 @@ def test_the_node_trains(train_node, tmp_path):
     assert plot.shape == (1, 360, 720, 3)
     assert out.ui["images"]
     assert "40 steps" in out.ui["text"][0]
-    sizes = model.model.diffusion_model.sizes
-    assert (sizes.first, sizes.last, sizes.blocks) == (1, 1, 3)
+    config = model.model.diffusion_model.config
+    assert (config.first, config.last, config.blocks) == (1, 1, 3)
     assert model.model.latent_format.scale_factor == 0.23010
-    assert torch.isfinite(sample(model, sizes)).all()
-    assert torch.equal(sample(train_node().result[0], sizes), sample(model, sizes))
+    assert torch.isfinite(sample(model, config)).all()
+    assert torch.equal(sample(train_node().result[0], config), sample(model, config))
     with pytest.raises(ValueError, match="40 steps already"):
         train_node(steps=39)
 
@@ -784,14 +795,14 @@ def test_an_interrupt_keeps_the_checkpoint(train_node, tmp_path, monkeypatch):
 def test_one_batch_and_other_latents(train_node):
     """As the demo's dataset has them; and a scale of their own where there is no published one."""
     x = 5 * torch.randn(3, 16, 8, 8, generator=torch.manual_seed(0))
-    _, _, context = inputs(Sizes(**TINY), 3)
+    _, _, context = inputs(UViTConfig(**TINY), 3)
     out = train_node(
         [{"samples": x}], [[[c[None], {}] for c in context]], steps=2, fusion="early",
         conditioning="cross-attention", precision="bf16",
     )  # fmt: skip
     model = out.result[0].model
     assert model.latent_format.scale_factor == pytest.approx(1 / x.std().item(), abs=1e-4)
-    assert model.diffusion_model.sizes.is_early
+    assert model.diffusion_model.config.is_early
     assert model.diffusion_model.joint_blocks is None
 
 

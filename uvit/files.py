@@ -1,4 +1,4 @@
-"""What a file of a U-ViT says about it: all in its keys and metadata, nothing is asked."""
+"""How a U-ViT is described by its file: by the shapes of its weights and by metadata."""
 
 from __future__ import annotations
 
@@ -10,57 +10,60 @@ from typing import Any
 
 from torch import Tensor
 
-from .network import PUBLISHED_TEXT_TOKENS, Sizes
+from .config import PUBLISHED_TEXT_TOKENS, UViTConfig
 
 METADATA_KEY = "uvit"
-TRAINING = "training."
-"""Begins the keys of what a checkpoint has beside the averaged weights, to go on training."""
+TRAINING_PREFIX = "training."
+"""Begins the keys of what a checkpoint holds, beside the averaged weights, to resume training."""
 PUBLISHED_LATENT_SCALE = 0.23010
-"""Latents of Stable Diffusion's VAE times this are what the published U-ViT knows. (The scale of
-Stable Diffusion 1 is another, 0.18215.)"""
+"""The published U-ViT reads latents of Stable Diffusion's VAE times this, and not times the 0.18215
+of Stable Diffusion 1."""
 
-_AGAIN = "Download it again, or take the file that Save U-ViT wrote."
-_READ_HERE = {
-    "pos_embed": 3, "patch_embed.proj.weight": 4, "context_embed.weight": 2,
+_REMEDY = "Download it again, or take the file that Save U-ViT wrote."
+_NDIM = {
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "context_embed.weight": 2,
     "decoder_pred.weight": 2,
-}  # fmt: skip
-_OF_A_BLOCK = re.compile(
+}
+"""Axes of the weights that every U-ViT for text has."""
+_BLOCK_KEY = re.compile(
     r"(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(norm1|attn|norm2|mlp|skip_linear)\."
 )
 
 
-def metadata_of(sizes: Sizes, latent_scale: float, **more: Any) -> dict[str, str]:
-    """Metadata for a safetensors file, for ``read_sizes``: what keys cannot say, and for people.
+def metadata_of(config: UViTConfig, latent_scale: float, **more: Any) -> dict[str, str]:
+    """Metadata for a safetensors file, of which ``read_config`` reads what the weights cannot say.
 
     Parameters
     ----------
-    sizes : Sizes
+    config : UViTConfig
     latent_scale : float
-        What latents are multiplied with on their way into the network.
+        The network reads latents times this.
     more
-        What else is worth knowing, such as the steps of the training.
+        Anything else worth keeping, such as the steps of the training; JSON.
     """
-    said = {
-        "text_tokens": sizes.text_tokens,
+    description = {
+        "text_tokens": config.text_tokens,
         "latent_scale": latent_scale,
-        "conditioning": sizes.conditioning,
-        "fused_blocks": [sizes.first, sizes.last],
+        "conditioning": config.conditioning,
+        "fused_blocks": [config.first, config.last],
         **more,
     }
-    return {"format": "pt", METADATA_KEY: json.dumps(said)}
+    return {"format": "pt", METADATA_KEY: json.dumps(description)}
 
 
-def read_sizes(
+def read_config(
     state: Mapping[str, Tensor], metadata: Mapping[str, str] | None, name: str
-) -> tuple[Sizes, float]:
-    """The sizes and the latent scale of a U-ViT's weights.
+) -> tuple[UViTConfig, float]:
+    """The config and the latent scale of a U-ViT's weights.
 
     Parameters
     ----------
     state : dict
         The weights, by their published names.
     metadata : dict, optional
-        Of a safetensors file. Without, text is CLIP's 77 tokens, and the latent scale is the
+        Of a safetensors file. Without it, text has CLIP's 77 tokens and the latent scale is the
         published one.
     name : str
         Of the file, for messages.
@@ -68,9 +71,65 @@ def read_sizes(
     Raises
     ------
     ValueError
-        If these are not all weights of a U-ViT, or do not fit together.
+        If these are not all the weights of a U-ViT, or do not fit together.
     """
-    if not any(_OF_A_BLOCK.match(key) for key in state):
+    _check_kind(state, name)
+    text_tokens, latent_scale = _read_metadata(metadata, name)
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    positions = state["pos_embed"].shape[1]
+    image_tokens = positions - 1 - text_tokens
+    grid = math.isqrt(max(image_tokens, 0))
+    if grid < 1 or grid**2 != image_tokens:
+        raise ValueError(
+            f"{name} has {positions} positions, which are not those of a time, {text_tokens} text "
+            f"tokens and a square image. The metadata that Save U-ViT writes would say how long "
+            f"its text is: save it with that node."
+        )
+    blocks = 1 + _count(state, "in_blocks", name) + _count(state, "out_blocks", name)
+    cross = [i for i in range(blocks) if f"{_block_name(i, blocks)}.cross.q.weight" in state]
+    first, last = (cross[0], cross[-1]) if cross else _joint_range(state, blocks, name)
+    try:
+        config = UViTConfig(
+            blocks=blocks,
+            width=width,
+            channels=channels,
+            side=grid * patch,
+            patch=patch,
+            text_tokens=text_tokens,
+            text_width=state["context_embed.weight"].shape[1],
+            first=first,
+            last=last,
+            conditioning="cross-attention" if cross else "concatenation",
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} is not a complete U-ViT: {error} {_REMEDY}") from error
+    return config, latent_scale
+
+
+def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Raise a ValueError if the weights' names, shapes or types are not the expected ones."""
+    common = expected.keys() & state.keys()
+    floats = {key for key in common if expected[key].is_floating_point()}
+    problems = {
+        "lacks": expected.keys() - state.keys(),
+        "has, beside a U-ViT's weights,": state.keys() - expected.keys(),
+        "has in another shape": {k for k in common if state[k].shape != expected[k].shape},
+        "has in a type that is not floating-point": {
+            k for k in floats if not state[k].is_floating_point()
+        },
+    }
+    for problem, keys in problems.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"{name} is not a complete U-ViT: it {problem} {', '.join(sorted(keys)[:3])}{more}."
+                f" {_REMEDY}"
+            )
+
+
+def _check_kind(state: Mapping[str, Tensor], name: str) -> None:
+    """Raise a ValueError if these are the weights of another kind of model."""
+    if not any(_BLOCK_KEY.match(key) for key in state):
         parts = sorted({key.partition(".")[0] for key in state})
         more = " ..." if len(parts) > 6 else ""
         raise ValueError(
@@ -83,98 +142,59 @@ def read_sizes(
             f"{name} is a U-ViT that draws classes (label_emb) and reads no text: take one for "
             f"text, such as mscoco_uvit_small.pth."
         )
-    for key, axes in _READ_HERE.items():
+    for key, ndim in _NDIM.items():
         if key not in state:
             raise ValueError(
-                f"{name} is not a whole U-ViT that reads text: it lacks {key}. {_AGAIN}"
+                f"{name} is not a complete U-ViT that reads text: it lacks {key}. {_REMEDY}"
             )
-        if state[key].ndim != axes:
+        if state[key].ndim != ndim:
             raise ValueError(
-                f"{name} is not a whole U-ViT: {key} has {state[key].ndim} axes and not {axes}. "
-                f"{_AGAIN}"
+                f"{name} is not a complete U-ViT: {key} has {state[key].ndim} axes and not "
+                f"{ndim}. {_REMEDY}"
             )
+
+
+def _read_metadata(metadata: Mapping[str, str] | None, name: str) -> tuple[int, float]:
+    """Number of text tokens and latent scale; the published ones where there is no metadata."""
     try:
-        said = json.loads((metadata or {}).get(METADATA_KEY, "{}"))
-        text_tokens = int(said.get("text_tokens", PUBLISHED_TEXT_TOKENS))
-        latent_scale = float(said.get("latent_scale", PUBLISHED_LATENT_SCALE))
+        description = json.loads((metadata or {}).get(METADATA_KEY, "{}"))
+        text_tokens = int(description.get("text_tokens", PUBLISHED_TEXT_TOKENS))
+        latent_scale = float(description.get("latent_scale", PUBLISHED_LATENT_SCALE))
         if not 0 < latent_scale < math.inf:
             raise ValueError(f"a latent scale of {latent_scale}")
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"The metadata of {name} cannot be read: {error}. {_AGAIN}") from error
+        raise ValueError(f"The metadata of {name} cannot be read: {error}. {_REMEDY}") from error
+    return text_tokens, latent_scale
 
-    width, channels, patch = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
-    image_tokens = state["pos_embed"].shape[1] - 1 - text_tokens
-    grid = math.isqrt(max(image_tokens, 0))
-    if grid < 1 or grid**2 != image_tokens:
+
+def _joint_range(state: Mapping[str, Tensor], blocks: int, name: str) -> tuple[int, int]:
+    """First and last block with text by concatenation; all where the file does not say."""
+    if "fused_blocks" not in state:
+        return 0, blocks - 1
+    fused = tuple(state["fused_blocks"].flatten().tolist())
+    if len(fused) != 2 or not all(_is_whole(block) for block in fused):
         raise ValueError(
-            f"{name} has {state['pos_embed'].shape[1]} positions, which are not those of a time, "
-            f"{text_tokens} text tokens and a square image. The metadata that Save U-ViT writes "
-            f"would say how long its text is: save it with that node."
+            f"{name} is not a complete U-ViT: fused_blocks, the first and the last block with "
+            f"text, is {fused}. {_REMEDY}"
         )
-    blocks = 1 + _count(state, "in_blocks", name) + _count(state, "out_blocks", name)
-    with_cross = [i for i in range(blocks) if f"{_block(i, blocks)}.cross.q.weight" in state]
-    if with_cross:
-        fused = with_cross[0], with_cross[-1]
-    else:
-        fused = tuple(state["fused_blocks"].flatten().tolist()) if "fused_blocks" in state else (
-            0, blocks - 1,
-        )  # fmt: skip
-        if len(fused) != 2 or not all(float(block).is_integer() for block in fused):
-            raise ValueError(
-                f"{name} is not a whole U-ViT: fused_blocks, the first and the last block with "
-                f"text, is {fused}. {_AGAIN}"
-            )
-    try:
-        sizes = Sizes(
-            blocks=blocks,
-            width=width,
-            channels=channels,
-            side=grid * patch,
-            patch=patch,
-            text_tokens=text_tokens,
-            text_width=state["context_embed.weight"].shape[1],
-            first=fused[0],
-            last=fused[1],
-            conditioning="cross-attention" if with_cross else "concatenation",
-        )
-    except ValueError as error:
-        raise ValueError(f"{name} is not a whole U-ViT: {error} {_AGAIN}") from error
-    return sizes, latent_scale
+    return int(fused[0]), int(fused[1])
 
 
-def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Refuse weights that are not, one for one, those of the network built for them."""
-    missing = sorted(expected.keys() - state.keys())
-    unknown = sorted(state.keys() - expected.keys())
-    other = sorted(
-        key for key in expected.keys() & state.keys() if state[key].shape != expected[key].shape
-    )
-    whole = sorted(
-        key for key, value in expected.items()
-        if value.is_floating_point() and key in state and not state[key].is_floating_point()
-    )  # fmt: skip
-    for what, keys in (
-        ("lacks", missing), ("has, beside a U-ViT's weights,", unknown),
-        ("has in another shape", other), ("has not as numbers with a fraction", whole),
-    ):  # fmt: skip
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(
-                f"{name} is not a whole U-ViT: it {what} {', '.join(keys[:3])}{more}. {_AGAIN}"
-            )
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int | float) and float(number).is_integer()
 
 
 def _count(state: Mapping[str, Tensor], part: str, name: str) -> int:
-    """How many blocks a part has, by their numbers; none may be left out."""
+    """Number of blocks of a part; raises a ValueError if one is left out."""
     matches = [re.match(rf"{part}\.(\d+)\.", key) for key in state]
     numbers = {int(found[1]) for found in matches if found}
     for i in range(len(numbers)):
         if i not in numbers:
-            raise ValueError(f"{name} is not a whole U-ViT: it lacks {part}.{i}. {_AGAIN}")
+            raise ValueError(f"{name} is not a complete U-ViT: it lacks {part}.{i}. {_REMEDY}")
     return len(numbers)
 
 
-def _block(i: int, blocks: int) -> str:
+def _block_name(i: int, blocks: int) -> str:
     """The name of block i in the keys."""
     half = blocks // 2
     if i == half:

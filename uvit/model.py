@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
 import comfy.model_base
@@ -16,31 +16,40 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from .files import TRAINING, check_weights, metadata_of, read_sizes
-from .network import Sizes, UViT
+from .config import UViTConfig
+from .files import TRAINING_PREFIX, check_weights, metadata_of, read_config
+from .network import UViT
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 SAVED_PREFIX = "model.diffusion_model."
-"""How ComfyUI's own nodes begin the names of the weights that they save."""
+"""Begins the names of weights in the files of ComfyUI's own saving nodes."""
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
-    """Latents times a scale."""
+    """The network reads latents times a scale."""
 
     def __init__(self, channels: int = 4, scale: float = 1.0) -> None:
         self.latent_channels, self.scale_factor = channels, scale
         if channels == 4:  # Stable Diffusion's VAE
-            known = comfy.latent_formats.SD15()
-            self.latent_rgb_factors = known.latent_rgb_factors
-            self.taesd_decoder_name = known.taesd_decoder_name
+            sd15 = comfy.latent_formats.SD15()
+            self.latent_rgb_factors = sd15.latent_rgb_factors
+            self.taesd_decoder_name = sd15.taesd_decoder_name
 
 
 class ComfyUViT(UViT):
     """The network as ComfyUI calls it, with ComfyUI's attention and layers."""
 
     def __init__(
-        self, sizes: Sizes, dtype: torch.dtype, device: Any, operations: Any, **_: Any
+        self,
+        config: UViTConfig,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        operations: Any,
+        **_: Any,
     ) -> None:
-        super().__init__(sizes, optimized_attention, operations, device, dtype)
+        super().__init__(config, optimized_attention, operations, device, dtype)
         self.dtype = dtype
 
     def forward(
@@ -51,27 +60,27 @@ class ComfyUViT(UViT):
         transformer_options: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> Tensor:
-        """As ``UViT.forward``, with timesteps from 0 as ComfyUI counts them, and not from 1."""
+        """``UViT.forward`` with ComfyUI's timesteps, which count from 0 and not from 1."""
         return super().forward(x, t + 1, context, transformer_options)
 
 
-class Config(comfy.supported_models_base.BASE):
+class ModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI asks of a kind of model. Its default schedule is the published one."""
 
     unet_extra_config: dict[str, Any] = {}  # noqa: RUF012
 
-    def __init__(self, sizes: Sizes, latent_scale: float) -> None:
-        super().__init__({"sizes": sizes})
-        self.latent_format = LatentFormat(sizes.channels, latent_scale)
+    def __init__(self, config: UViTConfig, latent_scale: float) -> None:
+        super().__init__({"config": config})  # the arguments of ComfyUViT
+        self.latent_format = LatentFormat(config.channels, latent_scale)
 
 
-def read_file(path: str) -> tuple[dict[str, Tensor], Sizes, float]:
-    """The weights of a U-ViT, its sizes and its latent scale, all checked.
+def read_file(path: str) -> tuple[dict[str, Tensor], UViTConfig, float]:
+    """The weights of a U-ViT, its config and its latent scale, all checked.
 
     Raises
     ------
     ValueError
-        If the file cannot be read, or is not a whole U-ViT; names it.
+        If the file cannot be read, or is not a complete U-ViT; names it.
     """
     name = Path(path).name
     try:
@@ -79,7 +88,7 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Sizes, float]:
         is_weights = all(
             isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
         )
-    except Exception as error:  # of many kinds: of the format, of the system, of what is in it
+    except Exception as error:  # of the file format, the system or the content: too many to list
         raise ValueError(
             f"{name} cannot be read as a file of weights: {error} Download it again."
         ) from error
@@ -89,53 +98,55 @@ def read_file(path: str) -> tuple[dict[str, Tensor], Sizes, float]:
     weights = {
         key.removeprefix(prefix): value
         for key, value in state.items()
-        if key.startswith(prefix) and not key.startswith(TRAINING)
+        if key.startswith(prefix) and not key.startswith(TRAINING_PREFIX)
     }
-    sizes, latent_scale = read_sizes(weights, metadata, name)
-    check_weights(weights, UViT(sizes, device="meta").state_dict(), name)
-    return weights, sizes, latent_scale
+    config, latent_scale = read_config(weights, metadata, name)
+    check_weights(weights, UViT(config, device="meta").state_dict(), name)
+    return weights, config, latent_scale
 
 
-def load_uvit(path: str, disable_dynamic: bool = False) -> Any:
-    """A ModelPatcher of the U-ViT in a file.
+def load_uvit(path: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """The U-ViT in a file, as a MODEL.
 
     Parameters
     ----------
     path : str
-        ``.safetensors``, or the published ``.pth``, of which weights alone are read.
+        ``.safetensors``, or the published ``.pth``, of which nothing but the weights is read.
     disable_dynamic : bool
-        As ComfyUI's own loaders have it.
+        As in ComfyUI's own loaders.
 
     Raises
     ------
     ValueError
-        If the file is not a whole U-ViT; names it.
+        If the file is not a complete U-ViT; names it.
     """
     patcher = patcher_of(*read_file(path), disable_dynamic)
-    # With it ComfyUI loads the model again, to train it or for another GPU.
+    # ComfyUI loads the model again with this, to train it or for another GPU.
     patcher.cached_patcher_init = (load_uvit, (path,))
     return patcher
 
 
 def patcher_of(
-    weights: dict[str, Tensor], sizes: Sizes, latent_scale: float, disable_dynamic: bool = False
-) -> Any:
-    """A ModelPatcher of these weights, as ComfyUI's own loaders make one."""
+    weights: dict[str, Tensor],
+    config: UViTConfig,
+    latent_scale: float,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """A MODEL of these weights, made as ComfyUI's own loaders do."""
     management = comfy.model_management
-    config = Config(sizes, latent_scale)
+    model_config = ModelConfig(config, latent_scale)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     dtype = management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(weights),
-        supported_dtypes=list(config.supported_inference_dtypes),
+        supported_dtypes=list(model_config.supported_inference_dtypes),
         weight_dtype=comfy.utils.weight_dtype(weights),
     )
-    cast = management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes)
-    config.set_inference_dtype(dtype, cast)
-    model = comfy.model_base.BaseModel(
-        config, comfy.model_base.ModelType.EPS, unet_model=ComfyUViT
-    )  # fmt: skip
-    kinds = comfy.model_patcher
-    kind = kinds.ModelPatcher if disable_dynamic else kinds.CoreModelPatcher
+    cast = management.unet_manual_cast(dtype, load_device, model_config.supported_inference_dtypes)
+    model_config.set_inference_dtype(dtype, cast)
+    model_type = comfy.model_base.ModelType.EPS
+    model = comfy.model_base.BaseModel(model_config, model_type, unet_model=ComfyUViT)
+    patchers = comfy.model_patcher
+    kind = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
@@ -143,36 +154,30 @@ def patcher_of(
     return patcher
 
 
-def uvit_of(patcher: Any, node: str) -> tuple[UViT, float]:
-    """The network of a MODEL and its latent scale.
+def save_uvit(patcher: ModelPatcher, path: str) -> None:
+    """Write a U-ViT, its LoRAs merged into the weights, to a file for ``load_uvit``.
+
+    Parameters
+    ----------
+    patcher : ModelPatcher
+    path : str
+        Of a safetensors file.
 
     Raises
     ------
     ValueError
-        If the model is not a U-ViT of this pack; names the node that asks.
+        If the model is not a U-ViT of this pack.
     """
     network = patcher.model.diffusion_model
     if not isinstance(network, ComfyUViT):
         raise ValueError(
-            f"{node} takes a U-ViT, from Load U-ViT or Train U-ViT, and not a "
+            f"Save U-ViT takes a U-ViT, from Load U-ViT or Train U-ViT, and not a "
             f"{type(patcher.model).__name__}: to save other models take ComfyUI's nodes."
         )
-    return network, patcher.model.latent_format.scale_factor
-
-
-def save_uvit(patcher: Any, path: str) -> None:
-    """Write a U-ViT, with what LoRAs made of its weights, to a file for ``load_uvit``.
-
-    Parameters
-    ----------
-    patcher : comfy.model_patcher.ModelPatcher
-    path : str
-        Of a safetensors file.
-    """
-    network, latent_scale = uvit_of(patcher, "Save U-ViT")
     comfy.model_management.load_models_gpu([patcher])
     weights = {
-        key.removeprefix(SAVED_PREFIX): value if value.is_contiguous() else value.contiguous()
+        key.removeprefix(SAVED_PREFIX): value.contiguous()
         for key, value in patcher.state_dict_for_saving().items()
     }
-    comfy.utils.save_torch_file(weights, path, metadata=metadata_of(network.sizes, latent_scale))
+    latent_scale = patcher.model.latent_format.scale_factor
+    comfy.utils.save_torch_file(weights, path, metadata=metadata_of(network.config, latent_scale))

@@ -1,0 +1,1 @@
+"""What nodes show: the texts of their sockets, text under a node, plots, labelled sheets."""

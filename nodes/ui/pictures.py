@@ -1,0 +1,86 @@
+"""Pictures and labelled sheets of them, by Pillow, which ComfyUI brings."""
+
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, PAPER = "#1b1f24", "#ffffff"
+font = cache(ImageFont.load_default)
+"""Pillow's own font, in a size."""
+
+
+def blank(width: int, height: int) -> Image.Image:
+    """An empty page."""
+    return Image.new("RGB", (width, height), PAPER)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An IMAGE, ``(1, H, W, 3)`` in 0..1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A picture of an IMAGE's ``(H, W, 3)``."""
+    pixels = image[..., :3].cpu().float().clamp(0, 1).numpy() * 255 + 0.5
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def heat(values: Tensor) -> Image.Image:
+    """A picture of values in 0..1, ``(H, W)``: black, red, yellow, white."""
+    return to_picture(torch.stack([3 * values.float() - i for i in range(3)], -1))
+
+
+def note(text: str) -> Image.Image:
+    """A line of text."""
+    page = blank(420, 60)
+    ImageDraw.Draw(page).text((12, 20), text, fill=INK, font=font(16))
+    return page
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures over each other, as wide as the widest."""
+    page = blank(max(p.width for p in pictures), sum(p.height for p in pictures))
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    return page
+
+
+def sheet(
+    pictures: Sequence[Image.Image], labels: Sequence[str], columns: int, title: str = ""
+) -> Image.Image:
+    """Pictures in rows, each under its label; all in cells of the largest one's size."""
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    size, gap = max(14, min(28, width // 20)), 8
+    labels = [textwrap.fill(label, max(8, round(width / size / 0.55))) for label in labels]
+    head = (size + 4) * max(text.count("\n") + 1 for text in labels) + gap
+    top, rows = (size + 20 if title else gap), -(-len(pictures) // columns)
+    page = blank(columns * (width + gap) + gap, top + rows * (height + head + gap))
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, gap), title, fill=INK, font=font(size + 2))
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left = gap + i % columns * (width + gap)
+        above = top + i // columns * (height + head + gap)
+        draw.multiline_text((left, above), label, fill=INK, font=font(size))
+        page.paste(picture, (left, above + head))
+    return page
+
+
+def columns(lines: Sequence[str], width: int, rows: int = 14) -> Image.Image:
+    """A table's lines, the first of which heads every column of so many rows; cells by spaces."""
+    head, *body = [line.split() for line in lines]
+    cell, height = 56, 18
+    block = (len(head) + 1) * cell
+    starts = range(0, max(1, len(body)), rows)
+    page = blank(max(width, len(starts) * block), (min(len(body), rows) + 2) * height)
+    draw = ImageDraw.Draw(page)
+    for i, start in enumerate(starts):
+        for row, cells in enumerate([head, *body[start : start + rows]]):
+            for j, text in enumerate(cells, 1):
+                at = (20 + i * block + j * cell, 4 + row * height)
+                draw.text(at, text, fill=INK, font=font(13), anchor="rt")
+    return page

@@ -1,0 +1,65 @@
+"""One call of the model: what is installed for it, and taken out after it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from .arguments import CallArguments
+from .block import joint_forward
+from .lora_forward import lora_swaps
+from .reach import OVERRIDE
+from .run import Run
+from .swap import Wrap, swapped_forwards
+from .timesteps import resolve, timesteps
+from .training import adjust_training_call
+
+if TYPE_CHECKING:
+    from comfy.patcher_extension import WrapperExecutor
+
+
+def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
+    """ComfyUI's APPLY_MODEL wrapper: TACA and its LoRAs, where a row of the batch is inside."""
+    base_model, config = executor.class_obj, run.config
+    call = CallArguments.of(*args, **kwargs)
+    schedule = run.schedule or resolve(config.schedule, base_model.model_sampling)
+    if comfy.model_management.in_training:
+        return adjust_training_call(run, schedule, executor, call)
+    # The only time in a call that the host waits for the device. Outside the window nothing else
+    # is done; inside, all is decided from these numbers.
+    t = timesteps(base_model.model_sampling, call.sigma)
+    inside = [schedule.contains(each) for each in t]
+    if not any(inside):
+        return executor(*args, **kwargs)
+    sites, state = run.sites_of(base_model), call.initial_state()
+    swaps: list[tuple[nn.Module, Wrap]] = []
+    gamma = config.options.gamma_of_call(schedule.gamma_at(torch.tensor(t)), call)
+    if bool((gamma != 1).any()):
+        # One factor where all rows have the same, so that no graph depends on the batch size.
+        gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
+        gamma = to_device(gamma, call.sigma.device)
+        for block in sites.blocks:
+            wrap = partial(joint_forward, block=block, gamma=gamma, state=state)
+            swaps.append((block.module, wrap))
+    if all(inside):
+        swaps += sites.lora_swaps
+    else:
+        swaps += lora_swaps(sites.targets, to_device(torch.tensor(inside), call.sigma.device))
+    if not swaps:
+        return executor(*args, **kwargs)
+    kernel = call.options.get(OVERRIDE) or comfy.ldm.modules.attention.optimized_attention
+    config.eager.install(executor, kernel)
+    with swapped_forwards(swaps):
+        result = executor(*args, **kwargs)
+    run.record(state.ran, state.attended)
+    return result
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moved by core's rule, which knows the devices that cannot copy without waiting."""
+    return comfy.model_management.cast_to_device(tensor, device, tensor.dtype)

@@ -1,0 +1,109 @@
+"""torch.compile: blocks with TACA are compiled in one graph, or not at all.
+
+A kernel that torch.compile cannot trace breaks the graph, and what follows is compiled piece by
+piece. ComfyUI compiles without guards on ``transformer_options``, so a piece made with TACA's
+override would later be taken for the plain model's, or the other way round.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from comfy.patcher_extension import WrapperExecutor
+
+log = logging.getLogger("taca")
+
+frame_callback: Callable[[], Any] = lambda: True  # noqa: E731
+"""What dynamo does with the frames of this thread; None where it does nothing.
+
+Older versions of torch return a reference that is not counted, so there it is never asked.
+"""
+if torch.__version__ >= "2.13":
+    frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", frame_callback)
+
+
+UNTRACEABLE = (
+    "TACA: this model's blocks cannot be compiled in one piece (often: an attention kernel that "
+    "torch.compile cannot trace). Steps inside the window run uncompiled. (%s)"
+)
+
+
+class EagerFallback:
+    """Runs a model uncompiled, in calls with TACA, once it did not compile in one graph.
+
+    Kept with the patched model, so that a kernel that cannot be traced is not traced in vain at
+    every prompt.
+    """
+
+    untraceable: Any = None  # the attention kernel of the compilation that failed last
+
+    def install(self, executor: WrapperExecutor, kernel: Any) -> None:
+        """Guard the model at the end of an executor's chain, inside all other wrappers.
+
+        Only the model itself runs again after a failure, so caches see one call.
+        """
+        model = executor.original
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return model(*args, **kwargs)
+            if self.untraceable is not kernel:
+                try:
+                    return model(*args, **kwargs)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    first_line = str(error).strip().partition("\n")[0]
+                    log.warning(UNTRACEABLE, first_line)
+                    self.untraceable = kernel
+            with uncompiled_calls:
+                return model(*args, **kwargs)
+
+        executor.original = guarded
+
+
+class _Uncompiled(AbstractContextManager[None]):
+    """The length of calls that run uncompiled, on any number of threads (one a device).
+
+    torch's stance is one for all threads: the first one sets it, the last one resets it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside and "torch._dynamo" in sys.modules:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+uncompiled_calls = _Uncompiled()
+
+
+def check_compiler(diffusion_model: nn.Module, wrappers: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for a compiled model on a torch that lacks what ``block.py`` needs."""
+    if "torch._dynamo" not in sys.modules:
+        return
+    can = hasattr(torch.compiler, "set_stance") and hasattr(torch._dynamo, "error_on_graph_break")
+    compiled = "torch.compile" in wrappers or any(
+        hasattr(module, "_orig_mod") for module in diffusion_model.modules()
+    )
+    if compiled and not can:
+        raise RuntimeError(
+            f"TACA on a compiled model needs a later torch than {torch.__version__}. Take out the "
+            f"node that compiles the model, or update torch (2.13 is tested)."
+        )

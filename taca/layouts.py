@@ -1,0 +1,146 @@
+"""Where text and image tokens sit in the joint sequence of a block.
+
+A ``Locate`` returns the layout of a block's joint sequence, given the block's arguments and what
+earlier blocks of the same call recorded in ``CallState``. Tokens lie on axis 1 of ``(b, n, c)``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .attention import Kind, Layout, Span
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+
+
+@dataclass
+class CallState:
+    """What one call of the model has shown so far; made for the call and dropped with it."""
+
+    # Text tokens: of the conditioning, until a block shows how many the model made of them. A
+    # single-stream block does not tell.
+    num_text: int = 0
+    num_prefix: int = 0  # before the text, neither text nor image: registers, a vision encoder's
+    num_other: int = 0  # between text and image, and neither
+    num_cached: int = 0  # at the start, not queries: the model keeps their keys between steps
+    ran: bool = False  # whether a joint block with text ran
+    attended: bool = False  # whether a joint attention reached TACA
+
+
+Locate = Callable[[Args, Kwargs, CallState], Layout]
+"""``(args, kwargs, state) -> layout`` of a block; empty where it has no text to attend to."""
+
+
+def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool = False) -> Locate:
+    """A block called with text and image apart, that attends to ``[prefix | text | image]``.
+
+    ``text`` and ``image`` are the position and the name of those arguments; with ``image_first``
+    the block attends to ``[image | text]``.
+    """
+    (text_at, text_name), (image_at, image_name) = text, image
+
+    def locate(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+        # Not by _argument: this runs in every block of every call inside the window.
+        text_tokens = kwargs[text_name] if text_name in kwargs else args[text_at]
+        image_tokens = kwargs[image_name] if image_name in kwargs else args[image_at]
+        state.num_text = text_tokens.shape[1] - state.num_prefix
+        if not state.num_text:
+            return ()
+        spans: Layout = (Span("text", state.num_text), Span("image", image_tokens.shape[1]))
+        if state.num_prefix:
+            spans = (Span("other", state.num_prefix), *spans)
+        return spans[::-1] if image_first else spans
+
+    return locate
+
+
+def one_stream(sequence: tuple[int, str], image_first: bool = False) -> Locate:
+    """A block called with ``[prefix | text | other | image]`` in one tensor, or the reverse."""
+    position, name = sequence
+
+    def locate(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+        num_tokens = (kwargs[name] if name in kwargs else args[position]).shape[1]
+        # Some models say where the image begins, also where a cache skips their two-stream blocks.
+        options = kwargs.get("transformer_options") or {}
+        begins = options.get("img_slice")
+        num_text = begins[0] - state.num_prefix if begins else state.num_text
+        if not num_text:
+            return ()
+        num_image = num_tokens - state.num_prefix - num_text - state.num_other
+        spans: Layout = (Span("text", num_text), Span("image", num_image))
+        if state.num_other:
+            spans = (spans[0], Span("other", state.num_other), spans[1])
+        if state.num_prefix:
+            spans = (Span("other", state.num_prefix), *spans)
+        return spans[::-1] if image_first else spans
+
+    return locate
+
+
+def with_prefix(num_prefix: int, locate: Locate) -> Locate:
+    """A block whose text begins with this many tokens that are not text."""
+
+    def locate_with_prefix(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+        state.num_prefix = num_prefix
+        return locate(args, kwargs, state)
+
+    return locate_with_prefix
+
+
+def records_length(field: str) -> Locate:
+    """A block that is not joint: the length of its ``x`` is this field of ``CallState``."""
+
+    def locate(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+        setattr(state, field, _argument(args, kwargs, 0, "x").shape[1])
+        return ()
+
+    return locate
+
+
+def records_only(locate: Locate) -> Locate:
+    """A joint block that is left alone, and still shows where its tokens are."""
+
+    def locate_nothing(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+        locate(args, kwargs, state)
+        return ()
+
+    return locate_nothing
+
+
+def mochi(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+    """``[image | text]``: the block itself crops the padding of its text."""
+    image, text = _argument(args, kwargs, 0, "x"), _argument(args, kwargs, 2, "y")
+    return Span("image", image.shape[1]), Span("text", min(text.shape[1], kwargs["crop_y"]))
+
+
+def minimax(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+    """As the model modulates its tokens: a row for each time and, of that, each kind.
+
+    Pictures in the prompt count as image, since they are modulated as such. Sound is neither.
+    """
+    kinds: tuple[Kind, ...] = ("image", "text", "other")
+    segments = _argument(args, kwargs, 2, "mod_segments")
+    layout = tuple(Span(kinds[row % 3], stop - start) for start, stop, row in segments)
+    return layout if any(span.kind == "text" and span.length for span in layout) else ()
+
+
+def hidream_o1(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+    """``[text | time | image]``, with the vision encoder's tokens after the first three of text.
+
+    Everything before the time token is causal, as in a language model, and its keys are cached.
+    """
+    num_tokens = _argument(args, kwargs, 0, "x").shape[1]
+    if kwargs["past_key_value"]:
+        num_tokens += kwargs["past_key_value"][2]
+    num_text = state.num_text - 1
+    num_vision = state.num_cached - num_text
+    text: Layout = (Span("text", num_text, False),)
+    if num_vision > 0:
+        rest = Span("text", num_text - 3, False)
+        text = (Span("text", 3, False), Span("other", num_vision, False), rest)
+    return (*text, Span("other", 1), Span("image", num_tokens - state.num_cached - 1))
+
+
+def _argument(args: Args, kwargs: Kwargs, position: int, name: str) -> Any:
+    return kwargs[name] if name in kwargs else args[position]

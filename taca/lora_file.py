@@ -1,0 +1,165 @@
+"""Reading a LoRA file and fitting it to a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import torch
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
+from torch import Tensor
+
+from .lora import LoRA, LoRADelta, Place, parts_of, submodule
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+
+SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
+"""Adapters whose ``h(x)`` is all they do: without DoRA they add to a linear layer's output."""
+
+SCALES = (".alpha", ".dora_scale", ".reshape_weight")
+"""Endings of keys that belong to another tensor, and are not counted by themselves."""
+
+log = logging.getLogger("taca")
+
+
+def read_lora(path: str) -> dict[str, Tensor]:
+    """The tensors of a LoRA file, with the alpha that PEFT keeps in the file's metadata.
+
+    Raises ValueError if it is not a safetensors file, or a damaged one.
+    """
+    name = Path(path).name
+    if not name.endswith((".safetensors", ".sft")):
+        raise ValueError(
+            f"TACA does not open {name}: only safetensors files are read, for any other kind can "
+            f"run code when it is opened. Convert it to safetensors, or get it in that format."
+        )
+    try:
+        state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        return _with_alphas(state, metadata or {})
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be read: it is damaged, or its download was cut short. Get it again. "
+            f"({error})"
+        ) from error
+
+
+def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+    """The alpha of PEFT's configuration, where ComfyUI looks for it: among the tensors."""
+    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
+    if "lora_alpha" not in config:
+        return state
+    alphas = {}
+    for key in state:
+        base, down, _ = key.partition(".lora_A.")
+        if down and f"{base}.alpha" not in state:
+            pattern = config.get("alpha_pattern") or {}
+            alpha = next((a for name, a in pattern.items() if base.endswith(name)), None)
+            alphas[f"{base}.alpha"] = torch.tensor(float(alpha or config["lora_alpha"]))
+    return state | alphas
+
+
+def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: float) -> LoRA:
+    """A LoRA for a model, from a file's tensors in any keys that ComfyUI knows.
+
+    Raises ValueError if nothing of it fits, or a part is missing or holds no usable numbers. What
+    fits in part is a warning with counts.
+    """
+    keys = comfy.lora.model_lora_keys_unet(model, {})
+    try:
+        state = comfy.lora_convert.convert_lora(state)
+        state = {_without_peft_prefix(key, keys): tensor for key, tensor in state.items()}
+        loaded = comfy.lora.load_lora(state, keys, log_missing=False)
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} is not a whole LoRA: a part of it is missing or has an impossible shape "
+            f"({error}). Get it again."
+        ) from error
+    dora = {id(tensor) for key, tensor in state.items() if key.endswith(".dora_scale")}
+    deltas: dict[str, list[LoRADelta]] = {}
+    used: set[int] = set()
+    for key, value in loaded.items():
+        target, *slice_of = key if isinstance(key, tuple) else (key,)
+        module_name, _, parameter = target.rpartition(".")
+        parts = parts_of(value)
+        _check_numbers(parts, target, name)
+        tensors = {id(part) for part in parts if isinstance(part, Tensor)}
+        module = submodule(model, module_name)
+        if isinstance(value, WeightAdapterBase):
+            is_sum = isinstance(value, SUMS) and not tensors & dora and list not in map(type, parts)
+        else:
+            is_sum = value[0] == "diff"
+        additive = is_sum and hasattr(module, "in_features")
+        delta = LoRADelta(Place(parameter, *slice_of), value, strength, additive)
+        if (additive or hasattr(module, "weight_function")) and _fits(delta, module):
+            used |= tensors
+            deltas.setdefault(module_name, []).append(delta)
+    counted = {key: tensor for key, tensor in state.items() if not key.endswith(SCALES)}
+    missed = [key for key, tensor in counted.items() if id(tensor) not in used]
+    first = ", ".join(missed[:3])
+    if not deltas:
+        raise ValueError(
+            f"{name} does not fit this model ({type(model).__name__}): none of its {len(counted)} "
+            f"tensors has a place here. It is for another model. Its first keys: {first}"
+        )
+    if missed:
+        log.warning(
+            "TACA: %d of %d tensors of %s have no place in this model and are left out, for "
+            "example %s.",
+            *(len(missed), len(counted), name, first),
+        )
+    log.info("TACA: %s fits %d modules, strength %g.", name, len(deltas), strength)
+    return LoRA(name, strength, deltas)
+
+
+def _check_numbers(parts: Any, target: str, name: str) -> None:
+    """Refuse what would turn every picture black, or mean something else than it says."""
+    for part in parts:
+        is_tensor = isinstance(part, Tensor)
+        if isinstance(part, float) or (is_tensor and part.is_floating_point()):
+            usable = bool(torch.as_tensor(part).float().isfinite().all())
+        else:
+            usable = not is_tensor
+        if not usable:
+            what = f"{part.dtype} tensors" if is_tensor else str(part)
+            raise ValueError(
+                f"{name} is not a usable LoRA: for {target} it holds {what} with numbers that are "
+                f"not finite, or that are no floating-point numbers. Its training went wrong, or "
+                f"the file is damaged: get it again, or take an earlier checkpoint."
+            )
+
+
+def _without_peft_prefix(key: str, keys: dict[str, Any]) -> str:
+    """PEFT's own files say ``base_model.model.``, which ComfyUI knows of some models only."""
+    bare = key.removeprefix("base_model.model.")
+    is_known = bare == key or key.rpartition(".lora_")[0] in keys
+    return key if is_known else f"transformer.{bare}"
+
+
+def _fits(delta: LoRADelta, module: Any) -> bool:
+    """Whether its shapes are the module's."""
+    value, place = delta.value(torch.device("cpu")), delta.place
+    own = getattr(module, place.parameter, None)
+    if not hasattr(module, "in_features"):
+        if own is None:
+            return False
+        if isinstance(value, LoRAAdapter):
+            up, down = (part.flatten(1) for part in value.weights[:2])
+            return (up.shape[0], down.shape[1]) == (own.shape[0], own[0].numel())
+        return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
+    # A quantised weight's own shape may be another.
+    rows = place.rows[2] if place.rows else module.out_features
+    if isinstance(value, WeightAdapterBase):
+        x, y = torch.zeros(1, module.in_features), torch.zeros(1, rows)
+        try:
+            return bool(value.bypass_forward(lambda x: y + 0 * x.sum(), x).shape == y.shape)
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+            return False
+    shape = (rows, module.in_features) if place.parameter == "weight" else (rows,)
+    return own is not None and value[1][0].shape == shape

@@ -1,0 +1,85 @@
+"""How an attention override reaches the attention of a block.
+
+ComfyUI asks for an override in the ``transformer_options`` that its attention function is called
+with. Nearly all blocks are handed those; two families need another way in.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor
+
+ATTENTION = "optimized_attention"
+OVERRIDE = f"{ATTENTION}_override"
+
+Forward = Callable[..., Any]
+Override = Callable[..., Tensor]
+"""``(other, func, q, k, v, heads, ...)``: ComfyUI's override, after the one that was there."""
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+Call = tuple[Forward, Args, Kwargs]
+Reach = Callable[[Forward, Args, Kwargs, Override], Call]
+"""Changes the call of a block such that its attention asks the override. One that is there already
+becomes ``other``, and still attends."""
+
+
+def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
+    """A block that is handed ``transformer_options``; the call's own dictionary stays as it is."""
+    options = kwargs.get("transformer_options") or {}
+    chained = partial(override, options.get(OVERRIDE))
+    return forward, args, {**kwargs, "transformer_options": {**options, OVERRIDE: chained}}
+
+
+def through_handed_attention(
+    forward: Forward, args: Args, kwargs: Kwargs, override: Override
+) -> Call:
+    """HiDream-O1's blocks: handed an attention that is closed over the options.
+
+    Core's own factory makes the same attention with other options. Works under torch.compile.
+
+    Raises RuntimeError if the block is handed another attention than core's.
+    """
+    from comfy.ldm.hidream_o1.attention import make_two_pass_attention as make
+
+    attention = kwargs[ATTENTION]
+    if not getattr(attention, "__qualname__", "").startswith(f"{make.__name__}."):
+        raise RuntimeError(
+            "TACA does not know the attention that this model's blocks are handed: another node "
+            "has wrapped it. Take that node out, or TACA Patch Model."
+        )
+    names = attention.__code__.co_freevars
+    held = {name: cell.cell_contents for name, cell in zip(names, attention.__closure__)}  # noqa: B905
+    ours = make(held["ar_len"], _with(override, held))
+    return forward, args, {**kwargs, ATTENTION: ours}
+
+
+def through_globals(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
+    """Ernie-Image's attention, which calls core's attention function without any options.
+
+    A copy of the method sees that function with options; the module it comes from is not touched.
+    torch.compile cannot trace this. A forward that is not a plain method is left as it is, unless
+    it is one of ours, which chains the override that it is handed.
+    """
+    function = getattr(forward, "__func__", None)
+    if getattr(forward, "chains_overrides", False):
+        return through_options(forward, args, kwargs, override)
+    if not isinstance(function, FunctionType) or ATTENTION not in function.__code__.co_names:
+        return forward, args, kwargs
+    if "transformer_options" in function.__code__.co_varnames:  # a later core
+        return through_options(forward, args, kwargs, override)
+    names = function.__globals__
+    attend = partial(names[ATTENTION], transformer_options=_with(override, kwargs))
+    names = {**names, ATTENTION: attend}
+    copy = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    kwargs = {name: value for name, value in kwargs.items() if name != "transformer_options"}
+    return MethodType(copy, forward.__self__), args, kwargs  # type: ignore[attr-defined]
+
+
+def _with(override: Override, held: Kwargs) -> dict[str, Any]:
+    """The ``transformer_options`` that are held, with this override."""
+    options = held.get("transformer_options") or {}
+    return {**options, OVERRIDE: partial(override, options.get(OVERRIDE))}

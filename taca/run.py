@@ -1,0 +1,92 @@
+"""What a model is patched with, and the state of one sampling run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from .compiler import EagerFallback
+from .families import JointBlock, family_of, part_of, uncompiled
+from .lora import LoRATarget, lora_targets, loras_of
+from .lora_forward import lora_swaps
+from .options import NO_OPTIONS, Options
+from .schedule import ResolvedSchedule, Schedule
+from .swap import Wrap, cached_wrap
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+
+KEY = "taca"
+
+
+@dataclass(frozen=True)
+class TacaConfig:
+    """What a model is patched with: when and how strongly, and what limits gamma."""
+
+    schedule: Schedule
+    options: Options = NO_OPTIONS
+    eager: EagerFallback = field(default_factory=EagerFallback, compare=False)
+
+
+def config_of(patcher: ModelPatcher) -> TacaConfig | None:
+    """What a model that has TACA is patched with."""
+    wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    return wrappers[0].args[0] if wrappers else None
+
+
+class HookSites(NamedTuple):
+    """Where TACA and its LoRAs act in one running model."""
+
+    lists: dict[str, tuple[nn.Module, ...]]  # its lists of blocks, when these sites were found
+    blocks: list[JointBlock]  # those that get TACA, or show where tokens are
+    targets: list[LoRATarget]
+    lora_swaps: list[tuple[nn.Module, Wrap]]  # of the targets, for calls wholly inside the window
+
+
+@dataclass
+class Run:
+    """One sampling run, or calls of the model outside any, which have no schedule yet."""
+
+    config: TacaConfig
+    schedule: ResolvedSchedule | None = None
+    sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
+    # For each call inside the window: whether a joint block ran, and whether one attended.
+    calls: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def sites_of(self, base_model: BaseModel) -> HookSites:
+        """Where TACA acts in a model.
+
+        Found once a run, since with a LoRA that takes long; and again where a cache has put blocks
+        of its own in place of the model's.
+        """
+        transformer = uncompiled(base_model.diffusion_model)
+        known = self.sites.get(base_model)
+        if known is not None and known.lists == _lists(transformer, known.lists):
+            return known
+        patcher = base_model.current_patcher  # of this device, in a run over several
+        family = family_of(transformer)
+        targets = lora_targets(loras_of(patcher) if patcher is not None else [], base_model)
+        sites = HookSites(
+            _lists(transformer, (*family.before, *family.joint)),
+            family.observed_blocks(transformer, self.config.options.blocks),
+            targets,
+            [(module, cached_wrap(wrap)) for module, wrap in lora_swaps(targets)],
+        )
+        if self.schedule is not None:  # nothing is kept on a patched model outside a run
+            self.sites[base_model] = sites
+        return sites
+
+    def record(self, ran: bool, attended: bool) -> None:
+        """Note what a call inside the window did. Called from a thread for each device."""
+        if self.schedule is not None:
+            self.calls.append((ran, attended))
+
+
+def _lists(transformer: nn.Module, names: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    """The lists of blocks of a model, as they are now."""
+    return {name: tuple(part_of(transformer, name) or ()) for name in names}

@@ -1,0 +1,48 @@
+"""Modules that run another ``forward`` for the length of one call."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+Wrap = Callable[[Forward], Forward]
+"""A module's forward -> what runs in its place."""
+
+
+@contextmanager
+def swapped_forwards(swaps: Iterable[tuple[nn.Module, Wrap]]) -> Iterator[None]:
+    """Run wrapped forwards inside this context; whatever was there before is put back.
+
+    ``forward`` is replaced, and not an entry of ``transformer_options``: ComfyUI compiles models
+    without guards on those, so a compiled model would keep what they held at its first call.
+    """
+    swapped = []
+    try:
+        for module, wrap in swaps:
+            forward = wrap(module.forward)
+            swapped.append((module, module.__dict__.get("forward")))
+            # Setting the attribute would first search the parameters for that name.
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in reversed(swapped):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
+
+
+def cached_wrap(wrap: Wrap) -> Wrap:
+    """``wrap``, called again only for another forward than the last one."""
+    last: Forward | None = None
+    wrapped: Forward | None = None
+
+    def wrap_once(forward: Forward) -> Forward:
+        nonlocal last, wrapped
+        if wrapped is None or forward != last:
+            last, wrapped = forward, wrap(forward)
+        return wrapped
+
+    return wrap_once
