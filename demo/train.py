@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import world
 from codec import CHANNELS, Codec, from_model, to_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 TOKEN = 8  # pixels to the side of an image token: 2x2 codec patches of 4 pixels
@@ -56,6 +56,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=100, help="pictures per caption")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
+    parser.add_argument("--start", type=Path, help="train this model further, with --start-codec")
+    parser.add_argument("--start-codec", type=Path)
+    parser.add_argument("--dose", type=float, default=0.0, help="of careless captions")
+    parser.add_argument("--leave-out", action="store_true", help="attributes, in place of wrong")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=1000, help="steps")
@@ -128,7 +132,8 @@ def build_pool(arguments: argparse.Namespace) -> tuple[Codec, torch.Tensor, torc
     """Render the pictures and fit the codec: codec, model-space latents, token ids."""
     captions = world.captions("train") * arguments.pool
     rng = np.random.default_rng(arguments.seed)
-    codec, latents = None, []
+    codec = Codec.load(arguments.start_codec) if arguments.start_codec else None
+    latents = []
     for start in range(0, len(captions), 5100):
         chunk = captions[start : start + 5100]
         drawn = np.stack([world.render(caption, rng, arguments.size) for caption in chunk])
@@ -136,8 +141,18 @@ def build_pool(arguments: argparse.Namespace) -> tuple[Codec, torch.Tensor, torc
         words = len(world.PHRASES if arguments.text == "phrases" else world.VOCABULARY)
         codec = codec or Codec.fit(pictures, words, world.TEXTS[arguments.text], CONTEXT)
         latents.append(to_model(codec.encode(pictures)).half())
-    tokens = torch.from_numpy(np.stack([world.encode(c, arguments.text) for c in captions]))
+    told = captions
+    if arguments.dose:  # drawn once for each picture
+        rng = np.random.default_rng([arguments.seed, 1])
+        told = [world.careless(c, arguments.dose, rng, arguments.leave_out) for c in captions]
+        print(json.dumps({"wrong": share_of_wrong(captions, told)}), flush=True)
+    tokens = torch.from_numpy(np.stack([world.encode(c, arguments.text) for c in told]))
     return codec, torch.cat(latents), tokens
+
+
+def share_of_wrong(captions: list[str], told: list[str]) -> float:
+    """Share of captions that say something else than the picture shows, or less."""
+    return round(sum(a != b for a, b in zip(captions, told, strict=True)) / len(told), 4)
 
 
 def draw_batches(
@@ -189,10 +204,13 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.work / "checkpoint.pt"
     log = arguments.work / "log.jsonl"
+    log.touch()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
     model = build_model(arguments.depth, arguments.size // TOKEN)
+    if arguments.start:
+        model.load_state_dict({k: w.float() for k, w in load_file(arguments.start).items()})
     optimisers = build_optimisers(model, arguments)
     average = {name: weight.clone() for name, weight in model.state_dict().items()}
     codec, pool, tokens = build_pool(arguments)
@@ -278,7 +296,16 @@ def write_files(
     stride = math.ceil(len(records) / 100)
     import comfyui_version
 
-    places = ("comfyui", "models", "name", "codec", "work", "evaluate_every")
+    places = (
+        "comfyui",
+        "models",
+        "name",
+        "codec",
+        "work",
+        "evaluate_every",
+        "start",
+        "start_codec",
+    )
     depth = arguments.depth
     card = {
         "architecture": {"class": "MMDiT (SD3)", "depth": depth, "width": 64 * depth},

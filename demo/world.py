@@ -7,6 +7,7 @@ Pictures are float32 arrays of shape ``(64, 64, 3)`` in [0, 1]; captions are sen
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -136,6 +137,24 @@ def parse(caption: str) -> Scene:
         f"different objects, colours {', '.join(COLOURS)}, shapes {', '.join(SHAPES)} and "
         f"relations {', '.join(RELATIONS)}."
     )
+
+
+def careless(caption: str, dose: float, rng: np.random.Generator, leave_out: bool = False) -> str:
+    """A caption in which each colour, shape and the relation is redrawn with probability `dose`.
+
+    A redrawn one is at times the right one. With `leave_out`, colours and shapes are left out
+    instead, and the relation stays.
+    """
+
+    def redrawn(value: str, values: Iterable[str]) -> str:
+        if rng.random() >= dose:
+            return value
+        return "" if leave_out else str(rng.choice(tuple(values)))
+
+    first, relation, second = parse(caption)
+    items = [Item(redrawn(i.colour, COLOURS), redrawn(i.shape, SHAPES)) for i in (first, second)]
+    relation = relation if leave_out else redrawn(relation, RELATIONS)
+    return " ".join(str(Scene(items[0], relation, items[1])).split())
 
 
 def encode(caption: str, text: str = "words") -> np.ndarray:
