@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
@@ -114,10 +115,10 @@ def plot(table: Tensor, blocks: list[str]) -> Image.Image:
 
 def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
     """A picture for each word, brighter where it is looked at more."""
-    if report.maps is None:
-        return pictures.note("No words were chosen.")
+    if not report.maps:
+        return pictures.sheet([pictures.blank(420, 8)], ["No words were chosen."], 1)
     maps, labels = [], []
-    for word, own in zip(report.words, report.maps / report.calls, strict=True):
+    for word, own in zip(report.words, torch.stack(report.maps).mean(0), strict=True):
         low, high = own.min(), own.max()
         heat = pictures.heat((own - low) / (high - low).clamp_min(1e-12))
         scale = max(1, 384 // max(heat.size))

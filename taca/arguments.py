@@ -16,7 +16,9 @@ class CallArguments(NamedTuple):
 
     x: Tensor
     sigma: Tensor  # (b,), one for each row
+    c_concat: Any
     context: Tensor | None  # the text, (b, num_text, channels)
+    control: Any
     options: Mapping[str, Any]  # transformer_options
     others: dict[str, Any]
 
@@ -32,14 +34,11 @@ class CallArguments(NamedTuple):
         **kwargs: Any,
     ) -> CallArguments:
         """By position or by name, in core's order and with core's names."""
-        others = {"c_concat": c_concat, "control": control, **kwargs}
-        return cls(x, t, c_crossattn, transformer_options or {}, others)
+        return cls(x, t, c_concat, c_crossattn, control, transformer_options or {}, kwargs)
 
     def run(self, executor: Any, options: Mapping[str, Any]) -> Tensor:
         """Go on with other options."""
-        others = dict(self.others)
-        c_concat, control = others.pop("c_concat"), others.pop("control")
-        return executor(self.x, self.sigma, c_concat, self.context, control, options, **others)
+        return executor(*self[:5], options, **self.others)
 
     def initial_state(self) -> CallState:
         """What the arguments show: the text, and a picture that a vision encoder saw."""

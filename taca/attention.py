@@ -104,10 +104,11 @@ def query_groups(layout: Layout) -> list[tuple[bool, int]]:
     groups: list[tuple[bool, int]] = []
     for kind, length, is_query in layout:
         is_image = kind == "image"
-        if is_query and groups and groups[-1][0] == is_image:
-            groups[-1] = (is_image, groups[-1][1] + length)
-        elif is_query:
-            groups.append((is_image, length))
+        if not is_query or not length:
+            continue
+        if groups and groups[-1][0] == is_image:
+            length += groups.pop()[1]
+        groups.append((is_image, length))
     return groups
 
 

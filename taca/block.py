@@ -1,7 +1,7 @@
 """What a joint block does inside the window: its own forward, with TACA as attention override."""
 
 import sys
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from .attention import Layout, num_tokens, temperature_adjusted_attention
 from .compiler import frame_callback
 from .families import JointBlock
 from .layouts import CallState
-from .swap import Forward
+from .swap import Forward, looks_like
+
+AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
+"""The arguments of core's attention after its heads, in order."""
 
 
 def joint_forward(forward: Forward, block: JointBlock, gamma: Tensor, state: CallState) -> Forward:
@@ -22,22 +25,23 @@ def joint_forward(forward: Forward, block: JointBlock, gamma: Tensor, state: Cal
     """
     locate, reach = block.locate, block.reach
 
-    @wraps(forward)  # other packs inspect the signature of a block's forward
+    @looks_like(forward)
     def taca_forward(*args: Any, **kwargs: Any) -> Any:
         layout = locate(args, kwargs, state)
         if not layout:
             return forward(*args, **kwargs)
         state.ran = True
         override = partial(taca_override, gamma, layout, num_tokens(layout), state)
-        attending, args, kwargs = reach(forward, args, kwargs, override)  # type: ignore[assignment]
-        if torch.compiler.is_compiling():  # whole, or not at all: see compiler.py
+        if torch.compiler.is_compiling():  # in one graph, or not at all: see compiler.py
             with torch._dynamo.error_on_graph_break(True):
-                return attending(*args, **kwargs)
+                attend, args, kwargs = reach(forward, args, kwargs, override)  # type: ignore[assignment]
+                return attend(*args, **kwargs)
+        attend, args, kwargs = reach(forward, args, kwargs, override)  # type: ignore[assignment]
         if "torch._dynamo" in sys.modules and frame_callback() is not None:
             # Past its limit of recompilations dynamo runs this function as it is. What it compiled
             # for the plain block, without guards on transformer_options, must not run inside.
-            return torch.compiler.disable(attending)(*args, **kwargs)
-        return attending(*args, **kwargs)
+            attend = torch.compiler.disable(attend)
+        return attend(*args, **kwargs)
 
     return taca_forward
 
@@ -53,7 +57,7 @@ def taca_override(
     k: Tensor,
     v: Tensor,
     heads: int,
-    mask: Tensor | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
     """ComfyUI's ``optimized_attention_override`` of one block.
@@ -64,6 +68,8 @@ def taca_override(
     Raises ValueError if the attention kernel does not return one row for each query.
     """
     backend = func if other is None else partial(other, func)
+    kwargs.update(zip(AFTER_HEADS, args, strict=False))
+    mask = kwargs.pop("mask", None)
     dim = 2 if kwargs.get("skip_reshape") else 1
     out_dim = 2 if kwargs.get("skip_output_reshape") else 1
     if (q.shape[dim], k.shape[dim]) != joint:

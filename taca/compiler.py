@@ -20,6 +20,8 @@ from torch import nn
 if TYPE_CHECKING:
     from comfy.patcher_extension import WrapperExecutor
 
+    from .run import Run
+
 log = logging.getLogger("taca")
 
 frame_callback: Callable[[], Any] = lambda: True  # noqa: E731
@@ -37,36 +39,49 @@ UNTRACEABLE = (
 )
 
 
-class EagerFallback:
-    """Runs a model uncompiled, in calls with TACA, once it did not compile in one graph.
+class Fallback:
+    """Which attention kernels cannot be traced, by name.
 
-    Kept with the patched model, so that a kernel that cannot be traced is not traced in vain at
-    every prompt.
+    Kept with the patched model, so that no kernel is traced in vain at every prompt.
     """
 
-    untraceable: Any = None  # the attention kernel of the compilation that failed last
+    def __init__(self) -> None:
+        self.untraceable: dict[str, str] = {}  # kernel -> why
 
-    def install(self, executor: WrapperExecutor, kernel: Any) -> None:
-        """Guard the model at the end of an executor's chain, inside all other wrappers.
+    def guard(self, executor: WrapperExecutor, kernel: Any, run: Run) -> None:
+        """Let a run go on uncompiled where its model does not compile in one graph.
 
-        Only the model itself runs again after a failure, so caches see one call.
+        The model at the end of the executor's chain is guarded, inside all other wrappers: only it
+        runs again after a failure, so caches see one call.
         """
-        model = executor.original
+        model, name = executor.original, _name(kernel)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if "torch._dynamo" not in sys.modules:
                 return model(*args, **kwargs)
-            if self.untraceable is not kernel:
+            reason = self.untraceable.get(name, "")
+            if not run.eager and not reason:
+                exc = torch._dynamo.exc
+                at_limit = getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
                 try:
                     return model(*args, **kwargs)
-                except torch._dynamo.exc.TorchDynamoException as error:
-                    first_line = str(error).strip().partition("\n")[0]
-                    log.warning(UNTRACEABLE, first_line)
-                    self.untraceable = kernel
+                except (exc.TorchDynamoException, at_limit) as error:
+                    reason = str(error).strip().partition("\n")[0]
+                    if isinstance(error, exc.Unsupported):
+                        self.untraceable[name] = reason
+            if not run.eager:
+                log.warning(UNTRACEABLE, reason)
+                run.eager = True
             with uncompiled_calls:
                 return model(*args, **kwargs)
 
         executor.original = guarded
+
+
+def _name(kernel: Any) -> str:
+    """A kernel's name; packs make some anew in every call, and they may hold tensors."""
+    function = getattr(kernel, "func", kernel)  # of a partial
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 class _Uncompiled(AbstractContextManager[None]):

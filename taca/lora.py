@@ -139,8 +139,8 @@ def lora_targets(loras: list[LoRA], model: BaseModel) -> list[LoRATarget]:
         for name, own in zip(lora.module_names, lora.deltas, strict=True):
             deltas.setdefault(name, []).extend(own)  # type: ignore[arg-type]
     targets = []
-    for name, all_of_it in deltas.items():
-        additive, others = ([d for d in all_of_it if d.additive == kind] for kind in (True, False))
+    for name, each in deltas.items():
+        additive, others = ([d for d in each if d.additive == kind] for kind in (True, False))
         targets.append(LoRATarget(submodule(model, name), name, additive, others))
     return targets
 

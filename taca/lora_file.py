@@ -121,17 +121,14 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
 def _check_numbers(parts: Any, target: str, name: str) -> None:
     """Refuse what would turn every picture black, or mean something else than it says."""
     for part in parts:
-        is_tensor = isinstance(part, Tensor)
-        if isinstance(part, float) or (is_tensor and part.is_floating_point()):
-            usable = bool(torch.as_tensor(part).float().isfinite().all())
-        else:
-            usable = not is_tensor
-        if not usable:
-            what = f"{part.dtype} tensors" if is_tensor else str(part)
+        if not isinstance(part, (float, Tensor)):
+            continue
+        numbers = torch.as_tensor(part)
+        if not numbers.is_floating_point() or not bool(numbers.float().isfinite().all()):
             raise ValueError(
-                f"{name} is not a usable LoRA: for {target} it holds {what} with numbers that are "
-                f"not finite, or that are no floating-point numbers. Its training went wrong, or "
-                f"the file is damaged: get it again, or take an earlier checkpoint."
+                f"{name} is not a usable LoRA: for {target} it holds {numbers.dtype} numbers that "
+                f"are integers, NaN or infinite. Its training went wrong, or the file is damaged: "
+                f"get it again, or take an earlier checkpoint."
             )
 
 

@@ -1,7 +1,7 @@
 """What a module's forward becomes while LoRAs act on it."""
 
 from collections.abc import Iterator
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import comfy.lora
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .lora import LoRATarget
-from .swap import Forward, Wrap
+from .swap import Forward, Wrap, looks_like
 
 
 def lora_swaps(
@@ -29,7 +29,7 @@ def lora_swaps(
 def additive_forward(forward: Forward, target: LoRATarget, inside: Tensor | None) -> Forward:
     """A linear layer's output, and what the deltas add to it."""
 
-    @wraps(forward)
+    @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
         rows = None if inside is None else _rows(inside, x)
@@ -48,7 +48,7 @@ def reparametrized_forward(forward: Forward, target: LoRATarget, inside: Tensor 
     module, deltas = target.module, target.reparametrized
     parameters = sorted({delta.place.parameter for delta in deltas})
 
-    @wraps(forward)
+    @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         used = set()
 

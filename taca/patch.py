@@ -148,7 +148,7 @@ def check_run(run: Run, model_name: str) -> None:
 
 
 def count_blocks(patcher: ModelPatcher, options: Options) -> tuple[str, int]:
-    """The family of a model and the number of joint blocks that TACA acts in; errors as above."""
+    """The family of a model and the number of its joint blocks; errors as ``patch_model``."""
     transformer = uncompiled(patcher.get_model_object("diffusion_model"))
     family = family_of(transformer)
     return family.name, len(list(family.joint_blocks(transformer, options.blocks)))

@@ -7,8 +7,9 @@ kernel can be asked, no n x n matrix is built, and a sample of the image queries
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .attention import Layout, num_tokens, scale_text_keys
+from .block import AFTER_HEADS
 from .block_ranges import short
 from .compiler import uncompiled_calls
 from .families import JointBlock, family_of, part_of, uncompiled
 from .layouts import CallState
 from .run import TacaConfig, config_of
 from .schedule import Schedule, TimestepWindow
-from .swap import Forward, Wrap, swapped_forwards
+from .swap import Forward, Wrap, looks_like, swapped_forwards
 from .timesteps import resolve, timestep
 
 if TYPE_CHECKING:
@@ -44,10 +46,9 @@ class Report:
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
     # without TACA and as the run had it
     shares: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    # (words, rows, columns): the sum over calls of the attention that each place of the picture
+    # (words, rows, columns) for each call and block: the attention that each place of the picture
     # pays to each word, averaged over heads, as the run had it
-    maps: Tensor | None = None
-    calls: int = 0
+    maps: list[Tensor] = field(default_factory=list)
 
     def table(self) -> Tensor:
         """Shares ``(2, steps, blocks)``: without TACA and with; NaN where nothing was seen."""
@@ -132,7 +133,7 @@ class Probe:
     def measured_forward(self, forward: Forward) -> Forward:
         """The block's forward, whose attention is measured as it goes on."""
 
-        @wraps(forward)
+        @looks_like(forward)
         def measured(*args: Any, **kwargs: Any) -> Any:
             layout = self.block.locate(args, kwargs, self.state)
             if not layout:
@@ -153,29 +154,30 @@ class Probe:
         k: Tensor,
         v: Tensor,
         heads: int,
-        mask: Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """ComfyUI's ``optimized_attention_override``: attends as ever, then measures."""
         backend = func if other is None else partial(other, func)
-        result = backend(q, k, v, heads, mask=mask, **kwargs)
+        result = backend(q, k, v, heads, *args, **kwargs)
+        kwargs.update(zip(AFTER_HEADS, args, strict=False))
+        mask = kwargs.pop("mask", None)
         is_split = kwargs.get("skip_reshape", False)
         dim = 2 if is_split else 1
         if (q.shape[dim], k.shape[dim]) == num_tokens(layout):
             if not is_split:
                 head_dim = q.shape[-1] // heads
                 q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
-            how = {**kwargs, "skip_reshape": True, "skip_output_reshape": True}
+            how = {**kwargs, "skip_reshape": True, "skip_output_reshape": False}
             self.measure(partial(func, heads=heads, **how), q, k, mask, layout)
         return result
 
     def places(self, num_image: int) -> tuple[Tensor, tuple[int, int]]:
         """Indices of the image tokens to ask, and the rows and columns they lie in."""
-        height, width = num_image, 1
-        for patch in (8, 4, 2, 1):  # with references there are more tokens than the picture's own
-            rows, columns = (-(-side // patch) for side in self.latent)
-            if rows * columns <= num_image:
-                height, width = rows, columns
+        # With references there are more tokens than the picture's own.
+        grids = [tuple(-(-side // patch) for side in self.latent) for patch in (1, 2, 4, 8)]
+        fitting = (grid for grid in grids if math.prod(grid) <= num_image)
+        height, width = next(fitting, (num_image, 1))
         stride = 1
         while -(-height // stride) * -(-width // stride) > QUERIES:
             stride += 1
@@ -217,7 +219,8 @@ class Probe:
 
         def mass(keys: Tensor) -> Tensor:
             """``(queries, d)``, averaged over rows and heads."""
-            return attend(q, keys, columns, mask=mask).float().mean((0, 1))
+            out = attend(q, keys, columns, mask=mask)  # (b, queries, h * d)
+            return out.float().unflatten(-1, (-1, k.shape[-1])).mean((0, 2))
 
         plain = mass(k)
         is_adjusted = bool((gamma != 1).any())
@@ -225,6 +228,5 @@ class Probe:
         pair = (plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu())
         self.report.shares.setdefault(self.place, []).append(pair)
         if words:
-            maps = adjusted[:, 1 : len(words) + 1].T.unflatten(-1, grid).cpu()
-            self.report.maps = maps if self.report.maps is None else self.report.maps + maps
-            self.report.calls += 1
+            maps = adjusted[:, 1 : len(words) + 1].T.unflatten(-1, grid)
+            self.report.maps.append(maps.cpu())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from .compiler import EagerFallback
+from .compiler import Fallback
 from .families import JointBlock, family_of, part_of, uncompiled
 from .lora import LoRATarget, lora_targets, loras_of
 from .lora_forward import lora_swaps
@@ -30,7 +30,7 @@ class TacaConfig:
 
     schedule: Schedule
     options: Options = NO_OPTIONS
-    eager: EagerFallback = field(default_factory=EagerFallback, compare=False)
+    fallback: Fallback = field(default_factory=Fallback, compare=False)
 
 
 def config_of(patcher: ModelPatcher) -> TacaConfig | None:
@@ -55,6 +55,7 @@ class Run:
     config: TacaConfig
     schedule: ResolvedSchedule | None = None
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
+    eager: bool = False  # whether calls with TACA run uncompiled
     # For each call inside the window: whether a joint block ran, and whether one attended.
     calls: list[tuple[bool, bool]] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""When TACA acts and how strongly (arXiv 2506.07986, Eq. 11). Pure torch.
+"""When TACA acts and how strongly (arXiv 2506.07986, Eq. 11).
 
 A schedule is two things: the *window*, a set of timesteps, and gamma, what attention does inside
 it. At gamma = 1 the window is still there: the TACA LoRA belongs to it.

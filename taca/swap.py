@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,13 @@ from torch import nn
 Forward = Callable[..., Any]
 Wrap = Callable[[Forward], Forward]
 """A module's forward -> what runs in its place."""
+
+
+looks_like = partial(wraps, updated=())
+"""Decorator: name and signature of another forward, which other packs inspect.
+
+Its attributes stay with it, since torch.compile keeps its own there.
+"""
 
 
 @contextmanager
@@ -35,7 +43,7 @@ def swapped_forwards(swaps: Iterable[tuple[nn.Module, Wrap]]) -> Iterator[None]:
 
 
 def cached_wrap(wrap: Wrap) -> Wrap:
-    """``wrap``, called again only for another forward than the last one."""
+    """``wrap``, called again only for another forward than the last: a LoRA has hundreds."""
     last: Forward | None = None
     wrapped: Forward | None = None
 

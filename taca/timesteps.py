@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
-    """T of each sigma, in sigma's shape.
+    """The t of each sigma, in sigma's shape.
 
     A flow model's sigma is its share of noise, whatever unit of time the model itself is given.
     """

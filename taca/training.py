@@ -11,7 +11,6 @@ call's own options, which core keeps for the backward pass; nothing is compiled 
 from __future__ import annotations
 
 import copy
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -26,7 +25,7 @@ from .options import NO_OPTIONS
 from .reach import through_options
 from .run import KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
-from .swap import Forward
+from .swap import Forward, looks_like
 from .timesteps import resolve, timestep
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSa
 def training_forward(forward: Forward, block: JointBlock) -> Forward:
     """A block's forward while its model is loaded for training."""
 
-    @wraps(forward)
+    @looks_like(forward)
     def taca_training_forward(*args: Any, **kwargs: Any) -> Any:
         adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
         if adjustment is None:

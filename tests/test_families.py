@@ -159,7 +159,7 @@ def test_is_reported(case, folder, apply_taca, monkeypatch):
     assert torch.equal(sample(REPORT.watched(model, report), case), sample(model, case))
     table = report.table()
     assert ((table > 0) & (table < 1)).all()
-    assert report.maps is not None
+    assert report.maps
 
 
 @pytest.mark.parametrize("case", named("HiDream-I1", "Boogu"), ids=str, indirect=True)
@@ -325,7 +325,7 @@ def test_nunchakus_models_are_refused(name):
 
 @pytest.mark.parametrize("case", named("Ernie-Image", "HiDream-O1"), ids=str, indirect=True)
 def test_the_training_of_some_models_is_refused(case, pack, folder, apply_taca, monkeypatch):
-    """See ``Family.attention`` and ``Family.kept_keys``."""
+    """See ``Family.reach``."""
     model = apply_taca(families.load(case, folder, monkeypatch))
     with pytest.raises(ValueError, match=f"{case.name} in training"):
         pack["TACATrainingWindow"].execute(model)

@@ -548,7 +548,7 @@ def test_a_kernel_is_traced_in_vain_once(
         frames.append(counters["frames"]["total"])
     assert frames[0] > 0
     assert frames[1:] == frames[:1] * 2, "traced again"
-    assert warnings_in(caplog) == 1
+    assert warnings_in(caplog) == 3, "each run says that it is slower"
     assert len(calls) == 3 * 4
 
 

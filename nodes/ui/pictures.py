@@ -35,13 +35,6 @@ def heat(values: Tensor) -> Image.Image:
     return to_picture(torch.stack([3 * values.float() - i for i in range(3)], -1))
 
 
-def note(text: str) -> Image.Image:
-    """A line of text."""
-    page = blank(420, 60)
-    ImageDraw.Draw(page).text((12, 20), text, fill=INK, font=font(16))
-    return page
-
-
 def stack(pictures: Sequence[Image.Image]) -> Image.Image:
     """Pictures over each other, as wide as the widest."""
     page = blank(max(p.width for p in pictures), sum(p.height for p in pictures))
