@@ -53,7 +53,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if not swaps:
         return executor(*args, **kwargs)
     kernel = call.options.get(OVERRIDE) or comfy.ldm.modules.attention.optimized_attention
-    config.fallback.guard(executor, kernel, run)
+    run.fallback.guard(executor, kernel)
     with swapped_forwards(swaps):
         result = executor(*args, **kwargs)
     run.record(state.ran, state.attended)

@@ -20,8 +20,6 @@ from torch import nn
 if TYPE_CHECKING:
     from comfy.patcher_extension import WrapperExecutor
 
-    from .run import Run
-
 log = logging.getLogger("taca")
 
 frame_callback: Callable[[], Any] = lambda: True  # noqa: E731
@@ -40,16 +38,17 @@ UNTRACEABLE = (
 
 
 class Fallback:
-    """Which attention kernels cannot be traced, by name.
+    """Lets a run go on uncompiled, in calls with TACA, where its model does not compile whole.
 
-    Kept with the patched model, so that no kernel is traced in vain at every prompt.
+    ``untraceable`` has the attention kernels that cannot be traced, by name, and why. It is kept
+    with the patched model, so that no kernel is traced in vain at every prompt.
     """
 
-    def __init__(self) -> None:
-        self.untraceable: dict[str, str] = {}  # kernel -> why
+    def __init__(self, untraceable: dict[str, str]) -> None:
+        self.untraceable, self.eager = untraceable, False
 
-    def guard(self, executor: WrapperExecutor, kernel: Any, run: Run) -> None:
-        """Let a run go on uncompiled where its model does not compile in one graph.
+    def guard(self, executor: WrapperExecutor, kernel: Any) -> None:
+        """Guard one call.
 
         The model at the end of the executor's chain is guarded, inside all other wrappers: only it
         runs again after a failure, so caches see one call.
@@ -60,7 +59,7 @@ class Fallback:
             if "torch._dynamo" not in sys.modules:
                 return model(*args, **kwargs)
             reason = self.untraceable.get(name, "")
-            if not run.eager and not reason:
+            if not self.eager and not reason:
                 exc = torch._dynamo.exc
                 at_limit = getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
                 try:
@@ -69,9 +68,9 @@ class Fallback:
                     reason = str(error).strip().partition("\n")[0]
                     if isinstance(error, exc.Unsupported):
                         self.untraceable[name] = reason
-            if not run.eager:
+            if not self.eager:
                 log.warning(UNTRACEABLE, reason)
-                run.eager = True
+                self.eager = True
             with uncompiled_calls:
                 return model(*args, **kwargs)
 

@@ -30,7 +30,8 @@ class TacaConfig:
 
     schedule: Schedule
     options: Options = NO_OPTIONS
-    fallback: Fallback = field(default_factory=Fallback, compare=False)
+    # Attention kernels that torch.compile could not trace, and why; see ``Fallback``.
+    untraceable: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def config_of(patcher: ModelPatcher) -> TacaConfig | None:
@@ -55,9 +56,11 @@ class Run:
     config: TacaConfig
     schedule: ResolvedSchedule | None = None
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
-    eager: bool = False  # whether calls with TACA run uncompiled
     # For each call inside the window: whether a joint block ran, and whether one attended.
     calls: list[tuple[bool, bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.fallback = Fallback(self.config.untraceable)
 
     def sites_of(self, base_model: BaseModel) -> HookSites:
         """Where TACA acts in a model.

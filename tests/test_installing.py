@@ -597,7 +597,7 @@ def test_what_acting_in_a_block_costs(folder, apply_taca, pack, kind, count):
 @pytest.mark.parametrize(
     ("kind", "blocks", "index", "limit"),
     [("flux", "double_blocks", 1, 12), ("flux", "single_blocks", 1, 12),
-     ("sd3", "joint_blocks", 1, 12), ("sd3", "joint_blocks", 0, 14)],  # with attn2
+     ("sd3", "joint_blocks", 1, 12), ("sd3", "joint_blocks", 0, 12)],  # with attn2
 )  # fmt: skip
 def test_the_cost_of_a_block(folder, apply_taca, kind, blocks, index, limit):
     """All of it: a model with one block less shows it. A further attention adds two calls."""
