@@ -26,7 +26,7 @@ from model import load_pack
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "suppression.json"
 NOISES = (0, 1, 2)
-LATER = ("--steps", "1500", "--lr", "4e-4", "--pool", "20")
+LATER = ("--steps", "1500", "--lr", "4e-4", "--pool", "20", "--precision", "fp32")
 WINDOWS = ("paper", "snr", "all")
 
 
@@ -86,6 +86,7 @@ def shares(subject: Subject, captions: list[str]) -> list[list[float]]:
 def measure(name: str, seed: int, dose: float, result: dict[str, Any]) -> None:
     """Sample what the results lack of a model, and store after every setting."""
     subject, captions = Subject(name), world.captions("held-out")
+    subject.model.set_model_compute_dtype(torch.float32)
     about = {"name": name, "seed": seed, "dose": dose, "weights": subject.sha256}
     known = next((each for each in result["models"] if each["name"] == name), None)
     if known and known["weights"] != subject.sha256:

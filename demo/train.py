@@ -293,7 +293,7 @@ def write_files(
     codec.save(arguments.codec / f"{name}_codec.safetensors")
     # After a resumed run a step may have been logged twice: the last record of it counts.
     records = {r["step"]: r for r in map(json.loads, log.read_text().splitlines())}
-    stride = math.ceil(len(records) / 100)
+    stride = max(1, math.ceil(len(records) / 100))
     import comfyui_version
 
     places = (
