@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -224,18 +223,17 @@ spec = importlib.util.spec_from_file_location("taca_timed", sys.argv[2] + "/__in
                                               submodule_search_locations=[sys.argv[2]])
 module = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = module
-start = time.process_time()
 spec.loader.exec_module(module)
-print(time.process_time() - start)
+print(len(set(sys.modules) - before))
 print(*{name.split(".")[0] for name in set(sys.modules) - before})
 """
 
 
 def import_once(root):
-    """Seconds of CPU to import a pack where ComfyUI's modules are, and what it brought."""
+    """How many modules a pack imports where ComfyUI's are, and the packages they are of."""
     command = [sys.executable, "-c", IMPORT, os.environ["COMFYUI_PATH"], str(root)]
-    seconds, brought = subprocess.check_output(command, text=True).splitlines()[-2:]
-    return float(seconds), set(brought.split())
+    count, brought = subprocess.check_output(command, text=True).splitlines()[-2:]
+    return int(count), set(brought.split())
 
 
 def brings_packages(brought):
@@ -245,16 +243,15 @@ def brings_packages(brought):
 
 
 def test_import_is_quick():
-    """Under 50 ms is the aim; 150 ms is where a busy machine is no excuse any more."""
-    seconds, brought = zip(*(import_once(ROOT) for _ in range(3)), strict=True)
-    assert statistics.median(seconds) < 0.15, seconds
-    assert brings_packages(brought[0]) == set()
+    """It brings its own modules, a few of Python's and of ComfyUI's, and no package."""
+    count, brought = import_once(ROOT)
+    own = sum(1 for folder in ("taca", "nodes", "uvit") for _ in (ROOT / folder).rglob("*.py"))
+    assert own < count < own + 40
+    assert brings_packages(brought) == set()
 
 
 def test_a_slow_import_is_seen(tmp_path):
-    slow = "import time, matplotlib\nend = time.process_time() + 0.2\n"
-    slow += "while time.process_time() < end: pass\n"
-    (tmp_path / "__init__.py").write_text(slow)
-    seconds, brought = import_once(tmp_path)
-    assert seconds > 0.15
+    (tmp_path / "__init__.py").write_text("import matplotlib\n")
+    count, brought = import_once(tmp_path)
+    assert count > 40
     assert "matplotlib" in brings_packages(brought)
