@@ -584,10 +584,17 @@ def test_errors_that_ray_hands_on():
 @pytest.mark.parametrize("fault", ["500", "error", "refuse"])
 def test_one_of_two_fails_at_everything(tmp_path, color, workflow, capsys, monkeypatch, fault):
     """And says it is well. Another draws all, and no picture is tried there again and again."""
-    out, tried = tmp_path / "out", []
+    out, tried, good_is_there = tmp_path / "out", [], threading.Event()
     monkeypatch.setattr(run, "_PAUSES", (0.05,))
-    with StandIn(lambda graph: tried.append(asked_for(graph)) or fault) as bad, StandIn() as good:
-        good.fault = lambda graph: time.sleep(0.03)  # so that the other is faster
+
+    def fails(graph):
+        good_is_there.wait()  # before that a picture may well be tried again
+        tried.append(asked_for(graph))
+        return fault
+
+    with StandIn(fails) as bad, StandIn() as good:
+        # so that the other is faster
+        good.fault = lambda graph: good_is_there.set() or time.sleep(0.03)
         compbench.main(arguments([color], workflow, out, bad.url, good.url, images=5))
     assert_complete(out)
     assert {line["server"] for line in lines_of(out)} == {good.url}
