@@ -65,14 +65,17 @@ def temperature_adjusted_attention(
     Raises ValueError if gamma has neither one entry nor one per row of k, or not one per text
     token.
     """
-    adjusted = scale_text_keys(k, gamma, layout, dim)  # [gamma K_txt ; K_img]
-    outputs, start = [], 0
-    for is_image, length in query_groups(layout):
-        queries, rows = q.narrow(dim, start, length), mask
-        if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:
-            rows = mask.narrow(-2, start, length)
-        outputs.append(attend(queries, adjusted if is_image else k, v, rows))
-        start += length
+    groups = query_groups(layout)
+    outputs = [q] * len(groups)
+    keys = scale_text_keys(k, gamma, layout, dim)  # [gamma K_txt ; K_img]
+    for image in (True, False):  # the image first: the scaled keys are freed before the rest
+        for i, (is_image, start, length) in enumerate(groups):
+            if is_image == image:
+                queries, rows = q.narrow(dim, start, length), mask
+                if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:
+                    rows = mask.narrow(-2, start, length)
+                outputs[i] = attend(queries, keys, v, rows)
+        keys = k
     return torch.cat(outputs, out_dim)
 
 
@@ -99,16 +102,18 @@ def scale_text_keys(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tenso
     return adjusted
 
 
-def query_groups(layout: Layout) -> list[tuple[bool, int]]:
-    """Runs of consecutive queries that attend alike: ``(is_image, length)``."""
-    groups: list[tuple[bool, int]] = []
+def query_groups(layout: Layout) -> list[tuple[bool, int, int]]:
+    """Runs of consecutive queries that attend alike: ``(is_image, start, length)``."""
+    groups: list[tuple[bool, int, int]] = []
+    end = 0
     for kind, length, is_query in layout:
-        is_image = kind == "image"
         if not is_query or not length:
             continue
+        is_image, start = kind == "image", end
+        end += length
         if groups and groups[-1][0] == is_image:
-            length += groups.pop()[1]
-        groups.append((is_image, length))
+            start = groups.pop()[1]
+        groups.append((is_image, start, end - start))
     return groups
 
 

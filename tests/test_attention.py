@@ -86,7 +86,7 @@ def test_gamma_is_applied_in_float32(dtype):
         return q
 
     adjusted(attend, k, k, k, torch.tensor([1.2]), (Span("text", 4), Span("image", 2)))
-    plain, scaled = seen  # keys of the text's queries, and of the image's
+    scaled, plain = seen  # keys of the image's queries, and of the text's
     assert plain is k
     assert scaled.dtype == dtype
     assert torch.equal(scaled[:, :, :4], (k[:, :, :4].float() * 1.2).to(dtype))

@@ -243,8 +243,8 @@ def test_attn2_is_left_alone(folder, apply_taca):
 
     model.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = spy
     sample(apply_taca(model, 1.2, 1000.0), "sd3", steps=1, cfg=1.0, text=(7, 7))
-    # Block 0: text queries, image queries, attn2; block 1: text queries, image queries.
-    assert lengths == [(7, 71), (64, 71), (64, 64), (7, 71), (64, 71)]
+    # Block 0: image queries, text queries, attn2; block 1: image queries, text queries.
+    assert lengths == [(64, 71), (7, 71), (64, 64), (64, 71), (7, 71)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
