@@ -42,17 +42,17 @@ def through_handed_attention(
 
     Raises RuntimeError if the block is handed another attention than core's.
     """
-    from comfy.ldm.hidream_o1.attention import make_two_pass_attention as make
+    from comfy.ldm.hidream_o1.attention import make_two_pass_attention
 
     attention = kwargs[ATTENTION]
-    if not getattr(attention, "__qualname__", "").startswith(f"{make.__name__}."):
+    names = attention.__code__.co_freevars if isinstance(attention, FunctionType) else ()
+    if "ar_len" not in names:
         raise RuntimeError(
             "TACA does not know the attention that this model's blocks are handed: another node "
             "has wrapped it. Take that node out, or TACA Patch Model."
         )
-    names = attention.__code__.co_freevars
     held = {name: cell.cell_contents for name, cell in zip(names, attention.__closure__)}  # noqa: B905
-    ours = make(held["ar_len"], _with(override, held))
+    ours = make_two_pass_attention(held["ar_len"], _with(override, held))
     return forward, args, {**kwargs, ATTENTION: ours}
 
 

@@ -387,7 +387,7 @@ def test_an_overflow_stays_inside_the_window_of_a_model(
 
 def test_no_call_is_lost_between_threads(caplog):
     """One thread a device, all of which note their calls in one run."""
-    config = SimpleNamespace(schedule=None, options=None)
+    config = module("run").TacaConfig(None)
     record = module("run").Run(config, schedule=SimpleNamespace())
     kinds, times = [(True, True), (True, False), (False, False)], 4000
     start = threading.Barrier(8)
