@@ -304,9 +304,10 @@ def test_link_replaces_links_alone(tmp_path):
     assert (at / "precious").exists()
 
 
-def test_models_folder_offers_the_demo_model_alone():
-    offered = [path.name for path in (ROOT / "demo/models").glob("*.safetensors")]
-    assert offered == ["taca_demo_mmdit.safetensors"]
+def test_models_folder_offers_the_demos_models_alone():
+    """The clean one and the suppressed one, and not their codec."""
+    offered = {path.name for path in (ROOT / "demo/models").glob("*.safetensors")}
+    assert offered == {"taca_demo_mmdit.safetensors", "taca_demo_suppressed_mmdit.safetensors"}
 
 
 # --- the demo -------------------------------------------------------------------------------------
