@@ -211,7 +211,7 @@ def test_pyproject_as_comfyui_reads_it():
 
 
 IMPORT = """
-import importlib.util, sys, time
+import importlib.util, sys
 sys.path.insert(0, sys.argv[1])
 import comfy.options
 comfy.options.enable_args_parsing(False)
