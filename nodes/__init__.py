@@ -1,9 +1,21 @@
 """What users can drag onto the canvas."""
 
-from . import lora, options, patch, preview, report, schedule, score, sweep, training
+from .lora import LoadTACALoRA, TACATrainingWindow
+from .patch import TACAOptions, TACAPatchModel, TACAScheduleNode
+from .preview import TACASchedulePreview
+from .report import TACAAttentionReport
+from .score import TACAAlignmentScore
+from .sweep import TACAContactSheet, TACASweep
 
 NODES = [
-    node
-    for module in (patch, schedule, options, preview, report, sweep, score, lora, training)
-    for node in module.NODES
+    TACAPatchModel,
+    TACAScheduleNode,
+    TACAOptions,
+    TACASchedulePreview,
+    TACAAttentionReport,
+    TACASweep,
+    TACAContactSheet,
+    TACAAlignmentScore,
+    LoadTACALoRA,
+    TACATrainingWindow,
 ]

@@ -1,4 +1,4 @@
-"""Load TACA LoRA: MODEL -> MODEL whose LoRA is on inside the TACA window, and only there."""
+"""The TACA LoRA: loaded for the steps in which TACA acts, and trained for them."""
 
 import math
 from typing import Any
@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..taca.lora_file import fit_lora, read_lora
 from ..taca.patch import patch_lora
+from ..taca.training import training_window
 from .ui.schema import schema
 
 
@@ -37,4 +38,18 @@ class LoadTACALoRA(io.ComfyNode):
         return io.NodeOutput(patch_lora(model, fit_lora(state, model.model, lora_name, strength)))
 
 
-NODES = [LoadTACALoRA]
+class TACATrainingWindow(io.ComfyNode):
+    """The paper's training of the LoRA, on ComfyUI's own trainer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACATrainingWindow",
+            inputs=[io.Model.Input("model")],
+            outputs=[io.Model.Output()],
+            search_aliases=["taca", "train taca lora", "timestep range training"],
+        )
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        return io.NodeOutput(training_window(model))

@@ -1,4 +1,4 @@
-"""TACA Patch Model: MODEL -> MODEL that samples with TACA."""
+"""TACA on a model: what to do in which steps, and what limits it."""
 
 from dataclasses import fields
 from typing import Any
@@ -7,10 +7,12 @@ from comfy_api.latest import io
 
 from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
-from ..taca.schedule import Schedule, TimestepWindow
-from .options import TACAOptionsSocket
-from .schedule import TACASchedule, gamma_input, widget
+from ..taca.prompt_tokens import prompt_tokens, tokens_of
+from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
 from .ui.schema import schema
+
+TACASchedule = io.Custom("TACA_SCHEDULE")
+TACAOptionsSocket = io.Custom("TACA_OPTIONS")
 
 
 class TACAPatchModel(io.ComfyNode):
@@ -51,4 +53,81 @@ class TACAPatchModel(io.ComfyNode):
         return io.NodeOutput(patch_model(model, chosen, options or NO_OPTIONS))
 
 
-NODES = [TACAPatchModel]
+def gamma_input() -> io.Input:
+    """The gamma widget, alike on every node that has one."""
+    return io.Float.Input("gamma", default=GAMMA, min=0.0, max=10.0, step=0.01)
+
+
+def widget(setting: Any) -> io.Input:
+    """The widget of one setting of a window."""
+    name, default, look = setting.name, setting.default, setting.metadata
+    if "options" in look:
+        return io.Combo.Input(name, default=default, **look)
+    if isinstance(default, tuple):
+        return io.Curve.Input(name, default=list(default), socketless=False)
+    kind = io.Int if isinstance(default, int) else io.Float
+    return kind.Input(name, default=default, **look)
+
+
+def windows() -> list[io.DynamicCombo.Option]:
+    """Every kind of window that this ComfyUI has the widgets for."""
+    return [
+        io.DynamicCombo.Option(name, [widget(setting) for setting in fields(window)])
+        for name, window in WINDOWS.items()
+        if name != "curve" or hasattr(io, "Curve")
+    ]
+
+
+class TACAScheduleNode(io.ComfyNode):
+    """gamma and a window -> TACA_SCHEDULE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACASchedule",
+            inputs=[gamma_input(), io.DynamicCombo.Input("window", options=windows())],
+            outputs=[TACASchedule.Output("schedule")],
+            search_aliases=["taca", "gamma schedule", "attention temperature", "timestep window"],
+        )
+
+    @classmethod
+    def execute(cls, gamma: float, window: dict[str, Any] | None = None) -> io.NodeOutput:
+        settings = {name: value for name, value in (window or {}).items() if value is not None}
+        kind = WINDOWS.get(settings.pop("window", None))
+        if kind is None:  # ComfyUI lets such a workflow through
+            raise ValueError(f"TACA Schedule has no window: choose one of {', '.join(WINDOWS)}.")
+        if "curve" in settings:
+            from comfy_api.input import CurveInput
+
+            settings["curve"] = CurveInput.from_raw(settings["curve"])
+        return io.NodeOutput(Schedule(gamma, kind(**settings)))
+
+
+class TACAOptions(io.ComfyNode):
+    """Limits of gamma -> TACA_OPTIONS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACAOptions",
+            inputs=[
+                io.Boolean.Input("positive_only", default=False),
+                io.String.Input("blocks", default=""),
+                io.Clip.Input("clip", optional=True),
+                io.String.Input("prompt", optional=True, force_input=True),
+            ],
+            outputs=[TACAOptionsSocket.Output("options")],
+            search_aliases=["taca", "positive only", "block range", "padding tokens"],
+        )
+
+    @classmethod
+    def execute(
+        cls, positive_only: bool, blocks: str, clip: Any = None, prompt: str | None = None
+    ) -> io.NodeOutput:
+        if (clip is None) != (prompt is None):
+            raise ValueError(
+                "TACA Options needs both clip and prompt to tell the prompt's tokens from padding: "
+                "connect the other one too, or neither."
+            )
+        tokens = None if clip is None else prompt_tokens(tokens_of(clip, prompt or ""))
+        return io.NodeOutput(Options(positive_only, blocks, tokens))

@@ -10,7 +10,7 @@ from ..taca.lora import loras_of
 from ..taca.run import config_of
 from ..taca.schedule import Schedule
 from ..taca.timesteps import resolve, timestep
-from .schedule import TACASchedule
+from .patch import TACASchedule
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, ticks
 from .ui.schema import schema
@@ -112,6 +112,3 @@ def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str
     upper.steps(gamma, COLOURS[0])
     lower.line(list(enumerate(sigmas, 1)), COLOURS[1], dots=True)
     return picture
-
-
-NODES = [TACASchedulePreview]

@@ -146,6 +146,3 @@ def summary(table: Tensor) -> str:
         for i in seen.nonzero().flatten().tolist()
     ]
     return "\n".join([first, "", "step   without TACA   as sampled", *rows])
-
-
-NODES = [TACAAttentionReport]

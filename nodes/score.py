@@ -1,25 +1,18 @@
 """TACA Alignment Score: IMAGE and text -> CLIP's cosine between them, to label a contact sheet."""
 
-from __future__ import annotations
-
-import contextlib
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.utils
-import folder_paths
 import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.sd import CLIP
 from comfy_api.latest import io
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .ui.schema import schema
 from .ui.text import show_text
-
-if TYPE_CHECKING:
-    from comfy.clip_vision import ClipVisionModel
-    from comfy.sd import CLIP
 
 ADVICE = (
     "Load CLIP-L by CLIPLoader with type stable_diffusion, from a file that has its text "
@@ -96,7 +89,7 @@ def text_embedding(clip: CLIP, text: str) -> Tensor:
         )
     _, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
     projection = encoder.transformer.text_projection
-    if not _is_from_file(projection.weight, clip):
+    if not _has_projection(clip):
         raise ValueError(
             f"TACA Alignment Score: this CLIP-L was saved without its text projection, as in "
             f"Stable Diffusion's checkpoints, and cannot be compared with pictures. {ADVICE}"
@@ -106,45 +99,27 @@ def text_embedding(clip: CLIP, text: str) -> Tensor:
     return projection(pooled.to(clip.patcher.load_device))
 
 
-def _is_from_file(weight: Tensor, clip: CLIP) -> bool:
-    """Whether the text projection came from a file.
+def _has_projection(clip: CLIP) -> bool:
+    """Whether the file of a CLIP has its text projection.
 
-    Where the file has none, core leaves the layer as the memory was, which may be any numbers, and
-    keeps no note of it: so the file is asked.
+    Where it has none, core leaves the layer as the memory was, which may be any numbers, and keeps
+    no note of it: so the file is asked.
 
-    Raises ValueError if it cannot be known.
+    Raises ValueError if its loader does not tell the file.
     """
     paths = (getattr(clip.patcher, "cached_patcher_init", None) or [None, [[]]])[1][0]
     files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
-    if files and all(file.suffix in _READABLE and file.is_file() for file in files):
-        return all(_projection(file, file.stat().st_mtime) is not None for file in files)
-    # A ComfyUI or a loader that does not tell the file: it is the one that has these numbers.
-    for name in folder_paths.get_filename_list("text_encoders"):
-        file = Path(folder_paths.get_full_path_or_raise("text_encoders", name))
-        with contextlib.suppress(SafetensorError, OSError):  # damaged, so not the one
-            found = _projection(file, file.stat().st_mtime) if file.suffix in _SAFE else None
-            if found is not None and torch.equal(found.to(weight).float(), weight.float()):
-                return True
-    raise ValueError(
-        f"TACA Alignment Score cannot tell whether this CLIP-L has its text projection: its loader "
-        f"does not say which file it read, and no .safetensors file in models/text_encoders has "
-        f"that projection. {ADVICE}"
-    )
+    if not files or not all(file.suffix in _READABLE and file.is_file() for file in files):
+        raise ValueError(
+            f"TACA Alignment Score cannot tell whether this CLIP-L has its text projection: its "
+            f"loader does not say which file it read. {ADVICE}"
+        )
+    return all(any("text_projection" in key for key in _keys(file)) for file in files)
 
 
-@lru_cache(maxsize=16)
-def _projection(file: Path, _: float) -> Tensor | None:
-    """The text projection in a file, kept until that is changed; None if it has none."""
+def _keys(file: Path) -> list[str]:
+    """The names of the tensors in a file."""
     if file.suffix in _SAFE:
         with safe_open(file, framework="pt") as weights:
-            key = next((key for key in weights.keys() if "text_projection" in key), "")  # noqa: SIM118
-            weight = weights.get_tensor(key) if key else None
-    else:
-        state = comfy.utils.load_torch_file(str(file), safe_load=True)
-        key = next((key for key in state if "text_projection" in key), "")
-        weight = state.get(key)
-    # Old files have the matrix transposed, under a name without "weight".
-    return weight.T if weight is not None and not key.endswith("weight") else weight
-
-
-NODES = [TACAAlignmentScore]
+            return list(weights.keys())
+    return list(comfy.utils.load_torch_file(str(file), safe_load=True))

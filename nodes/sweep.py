@@ -111,6 +111,3 @@ class TACAContactSheet(io.ComfyNode):
         page = pictures.sheet(shown, under, columns[0] or len(batches), heading)
         image = pictures.to_tensor(page)
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
-
-
-NODES = [TACASweep, TACAContactSheet]

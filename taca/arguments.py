@@ -1,7 +1,5 @@
 """What ComfyUI calls a model with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,29 +10,21 @@ from .layouts import CallState
 
 
 class CallArguments(NamedTuple):
-    """The arguments of ``BaseModel.apply_model``."""
+    """The arguments of ``BaseModel.apply_model``, in core's order and with core's names."""
 
     x: Tensor
-    sigma: Tensor  # (b,), one for each row
-    c_concat: Any
-    context: Tensor | None  # the text, (b, num_text, channels)
-    control: Any
-    options: Mapping[str, Any]  # transformer_options
-    others: dict[str, Any]
+    t: Tensor  # (b,), a sigma for each row
+    c_concat: Any = None
+    c_crossattn: Tensor | None = None  # the text, (b, num_text, channels)
+    control: Any = None
+    transformer_options: Mapping[str, Any] = {}
+    others: Mapping[str, Any] = {}
 
     @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Any = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> CallArguments:
-        """By position or by name, in core's order and with core's names."""
-        return cls(x, t, c_concat, c_crossattn, control, transformer_options or {}, kwargs)
+    def of(cls, *args: Any, **kwargs: Any) -> "CallArguments":
+        """By position or by name."""
+        named = {name: kwargs.pop(name) for name in cls._fields if name in kwargs}
+        return cls(*args, **named)._replace(others=kwargs)
 
     def run(self, executor: Any, options: Mapping[str, Any]) -> Tensor:
         """Go on with other options."""
@@ -44,12 +34,12 @@ class CallArguments(NamedTuple):
         """What the arguments show: the text, and a picture that a vision encoder saw."""
         text, vision = (
             0 if tokens is None else tokens.shape[1]
-            for tokens in (self.context, self.others.get("clip_fea"))
+            for tokens in (self.c_crossattn, self.others.get("clip_fea"))
         )
         return CallState(text, vision, num_cached=self.others.get("ar_len", 0))
 
     def is_positive(self) -> Tensor:
         """Which rows are the positive prompt's, bool ``(b,)``: chunk 0 of ``cond_or_uncond``."""
-        chunks = self.options.get("cond_or_uncond") or [0]
+        chunks = self.transformer_options.get("cond_or_uncond") or [0]
         positive = torch.tensor([chunk == 0 for chunk in chunks])
-        return positive.repeat_interleave(len(self.sigma) // len(chunks))
+        return positive.repeat_interleave(len(self.t) // len(chunks))

@@ -1,4 +1,4 @@
-"""What a joint block does inside the window: its own forward, with TACA as attention override."""
+"""What a joint block does inside the window: its own forward, with an attention override."""
 
 import sys
 from functools import partial
@@ -11,17 +11,21 @@ from .attention import Layout, num_tokens, temperature_adjusted_attention
 from .compiler import frame_callback
 from .families import JointBlock
 from .layouts import CallState
+from .reach import Override
 from .swap import Forward, looks_like
 
 AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 """The arguments of core's attention after its heads, in order."""
 
 
-def joint_forward(forward: Forward, block: JointBlock, gamma: Tensor, state: CallState) -> Forward:
-    """A block's forward with TACA, for the length of one call.
+def joint_forward(
+    forward: Forward, block: JointBlock, state: CallState, override: Override
+) -> Forward:
+    """A block's forward, for one call, whose attention asks an override.
 
-    ``forward`` is the block's, with whatever other packs have put there; gamma is as
-    ``temperature_adjusted_attention`` takes it.
+    ``forward`` is the block's, with whatever other packs have put there. The override is called
+    with the layout of the block's tokens and its ``num_tokens``, and then as core calls its
+    ``optimized_attention_override``, but for the override that was there before.
     """
     locate, reach = block.locate, block.reach
 
@@ -31,26 +35,27 @@ def joint_forward(forward: Forward, block: JointBlock, gamma: Tensor, state: Cal
         if not layout:
             return forward(*args, **kwargs)
         state.ran = True
-        override = partial(taca_override, gamma, layout, num_tokens(layout), state)
+        asks = partial(override, layout, num_tokens(layout))
         if torch.compiler.is_compiling():  # in one graph, or not at all: see compiler.py
             with torch._dynamo.error_on_graph_break(True):
-                attend, args, kwargs = reach(forward, args, kwargs, override)  # type: ignore[assignment]
+                attend, args, kwargs = reach(forward, args, kwargs, asks)  # type: ignore[assignment]
                 return attend(*args, **kwargs)
-        attend, args, kwargs = reach(forward, args, kwargs, override)  # type: ignore[assignment]
+        attend, args, kwargs = reach(forward, args, kwargs, asks)  # type: ignore[assignment]
         if "torch._dynamo" in sys.modules and frame_callback() is not None:
             # Past its limit of recompilations dynamo runs this function as it is. What it compiled
             # for the plain block, without guards on transformer_options, must not run inside.
             attend = torch.compiler.disable(attend)
         return attend(*args, **kwargs)
 
+    taca_forward.chains_overrides = True  # type: ignore[attr-defined]  # see ``through_globals``
     return taca_forward
 
 
 def taca_override(
     gamma: Tensor,
+    state: CallState,
     layout: Layout,
     joint: tuple[int, int],
-    state: CallState,
     other: Forward | None,
     func: Forward,
     q: Tensor,
@@ -60,10 +65,11 @@ def taca_override(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """ComfyUI's ``optimized_attention_override`` of one block.
+    """The override that is TACA, in place of a block's joint attention.
 
-    ``joint`` is the ``num_tokens`` of the joint attention; a block may have others, such as attn2
-    of SD3.5-Medium. ``other`` is the override that was there before, which still attends.
+    gamma is as ``temperature_adjusted_attention`` takes it. Whatever has not the ``joint`` numbers
+    of queries and keys is another attention, such as attn2 of SD3.5-Medium. ``other`` is the
+    override that was there before, which still attends.
 
     Raises ValueError if the attention kernel does not return one row for each query.
     """

@@ -1,26 +1,22 @@
 """One call of the model: what is installed for it, and taken out after it."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.model_management
 import torch
+from comfy.ldm.modules import attention
+from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .block import joint_forward
+from .block import joint_forward, taca_override
 from .lora_forward import lora_swaps
 from .reach import OVERRIDE
 from .run import Run
 from .swap import Wrap, swapped_forwards
 from .timesteps import resolve, timesteps
 from .training import adjust_training_call
-
-if TYPE_CHECKING:
-    from comfy.patcher_extension import WrapperExecutor
 
 
 def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
@@ -32,7 +28,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         return adjust_training_call(run, schedule, executor, call)
     # The only time in a call that the host waits for the device. Outside the window nothing else
     # is done; inside, all is decided from these numbers.
-    t = timesteps(base_model.model_sampling, call.sigma)
+    t = timesteps(base_model.model_sampling, call.t)
     inside = [schedule.contains(each) for each in t]
     if not any(inside):
         return executor(*args, **kwargs)
@@ -42,17 +38,18 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if bool((gamma != 1).any()):
         # One factor where all rows have the same, so that no graph depends on the batch size.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
-        gamma = to_device(gamma, call.sigma.device)
+        gamma = to_device(gamma, call.t.device)
+        override = partial(taca_override, gamma, state)
         for block in sites.blocks:
-            wrap = partial(joint_forward, block=block, gamma=gamma, state=state)
+            wrap = partial(joint_forward, block=block, state=state, override=override)
             swaps.append((block.module, wrap))
     if all(inside):
         swaps += sites.lora_swaps
     else:
-        swaps += lora_swaps(sites.targets, to_device(torch.tensor(inside), call.sigma.device))
+        swaps += lora_swaps(sites.targets, to_device(torch.tensor(inside), call.t.device))
     if not swaps:
         return executor(*args, **kwargs)
-    kernel = call.options.get(OVERRIDE) or comfy.ldm.modules.attention.optimized_attention
+    kernel = call.transformer_options.get(OVERRIDE) or attention.optimized_attention
     run.fallback.guard(executor, kernel)
     with swapped_forwards(swaps):
         result = executor(*args, **kwargs)

@@ -5,20 +5,16 @@ piece. ComfyUI compiles without guards on ``transformer_options``, so a piece ma
 override would later be taken for the plain model's, or the other way round.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from comfy.patcher_extension import WrapperExecutor
 from torch import nn
-
-if TYPE_CHECKING:
-    from comfy.patcher_extension import WrapperExecutor
 
 log = logging.getLogger("taca")
 

@@ -4,14 +4,12 @@ A ``Locate`` returns the layout of a block's joint sequence, given the block's a
 earlier blocks of the same call recorded in ``CallState``. Tokens lie on axis 1 of ``(b, n, c)``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .attention import Kind, Layout, Span
-
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
+from .swap import Args, Kwargs
 
 
 @dataclass

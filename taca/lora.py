@@ -6,24 +6,20 @@ No stored weight is touched: ``lora_forward.py`` adds the delta in the forward p
 arithmetic are ComfyUI's own (``comfy.lora``, ``comfy.weight_adapter``).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
 import torch.nn.functional as F
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
 
 from .families import uncompiled
-
-if TYPE_CHECKING:
-    from comfy.model_base import BaseModel
-    from comfy.model_patcher import ModelPatcher
 
 LORA_KEY = "taca_lora"
 Value = Any

@@ -1,23 +1,19 @@
 """Reading a LoRA file and fitting it to a model."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
+from comfy.model_base import BaseModel
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
 from .lora import LoRA, LoRADelta, Place, parts_of, submodule
-
-if TYPE_CHECKING:
-    from comfy.model_base import BaseModel
 
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
 """Adapters whose ``h(x)`` is all they do: without DoRA they add to a linear layer's output."""

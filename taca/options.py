@@ -35,7 +35,7 @@ class Options:
             gamma = gamma.where(positive, 1.0)
         if self.prompt is None or not bool(positive.any()):
             return gamma
-        num_text = 0 if call.context is None else call.context.shape[1]
+        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
         if len(self.prompt) != num_text:
             raise ValueError(
                 f"TACA Options: the positive conditioning has {num_text} text tokens, the prompt "

@@ -9,14 +9,13 @@ The path of gamma, one module a stage:
     attention.py  Eq. 10
 """
 
-from __future__ import annotations
-
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
-from comfy.patcher_extension import WrappersMP
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from .call import adjust_call
@@ -27,10 +26,6 @@ from .options import NO_OPTIONS, Options
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import ResolvedSchedule, Schedule
 from .timesteps import resolve, timestep
-
-if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-    from comfy.patcher_extension import WrapperExecutor
 
 log = logging.getLogger("taca")
 

@@ -1,15 +1,11 @@
 """Which tokens of a conditioning are the prompt's own, and which belong to a word."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+from comfy.sd import CLIP
 
 from .families import FAMILIES
-
-if TYPE_CHECKING:
-    from comfy.sd import CLIP
 
 Parts = Sequence[Sequence[Sequence[int]]]
 

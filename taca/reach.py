@@ -4,22 +4,21 @@ ComfyUI asks for an override in the ``transformer_options`` that its attention f
 with. Nearly all blocks are handed those; two families need another way in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
 
+from .swap import Args, Forward, Kwargs
+
 ATTENTION = "optimized_attention"
 OVERRIDE = f"{ATTENTION}_override"
 
-Forward = Callable[..., Any]
 Override = Callable[..., Tensor]
 """``(other, func, q, k, v, heads, ...)``: ComfyUI's override, after the one that was there."""
 
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
 Call = tuple[Forward, Args, Kwargs]
 Reach = Callable[[Forward, Args, Kwargs, Override], Call]
 """Changes the call of a block such that its attention asks the override. One that is there already

@@ -5,33 +5,27 @@ tokens and 0 elsewhere, returns how much of each query's attention goes to those
 kernel can be asked, no n x n matrix is built, and a sample of the image queries is enough.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .attention import Layout, num_tokens, scale_text_keys
-from .block import AFTER_HEADS
+from .attention import Layout, scale_text_keys
+from .block import AFTER_HEADS, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
-from .families import JointBlock, family_of, part_of, uncompiled
-from .layouts import CallState
+from .families import family_of, part_of, uncompiled
 from .run import TacaConfig, config_of
 from .schedule import Schedule, TimestepWindow
-from .swap import Forward, Wrap, looks_like, swapped_forwards
+from .swap import Forward, Wrap, swapped_forwards
 from .timesteps import resolve, timestep
-
-if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-    from comfy.patcher_extension import WrapperExecutor
 
 QUERIES = 1024
 """At most so many image queries are asked, evenly over the picture."""
@@ -98,8 +92,8 @@ def _watch_call(
     positive = call.is_positive().nonzero().flatten()
     if not len(positive):
         return executor(*args, **kwargs)
-    model_sampling, sigmas = base_model.model_sampling, call.options["sample_sigmas"]
-    t = timestep(model_sampling, call.sigma)
+    model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
+    t = timestep(model_sampling, call.t)
     schedule = resolve(config.schedule, model_sampling, sigmas)
     gamma = config.options.gamma_of_call(schedule.gamma_at(t), call)
     step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
@@ -112,8 +106,9 @@ def _watch_call(
     for block in family.observed_blocks(transformer):
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (step, index.get(block.module, -1))  # -1: no joint attention to measure
-        probe = Probe(report, block, state, own, place, positive, tuple(call.x.shape[-2:]))
-        swaps.append((block.module, probe.measured_forward))
+        probe = Probe(report, own, place, positive, tuple(call.x.shape[-2:]))
+        wrap = partial(joint_forward, block=block, state=state, override=probe.override)
+        swaps.append((block.module, wrap))
     with swapped_forwards(swaps), uncompiled_calls:
         return executor(*args, **kwargs)
 
@@ -123,31 +118,15 @@ class Probe:
     """What one block of one call is asked, and where the answers go."""
 
     report: Report
-    block: JointBlock
-    state: CallState
     gamma: Tensor  # of the call's rows, as in this block
     place: tuple[int, int]  # step of the run and joint block, from 0
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
     latent: tuple[int, ...]  # height and width of the latents
 
-    def measured_forward(self, forward: Forward) -> Forward:
-        """The block's forward, whose attention is measured as it goes on."""
-
-        @looks_like(forward)
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            layout = self.block.locate(args, kwargs, self.state)
-            if not layout:
-                return forward(*args, **kwargs)
-            override = partial(self.override, layout)
-            attending, args, kwargs = self.block.reach(forward, args, kwargs, override)  # type: ignore[assignment]
-            return attending(*args, **kwargs)
-
-        measured.chains_overrides = True  # type: ignore[attr-defined]  # see ``through_globals``
-        return measured
-
     def override(
         self,
         layout: Layout,
+        joint: tuple[int, int],
         other: Forward | None,
         func: Forward,
         q: Tensor,
@@ -157,14 +136,14 @@ class Probe:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """ComfyUI's ``optimized_attention_override``: attends as ever, then measures."""
+        """As ``taca_override``; attends as ever, then measures."""
         backend = func if other is None else partial(other, func)
         result = backend(q, k, v, heads, *args, **kwargs)
         kwargs.update(zip(AFTER_HEADS, args, strict=False))
         mask = kwargs.pop("mask", None)
         is_split = kwargs.get("skip_reshape", False)
         dim = 2 if is_split else 1
-        if (q.shape[dim], k.shape[dim]) == num_tokens(layout):
+        if (q.shape[dim], k.shape[dim]) == joint:
             if not is_split:
                 head_dim = q.shape[-1] // heads
                 q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))

@@ -1,11 +1,11 @@
 """What a model is patched with, and the state of one sampling run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
@@ -16,10 +16,6 @@ from .lora_forward import lora_swaps
 from .options import NO_OPTIONS, Options
 from .schedule import ResolvedSchedule, Schedule
 from .swap import Wrap, cached_wrap
-
-if TYPE_CHECKING:
-    from comfy.model_base import BaseModel
-    from comfy.model_patcher import ModelPatcher
 
 KEY = "taca"
 

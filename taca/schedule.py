@@ -33,13 +33,11 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 """How gamma - 1 goes from all of it at x = 0, where the window begins, to its end at x = 1."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """What a run tells a schedule."""
+PercentToT = Callable[[float], float]
+"""ComfyUI's percent of the sampling, 0..1, to t."""
 
-    percent_to_t: Callable[[float], float]  # ComfyUI's percent of the sampling, 0..1, to t
-    # t at which each step begins, and at last where the final one ends; None in training
-    steps: Tensor | None = None
+Bounds = tuple[float, float, Callable[[Tensor], Tensor]]
+"""``begin``, ``end`` and ``weight`` of a ``ResolvedSchedule``."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ class Window:
                     f"{value!r}."
                 )
 
-    def resolve(self, gamma: float, sampling: Sampling) -> ResolvedSchedule:
-        """gamma(t) for a run."""
+    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+        """``steps``: the t at which each step of a run begins, and where the last one ends."""
         raise NotImplementedError
 
 
@@ -107,8 +105,8 @@ class TimestepWindow(Window):
     timestep_threshold: float = setting(TIMESTEP_THRESHOLD, 0.0, 1000.0, 1.0)
     shape: str = shape_setting()
 
-    def resolve(self, gamma: float, sampling: Sampling) -> ResolvedSchedule:
-        return ResolvedSchedule(gamma, 1000.0, self.timestep_threshold, SHAPES[self.shape])
+    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+        return 1000.0, self.timestep_threshold, SHAPES[self.shape]
 
     def __str__(self) -> str:
         return f"t >= {self.timestep_threshold:g}"
@@ -130,9 +128,9 @@ class PercentWindow(Window):
                 f"({self.start_percent:g}): swap them."
             )
 
-    def resolve(self, gamma: float, sampling: Sampling) -> ResolvedSchedule:
-        begin, end = map(sampling.percent_to_t, (self.start_percent, self.end_percent))
-        return ResolvedSchedule(gamma, begin, end, SHAPES[self.shape])
+    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+        begin, end = percent_to_t(self.start_percent), percent_to_t(self.end_percent)
+        return begin, end, SHAPES[self.shape]
 
     def __str__(self) -> str:
         return f"{100 * self.start_percent:g}-{100 * self.end_percent:g} %"
@@ -145,18 +143,18 @@ class FirstStepsWindow(Window):
     steps: int = setting(3, 1, 10000, 1)
     shape: str = shape_setting()
 
-    def resolve(self, gamma: float, sampling: Sampling) -> ResolvedSchedule:
-        if sampling.steps is None:
+    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+        if steps is None:
             raise ValueError(
                 "TACA's window of the first steps needs the steps of a run, and training has none: "
                 "choose the window 'timestep' or 'percent' in TACA Schedule."
             )
         # Every call of a step is above the noise that the next step begins with, so that samplers
         # with several calls a step stay right.
-        t = sampling.steps.tolist()
+        t = steps.tolist()
         following = t[self.steps] if self.steps < len(t) else -1.0
         end = following * (1 + 3 * ROUNDING) if self.steps < len(t) - 1 else 0.0
-        return ResolvedSchedule(gamma, max(t), end, SHAPES[self.shape])
+        return max(t), end, SHAPES[self.shape]
 
     def __str__(self) -> str:
         return f"the first {self.steps} steps"
@@ -166,13 +164,13 @@ class FirstStepsWindow(Window):
 class CurveWindow(Window):
     """A drawn curve: share of gamma - 1, 0..1, over the share of the sampling, 0..1.
 
-    The window is from where the curve leaves 0 to where it comes back to it for good. Resolving
+    The window is from where the curve leaves 0 to where it comes back to it for good. ``bounds``
     raises ValueError if the curve is 0 throughout, or leaves 0..1.
     """
 
     curve: Any = ((0.0, 1.0), (0.05, 1.0), (0.2, 0.0), (1.0, 0.0))
 
-    def resolve(self, gamma: float, sampling: Sampling) -> ResolvedSchedule:
+    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
         percents = torch.linspace(0, 1, 1025, dtype=torch.float64)
         weights = torch.as_tensor(self.curve.interp_array(percents.numpy())).float()
         if not bool(weights.isfinite().all()) or weights.min() < 0 or weights.max() > 1:
@@ -180,14 +178,14 @@ class CurveWindow(Window):
         inside = weights.nonzero().flatten()
         if not len(inside):
             raise ValueError("TACA's curve is 0 throughout, so TACA would never act: draw it up.")
-        t = torch.tensor([sampling.percent_to_t(p) for p in percents.tolist()]).float()
+        t = torch.tensor([percent_to_t(p) for p in percents.tolist()]).float()
         begin, end = t[inside[0]].item(), t[inside[-1]].item()
         places = (begin - t) / max(begin - end, ROUNDING)
 
         def weight(x: Tensor) -> Tensor:
             return torch.from_numpy(np.interp(x.cpu().numpy(), places, weights)).to(x)
 
-        return ResolvedSchedule(gamma, begin, end, weight)
+        return begin, end, weight
 
     def __str__(self) -> str:
         return "a drawn curve"
@@ -218,7 +216,3 @@ class Schedule:
                 f"TACA's gamma must be a finite number from 0 to 1000, not {self.gamma}. "
                 f"The paper uses {GAMMA}; 1 leaves attention as it is."
             )
-
-    def resolve(self, sampling: Sampling) -> ResolvedSchedule:
-        """gamma(t) for a run."""
-        return self.window.resolve(self.gamma, sampling)

@@ -1,6 +1,6 @@
 """Modules that run another ``forward`` for the length of one call."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 Forward = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
 Wrap = Callable[[Forward], Forward]
 """A module's forward -> what runs in its place."""
 

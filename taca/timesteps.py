@@ -1,17 +1,11 @@
 """The paper's time: t in 0..1000, where 1000 is pure noise."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import comfy.model_sampling
 import torch
+from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
 from torch import Tensor
 
-from .schedule import ResolvedSchedule, Sampling, Schedule
-
-if TYPE_CHECKING:
-    from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
+from .schedule import ResolvedSchedule, Schedule
 
 
 def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
@@ -42,4 +36,4 @@ def resolve(
         return float(timestep(model_sampling, torch.tensor([to_sigma(percent)]).float()))
 
     steps = None if sigmas is None else timestep(model_sampling, sigmas)
-    return schedule.resolve(Sampling(percent_to_t, steps))
+    return ResolvedSchedule(schedule.gamma, *schedule.window.bounds(percent_to_t, steps))

@@ -8,18 +8,19 @@ outlives a call: the blocks' forwards, for as long as the model is loaded. What 
 call's own options, which core keeps for the backward pass; nothing is compiled in training.
 """
 
-from __future__ import annotations
-
 import copy
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import PatcherInjection
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
+from comfy.patcher_extension import PatcherInjection, WrapperExecutor
 from torch import Tensor
 
 from .arguments import CallArguments
-from .block import joint_forward
+from .block import joint_forward, taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
@@ -27,11 +28,6 @@ from .run import KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
 from .swap import Forward, looks_like
 from .timesteps import resolve, timestep
-
-if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-    from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
-    from comfy.patcher_extension import WrapperExecutor
 
 TRAINING_KEY = "taca_training"
 
@@ -79,7 +75,7 @@ def adjust_training_call(
             "The trainer would train this model with TACA at all timesteps: put TACA Training "
             "Window between TACA Patch Model and the trainer, or take TACA Patch Model out."
         )
-    t = timestep(base_model.model_sampling, call.sigma)
+    t = timestep(base_model.model_sampling, call.t)
     if not bool(schedule.contains(t).all()):
         raise RuntimeError(
             "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "
@@ -87,7 +83,8 @@ def adjust_training_call(
         )
     state = call.initial_state()
     gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call)
-    result = call.run(executor, {**call.options, KEY: {"gamma": gamma, "state": state}})
+    adjustment = {"state": state, "override": partial(taca_override, gamma, state)}
+    result = call.run(executor, {**call.transformer_options, KEY: adjustment})
     run.record(state.ran, state.attended)
     return result
 

@@ -175,7 +175,7 @@ def test_the_cost(folder, apply_taca, pack, monkeypatch):
 
 def test_places_lie_on_a_grid():
     def places(latent, image):
-        probe = report_module.Probe(*[None] * 6, latent)
+        probe = report_module.Probe(*[None] * 4, latent)
         return probe.places(image)
 
     numbers, grid = places((128, 128), 4096)

@@ -19,7 +19,6 @@ try:
 except ImportError:  # ComfyUI before 0.20.1
     CurveInput = None
 needs_curves = pytest.mark.skipif(CurveInput is None, reason="this ComfyUI has no curves")
-ANY = schedule.Sampling(lambda percent: 1000 * (1 - percent))
 
 
 @given(
@@ -28,7 +27,9 @@ ANY = schedule.Sampling(lambda percent: 1000 * (1 - percent))
     t=st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=5),
 )
 def test_gamma_inside_one_outside(gamma, threshold, t):
-    result = Schedule(gamma, TimestepWindow(threshold)).resolve(ANY).gamma_at(torch.tensor(t))
+    result = resolve(Schedule(gamma, TimestepWindow(threshold)), sampling("sd3")).gamma_at(
+        torch.tensor(t)
+    )
     assert result.dtype == torch.float32
     for value, at in zip(result.tolist(), t, strict=True):
         if at >= threshold:
@@ -41,7 +42,9 @@ def test_gamma_inside_one_outside(gamma, threshold, t):
 def test_a_step_on_the_threshold_is_inside(thousandths):
     """sigma = threshold / 1000, rounded as a sampler rounds it, is inside; the next is not."""
     sigma = torch.tensor([thousandths, thousandths - 1], dtype=torch.float32) / 1000
-    inside = Schedule(1.2, TimestepWindow(float(thousandths))).resolve(ANY).contains(sigma * 1000)
+    inside = resolve(Schedule(1.2, TimestepWindow(float(thousandths))), sampling("sd3")).contains(
+        sigma * 1000
+    )
     assert inside.tolist() == [True, False]
 
 
