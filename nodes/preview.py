@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..taca.lora import loras_of
 from ..taca.run import config_of
-from ..taca.schedule import Schedule
+from ..taca.schedule import Schedule, advice
 from ..taca.timesteps import resolve, timestep
 from .patch import TACASchedule
 from .ui import pictures
@@ -53,35 +53,14 @@ class TACASchedulePreview(io.ComfyNode):
         t = timestep(model_sampling, sigmas.float())[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
-        lines = table(t.tolist(), gamma, inside, bool(loras_of(model)))
-        advice = advise(inside, chosen.gamma)
-        page = pictures.stack([picture, pictures.columns(lines, picture.width)])
-        image, shown = show(page, " ".join(advice), cls)
-        return io.NodeOutput(image, "\n".join([*advice, "", *lines]), ui=shown)
-
-
-def advise(inside: list[bool], gamma: float) -> list[str]:
-    """What to know about a window of these steps, in sentences."""
-    steps, count = len(inside), sum(inside)
-    lines = [f"TACA acts on {count} of {steps} steps."]
-    if not count:
-        lines.append(
-            "No step is inside the window, so the picture is the plain model's: lower the "
-            "threshold, raise the end, or use more steps."
-        )
-    elif count >= max(2, steps / 4):
-        lines.append(
-            "That is a quarter of the run or more; the paper's is a tenth. Expect stronger changes "
-            "and artifacts, or narrow the window."
-        )
-    elif count / steps >= 0.25:
-        lines.append(
-            f"With {steps} steps a single one is a quarter of the run or more: keep gamma low, or "
-            f"use more steps."
-        )
-    if gamma == 1:
-        lines.append("gamma is 1: attention stays as it is, only a TACA LoRA acts.")
-    return lines
+        lines = [
+            f"TACA acts on {sum(inside)} of {len(inside)} steps.",
+            *advice(inside, chosen.gamma),
+            "",
+            *table(t.tolist(), gamma, inside, bool(loras_of(model))),
+        ]
+        image, shown = show(picture, text := "\n".join(lines), cls)
+        return io.NodeOutput(image, text, ui=shown)
 
 
 def table(t: list[float], gamma: list[float], inside: list[bool], lora: bool) -> list[str]:

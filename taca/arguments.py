@@ -26,10 +26,6 @@ class CallArguments(NamedTuple):
         named = {name: kwargs.pop(name) for name in cls._fields if name in kwargs}
         return cls(*args, **named)._replace(others=kwargs)
 
-    def run(self, executor: Any, options: Mapping[str, Any]) -> Tensor:
-        """Go on with other options."""
-        return executor(*self[:5], options, **self.others)
-
     def initial_state(self) -> CallState:
         """What the arguments show: the text, and a picture that a vision encoder saw."""
         text, vision = (

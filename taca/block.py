@@ -86,10 +86,9 @@ def taca_override(
         output = backend(q, k, v, heads, mask=mask, **kwargs)
         if output.shape[out_dim] != q.shape[dim]:
             raise ValueError(
-                f"TACA lets the image's queries attend apart from the text's, and the attention "
-                f"kernel of this model answers {q.shape[dim]} queries with "
-                f"{output.shape[out_dim]} rows: it takes as many queries as keys for granted. A "
-                f"node chose that kernel: take that node out, or TACA Patch Model."
+                f"TACA needs an attention kernel that takes any number of queries, and this one "
+                f"answers {q.shape[dim]} with {output.shape[out_dim]} rows. Take out the node that "
+                f"chose this kernel, or TACA Patch Model."
             )
         return output
 

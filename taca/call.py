@@ -46,7 +46,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if all(inside):
         swaps += sites.lora_swaps
     else:
-        swaps += lora_swaps(sites.targets, to_device(torch.tensor(inside), call.t.device))
+        rows = to_device(torch.tensor(inside), call.t.device)
+        swaps += lora_swaps(sites.loras, base_model, rows)
     if not swaps:
         return executor(*args, **kwargs)
     kernel = call.transformer_options.get(OVERRIDE) or attention.optimized_attention

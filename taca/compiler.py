@@ -106,14 +106,10 @@ uncompiled_calls = _Uncompiled()
 
 def check_compiler(diffusion_model: nn.Module, wrappers: Mapping[str, Any]) -> None:
     """Raise RuntimeError for a compiled model on a torch that lacks what ``block.py`` needs."""
-    if "torch._dynamo" not in sys.modules:
-        return
-    can = hasattr(torch.compiler, "set_stance") and hasattr(torch._dynamo, "error_on_graph_break")
-    compiled = "torch.compile" in wrappers or any(
-        hasattr(module, "_orig_mod") for module in diffusion_model.modules()
-    )
-    if compiled and not can:
+    modules = diffusion_model.modules()
+    compiled = "torch.compile" in wrappers or any(hasattr(each, "_orig_mod") for each in modules)
+    if compiled and not hasattr(torch._dynamo, "error_on_graph_break"):
         raise RuntimeError(
-            f"TACA on a compiled model needs a later torch than {torch.__version__}. Take out the "
-            f"node that compiles the model, or update torch (2.13 is tested)."
+            f"TACA on a compiled model needs a later torch than {torch.__version__} (2.13 is "
+            f"tested). Update torch, or take out the node that compiles the model."
         )

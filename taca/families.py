@@ -206,23 +206,19 @@ CROSS_ATTENTION = (
     "its image attends to the text apart from itself (cross-attention), so the two do not compete "
     "in one softmax, which is what TACA adjusts."
 )
-LOAD_OTHERWISE = "Load the model with one of ComfyUI's own loaders or as GGUF."
-OWN_KERNELS = (
-    f"nunchaku runs its attention in kernels of its own, which no patch reaches. {LOAD_OTHERWISE}"
-)
 ONE_WAY = (
     "only its image asks, itself and the text, which stays the same in every block; TACA needs "
     "text that takes part in the attention."
 )
+NUNCHAKU = (
+    "no patch reaches its attention, which nunchaku runs in kernels of its own or hands no "
+    "options. Load the model with one of ComfyUI's own loaders or as GGUF."
+)
 REFUSED = {
-    "ComfyFluxWrapper": ("nunchaku's FLUX", OWN_KERNELS),
-    "NunchakuFluxTransformer2dModel": ("nunchaku's FLUX", OWN_KERNELS),
-    "ComfyFlux2Wrapper": ("nunchaku's FLUX.2", OWN_KERNELS),
-    "NunchakuQwenImageTransformer2DModel": (
-        "nunchaku's Qwen-Image",
-        "nunchaku's blocks hand ComfyUI's options on to no attention, so no patch is reached. "
-        f"{LOAD_OTHERWISE}",
-    ),
+    "ComfyFluxWrapper": ("nunchaku's FLUX", NUNCHAKU),
+    "NunchakuFluxTransformer2dModel": ("nunchaku's FLUX", NUNCHAKU),
+    "ComfyFlux2Wrapper": ("nunchaku's FLUX.2", NUNCHAKU),
+    "NunchakuQwenImageTransformer2DModel": ("nunchaku's Qwen-Image", NUNCHAKU),
     "UNetModel": ("Stable Diffusion 1, 2 and XL", CROSS_ATTENTION),
     "PixArtMS": ("PixArt", CROSS_ATTENTION),
     "HunYuanDiT": ("Hunyuan-DiT", CROSS_ATTENTION),
@@ -235,11 +231,7 @@ REFUSED = {
     "StageB": ("Stable Cascade", ONE_WAY),
     "StageC": ("Stable Cascade", ONE_WAY),
     "UViT": ("U-ViT with text by cross-attention", CROSS_ATTENTION),
-    "NaDiT": (
-        "SeedVR2",
-        "it restores what it is given and takes no prompt; its attention, in windows, is handed "
-        "no options, so no patch reaches it.",
-    ),
+    "NaDiT": ("SeedVR2", "it restores what it is given and takes no prompt."),
 }
 """Models that TACA cannot act on, by class: what users call them, and why."""
 

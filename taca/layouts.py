@@ -45,9 +45,8 @@ def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool
         state.num_text = text_tokens.shape[1] - state.num_prefix
         if not state.num_text:
             return ()
-        spans: Layout = (Span("text", state.num_text), Span("image", image_tokens.shape[1]))
-        if state.num_prefix:
-            spans = (Span("other", state.num_prefix), *spans)
+        prefix = (Span("other", state.num_prefix),) if state.num_prefix else ()
+        spans = (*prefix, Span("text", state.num_text), Span("image", image_tokens.shape[1]))
         return spans[::-1] if image_first else spans
 
     return locate
@@ -66,11 +65,9 @@ def one_stream(sequence: tuple[int, str], image_first: bool = False) -> Locate:
         if not num_text:
             return ()
         num_image = num_tokens - state.num_prefix - num_text - state.num_other
-        spans: Layout = (Span("text", num_text), Span("image", num_image))
-        if state.num_other:
-            spans = (spans[0], Span("other", state.num_other), spans[1])
-        if state.num_prefix:
-            spans = (Span("other", state.num_prefix), *spans)
+        prefix = (Span("other", state.num_prefix),) if state.num_prefix else ()
+        others = (Span("other", state.num_other),) if state.num_other else ()
+        spans = (*prefix, Span("text", num_text), *others, Span("image", num_image))
         return spans[::-1] if image_first else spans
 
     return locate

@@ -14,7 +14,6 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 import torch.nn.functional as F
-from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
@@ -119,28 +118,6 @@ class LoRA(nn.Module):
         self.deltas = nn.ModuleList(nn.ModuleList(each) for each in deltas.values())
 
 
-class LoRATarget(NamedTuple):
-    """A module that LoRAs change: deltas of its output, and deltas of its weights."""
-
-    module: nn.Module
-    name: str
-    additive: list[LoRADelta]
-    reparametrized: list[LoRADelta]
-
-
-def lora_targets(loras: list[LoRA], model: BaseModel) -> list[LoRATarget]:
-    """Each module of the running model that LoRAs change."""
-    deltas: dict[str, list[Any]] = {}
-    for lora in loras:
-        for name, own in zip(lora.module_names, lora.deltas, strict=True):
-            deltas.setdefault(name, []).extend(own)  # type: ignore[arg-type]
-    targets = []
-    for name, each in deltas.items():
-        additive, others = ([d for d in each if d.additive == kind] for kind in (True, False))
-        targets.append(LoRATarget(submodule(model, name), name, additive, others))
-    return targets
-
-
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """A module by name, through whatever torch.compile has wrapped.
 
@@ -151,9 +128,8 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         found = getattr(uncompiled(model), part, None)
         if found is None:
             raise RuntimeError(
-                f"Load TACA LoRA does not find {name} in the model as it runs: another node has "
-                f"put blocks of its own in its place, as caches by the first block do. Take that "
-                f"node out, or Load TACA LoRA."
+                f"Load TACA LoRA does not find {name} in the model as it runs: another node, often "
+                f"a cache, has put its own blocks there. Take out that node or Load TACA LoRA."
             )
         model = found
     return uncompiled(model)

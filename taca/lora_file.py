@@ -32,16 +32,15 @@ def read_lora(path: str) -> dict[str, Tensor]:
     name = Path(path).name
     if not name.endswith((".safetensors", ".sft")):
         raise ValueError(
-            f"TACA does not open {name}: only safetensors files are read, for any other kind can "
-            f"run code when it is opened. Convert it to safetensors, or get it in that format."
+            f"TACA does not open {name}: only safetensors files are read, since others can run "
+            f"code. Convert it to safetensors."
         )
     try:
         state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
         return _with_alphas(state, metadata or {})
     except Exception as error:
         raise ValueError(
-            f"{name} cannot be read: it is damaged, or its download was cut short. Get it again. "
-            f"({error})"
+            f"{name} cannot be read: it is damaged, or only a part of it. Get it again. ({error})"
         ) from error
 
 
@@ -74,8 +73,7 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         loaded = comfy.lora.load_lora(state, keys, log_missing=False)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{name} is not a whole LoRA: a part of it is missing or has an impossible shape "
-            f"({error}). Get it again."
+            f"{name} is not a whole LoRA: a part is missing or misshapen ({error}). Get it again."
         ) from error
     dora = {id(tensor) for key, tensor in state.items() if key.endswith(".dora_scale")}
     deltas: dict[str, list[LoRADelta]] = {}
@@ -122,9 +120,8 @@ def _check_numbers(parts: Any, target: str, name: str) -> None:
         numbers = torch.as_tensor(part)
         if not numbers.is_floating_point() or not bool(numbers.float().isfinite().all()):
             raise ValueError(
-                f"{name} is not a usable LoRA: for {target} it holds {numbers.dtype} numbers that "
-                f"are integers, NaN or infinite. Its training went wrong, or the file is damaged: "
-                f"get it again, or take an earlier checkpoint."
+                f"{name} is not a usable LoRA: its {numbers.dtype} numbers for {target} are "
+                f"integers, NaN or infinite. Get it again, or take an earlier checkpoint."
             )
 
 

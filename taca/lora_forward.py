@@ -6,46 +6,51 @@ from typing import Any
 
 import comfy.lora
 import torch
+from comfy.model_base import BaseModel
 from torch import Tensor, nn
 
-from .lora import LoRATarget
+from .lora import LoRA, LoRADelta, submodule
 from .swap import Forward, Wrap, looks_like
 
 
 def lora_swaps(
-    targets: list[LoRATarget], inside: Tensor | None = None
+    loras: list[LoRA], model: BaseModel, inside: Tensor | None = None
 ) -> Iterator[tuple[nn.Module, Wrap]]:
-    """Each target and the wraps of its forward.
+    """Each module of the running model that LoRAs change, and a wrap of its forward.
 
     ``inside`` is bool ``(b,)``: which rows of the batch are inside the window; None for all.
     """
-    for target in targets:
-        if target.reparametrized:
-            yield target.module, partial(reparametrized_forward, target=target, inside=inside)
-        if target.additive:
-            yield target.module, partial(additive_forward, target=target, inside=inside)
+    for lora in loras:
+        for name, deltas in zip(lora.module_names, lora.deltas, strict=True):
+            module, own = submodule(model, name), list(deltas)  # type: ignore[call-overload]
+            if others := [delta for delta in own if not delta.additive]:
+                wrap = partial(reparametrized_forward, module=module, name=name, deltas=others)
+                yield module, partial(wrap, inside=inside)
+            if additive := [delta for delta in own if delta.additive]:
+                yield module, partial(additive_forward, deltas=additive, inside=inside)
 
 
-def additive_forward(forward: Forward, target: LoRATarget, inside: Tensor | None) -> Forward:
+def additive_forward(forward: Forward, deltas: list[LoRADelta], inside: Tensor | None) -> Forward:
     """A linear layer's output, and what the deltas add to it."""
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
         rows = None if inside is None else _rows(inside, x)
-        for delta in target.additive:
+        for delta in deltas:
             delta.add_to(y, x, rows)
         return y
 
     return lora_forward
 
 
-def reparametrized_forward(forward: Forward, target: LoRATarget, inside: Tensor | None) -> Forward:
+def reparametrized_forward(
+    forward: Forward, module: nn.Module, name: str, deltas: list[LoRADelta], inside: Tensor | None
+) -> Forward:
     """A module's output with other weights, by ComfyUI's hook for a weight's one use.
 
     Norms need this, which core's trainer changes, and every adapter that is not a sum.
     """
-    module, deltas = target.module, target.reparametrized
     parameters = sorted({delta.place.parameter for delta in deltas})
 
     @looks_like(forward)
@@ -55,7 +60,7 @@ def reparametrized_forward(forward: Forward, target: LoRATarget, inside: Tensor 
         def adjust(parameter: str, weight: Tensor) -> Tensor:
             used.add(parameter)
             entries = [d.entry(weight.device) for d in deltas if d.place.parameter == parameter]
-            key = f"{target.name}.{parameter}"
+            key = f"{name}.{parameter}"
             return comfy.lora.calculate_weight(entries, weight.float().clone(), key).to(weight)
 
         hooks = {parameter: getattr(module, f"{parameter}_function") for parameter in parameters}
@@ -68,9 +73,8 @@ def reparametrized_forward(forward: Forward, target: LoRATarget, inside: Tensor 
                 setattr(module, f"{parameter}_function", others)
         if len(used) < len(parameters):
             raise RuntimeError(
-                f"TACA LoRA: the weight of {target.name} ({type(module).__name__}) cannot be "
-                f"adjusted as this LoRA asks. Use it on a model that is not quantised this way, or "
-                f"a LoRA without DoRA, OFT or changes of norms."
+                f"TACA LoRA cannot adjust the weight of {name} ({type(module).__name__}). "
+                f"Use a model that is not quantised this way, or a LoRA without DoRA, OFT or norms."
             )
         if inside is None:
             return y
@@ -83,8 +87,7 @@ def _rows(inside: Tensor, x: Tensor) -> Tensor:
     """``inside`` such that it broadcasts over x; an error if x has other rows than the batch."""
     if x.shape[0] != inside.shape[0]:
         raise ValueError(
-            f"TACA LoRA: a layer works on {x.shape[0]} rows at once, {inside.shape[0]} of the "
-            f"batch, of which only some are inside the window. Sample them one by one (batch size "
-            f"1)."
+            f"TACA LoRA: a layer got {x.shape[0]} rows for a batch of {inside.shape[0]}, of which "
+            f"only some are inside the window. Sample them one by one (batch size 1)."
         )
     return inside.view(-1, *(1,) * (x.ndim - 1))

@@ -38,9 +38,9 @@ class Options:
         num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
         if len(self.prompt) != num_text:
             raise ValueError(
-                f"TACA Options: the positive conditioning has {num_text} text tokens, the prompt "
-                f"given to TACA Options {len(self.prompt)}. Give it the same prompt and CLIP; "
-                f"joined conditionings and image prompts (Redux) cannot be told apart."
+                f"TACA Options: the positive conditioning has {num_text} text tokens, its prompt "
+                f"{len(self.prompt)}. Connect the CLIP and the prompt that made the conditioning; "
+                f"joined ones and image prompts (Redux) cannot be told apart."
             )
         weights = torch.tensor(self.prompt, device=gamma.device)
         weights = weights.where(positive[:, None], 1.0)

@@ -24,7 +24,7 @@ from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
 from .run import KEY, Run, TacaConfig, config_of
-from .schedule import ResolvedSchedule, Schedule
+from .schedule import ResolvedSchedule, Schedule, advice
 from .timesteps import resolve, timestep
 
 log = logging.getLogger("taca")
@@ -55,16 +55,15 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
     family = family_of(model.get_model_object("diffusion_model"))
     if family.caches_text_keys:
         raise ValueError(
-            f"TACA cannot keep a LoRA inside its window on {family.name}: ComfyUI caches the keys "
-            f"of this model's text, and {lora.name} would stay in them. Take out Load TACA LoRA."
+            f"TACA cannot keep a LoRA inside its window on {family.name}, since ComfyUI caches the "
+            f"keys of this model's text. Take out Load TACA LoRA."
         )
     early = tuple(f"diffusion_model.{part}." for part in family.before_run)
     idle = sum(f"{name}.".startswith(early) for name in lora.module_names)
     if idle:
         log.warning(
-            "TACA: ComfyUI runs a part of %s before the run, outside any window: %d of the %d "
-            "modules of %s have no effect there.",
-            *(family.name, idle, len(lora.module_names), lora.name),
+            "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
+            *(idle, len(lora.module_names), lora.name, family.name),
         )
     patched = model.clone()
     others = patched.get_additional_models_with_key(LORA_KEY)
@@ -105,24 +104,16 @@ def log_plan(
 ) -> None:
     """One line a run: gamma, how many steps are inside the window, how many blocks."""
     name, num_blocks = count_blocks(patcher, config.options)
-    acts, advice, level = "trains", "", logging.INFO
+    gamma, window, acts, level = resolved.gamma, config.schedule.window, "trains", logging.INFO
+    hints: list[str] = []
     if sigmas is not None:
         t = timestep(patcher.get_model_object("model_sampling"), sigmas[:-1])
-        inside = int(resolved.contains(t).sum())
-        acts = f"acts on {inside} of {len(t)} steps"
-        if not inside:
-            level = logging.WARNING
-            advice = (
-                " No step is inside the window, so the picture is the plain model's: lower the "
-                "threshold or use more steps."
-            )
+        inside = resolved.contains(t).tolist()
+        acts, hints = f"acts on {sum(inside)} of {len(inside)} steps", advice(inside, gamma)
+        level = logging.INFO if any(inside) else logging.WARNING
     loras = "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher))
-    schedule = config.schedule
-    log.log(
-        level,
-        "TACA: gamma %g at %s %s, %d joint blocks of %s%s.%s",
-        *(schedule.gamma, schedule.window, acts, num_blocks, name, loras, advice),
-    )
+    said = f"TACA: gamma {gamma:g} at {window} {acts}, {num_blocks} joint blocks of {name}{loras}."
+    log.log(level, "%s", " ".join([said, *hints]))
 
 
 def check_run(run: Run, model_name: str) -> None:
@@ -130,14 +121,13 @@ def check_run(run: Run, model_name: str) -> None:
     missed = sum(ran and not attended for ran, attended in run.calls)
     if missed and not any(attended for _, attended in run.calls):
         raise RuntimeError(
-            f"TACA changed nothing: the blocks of {model_name} ran inside the window, but their "
-            f"attention never reached TACA. Another node or pack probably replaced this model's "
-            f"attention or blocks: remove it, or take out TACA Patch Model."
+            f"TACA changed nothing: no attention of {model_name} reached it inside the window. "
+            f"Another node probably replaced that attention: remove it, or TACA Patch Model."
         )
     if missed:
         log.warning(
-            "TACA: in %d calls inside the window another node attended in the model's place. Those "
-            "were not adjusted. Start that node after the TACA window ends.",
+            "TACA: in %d calls inside the window another node attended in the model's place, "
+            "without TACA. Start that node after the TACA window ends.",
             missed,
         )
 
@@ -158,8 +148,8 @@ def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor
     names = ", ".join(lora.name for lora in loras_of(patcher))
     if config_of(patcher) is None:
         raise RuntimeError(
-            f"The TACA LoRA {names} is active inside the window of TACA, and this model has none: "
-            f"add the node TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
+            f"The TACA LoRA {names} acts inside the window of TACA, which this model lacks: add "
+            f"TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
         )
     if comfy.model_management.in_training:
         raise RuntimeError(

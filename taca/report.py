@@ -57,13 +57,13 @@ class Report:
         for word, indices in self.words.items():
             if max(indices) >= num_text:
                 raise ValueError(
-                    f"TACA Attention Report: {word!r} is said to be text token {max(indices)}, but "
-                    f"the prompt has {num_text} text tokens, counted from 0."
+                    f"TACA Attention Report: {word!r} is text token {max(indices)}, counted from "
+                    f"0, and the prompt has {num_text}."
                 )
         if len(self.words) >= head_dim:
             raise ValueError(
-                f"TACA Attention Report asks for at most {head_dim - 1} words at once on this "
-                f"model, not {len(self.words)}: name fewer."
+                f"TACA Attention Report takes at most {head_dim - 1} words on this model: name "
+                f"fewer than these {len(self.words)}."
             )
 
 

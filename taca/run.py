@@ -1,7 +1,8 @@
 """What a model is patched with, and the state of one sampling run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from comfy.model_base import BaseModel
@@ -11,11 +12,11 @@ from torch import nn
 
 from .compiler import Fallback
 from .families import JointBlock, family_of, part_of, uncompiled
-from .lora import LoRATarget, lora_targets, loras_of
+from .lora import LoRA, loras_of
 from .lora_forward import lora_swaps
 from .options import NO_OPTIONS, Options
 from .schedule import ResolvedSchedule, Schedule
-from .swap import Wrap, cached_wrap
+from .swap import Wrap
 
 KEY = "taca"
 
@@ -41,8 +42,8 @@ class HookSites(NamedTuple):
 
     lists: dict[str, tuple[nn.Module, ...]]  # its lists of blocks, when these sites were found
     blocks: list[JointBlock]  # those that get TACA, or show where tokens are
-    targets: list[LoRATarget]
-    lora_swaps: list[tuple[nn.Module, Wrap]]  # of the targets, for calls wholly inside the window
+    loras: list[LoRA]
+    lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
 
 
 @dataclass
@@ -70,12 +71,14 @@ class Run:
             return known
         patcher = base_model.current_patcher  # of this device, in a run over several
         family = family_of(transformer)
-        targets = lora_targets(loras_of(patcher) if patcher is not None else [], base_model)
+        loras = loras_of(patcher) if patcher is not None else []
+        # Wrapped once, and again where another pack has replaced a forward in the meantime.
+        wraps = [(each, lru_cache(maxsize=1)(wrap)) for each, wrap in lora_swaps(loras, base_model)]
         sites = HookSites(
             _lists(transformer, (*family.before, *family.joint)),
             family.observed_blocks(transformer, self.config.options.blocks),
-            targets,
-            [(module, cached_wrap(wrap)) for module, wrap in lora_swaps(targets)],
+            loras,
+            wraps,
         )
         if self.schedule is not None:  # nothing is kept on a patched model outside a run
             self.sites[base_model] = sites

@@ -8,7 +8,7 @@ metadata the widgets' limits. A schedule is resolved once per run into one gamma
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -83,15 +83,12 @@ class Window:
         for each in fields(self):  # type: ignore[arg-type]
             value, limits = getattr(self, each.name), each.metadata
             if "min" in limits and not limits["min"] <= value <= limits["max"]:
-                raise ValueError(
-                    f"TACA's {each.name} must be between {limits['min']:g} and {limits['max']:g}, "
-                    f"not {value}."
-                )
-            if value not in limits.get("options", [value]):
-                raise ValueError(
-                    f"TACA's {each.name} must be one of {', '.join(limits['options'])}, not "
-                    f"{value!r}."
-                )
+                allowed = f"between {limits['min']:g} and {limits['max']:g}"
+            elif value not in limits.get("options", [value]):
+                allowed = f"one of {', '.join(limits['options'])}"
+            else:
+                continue
+            raise ValueError(f"TACA's {each.name} must be {allowed}, not {value!r}.")
 
     def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
         """``steps``: the t at which each step of a run begins, and where the last one ends."""
@@ -216,3 +213,20 @@ class Schedule:
                 f"TACA's gamma must be a finite number from 0 to 1000, not {self.gamma}. "
                 f"The paper uses {GAMMA}; 1 leaves attention as it is."
             )
+
+
+def advice(inside: Sequence[bool], gamma: float) -> list[str]:
+    """What to know about a run, of which these steps are inside the window, in sentences."""
+    steps, count = len(inside), sum(inside)
+    if not count:
+        return [
+            "No step is inside the window, so the picture is the plain model's: lower the "
+            "threshold, raise the end, or use more steps."
+        ]
+    if gamma == 1:
+        return ["gamma is 1: attention stays as it is, only a TACA LoRA acts."]
+    if count / steps < 0.25:
+        return []
+    if count == 1:
+        return [f"With {steps} steps a single one is a quarter of the run or more: keep gamma low."]
+    return ["That is a quarter of the run or more, the paper's a tenth: expect artifacts."]

@@ -42,17 +42,3 @@ def swapped_forwards(swaps: Iterable[tuple[nn.Module, Wrap]]) -> Iterator[None]:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
-
-
-def cached_wrap(wrap: Wrap) -> Wrap:
-    """``wrap``, called again only for another forward than the last: a LoRA has hundreds."""
-    last: Forward | None = None
-    wrapped: Forward | None = None
-
-    def wrap_once(forward: Forward) -> Forward:
-        nonlocal last, wrapped
-        if wrapped is None or forward != last:
-            last, wrapped = forward, wrap(forward)
-        return wrapped
-
-    return wrap_once

@@ -4,29 +4,29 @@
 
 The trainer draws a timestep as ``model_sampling.percent_to_sigma(uniform)`` and, to save memory,
 may compute the model again in the backward pass, when the call is over. So here alone something
-outlives a call: the blocks' forwards, for as long as the model is loaded. What they do is in the
+outlives a call: a hook on each block, for as long as the model is loaded. What it does is in the
 call's own options, which core keeps for the backward pass; nothing is compiled in training.
 """
 
 import copy
 from functools import partial
-from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
 from comfy.patcher_extension import PatcherInjection, WrapperExecutor
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .block import joint_forward, taca_override
+from .attention import num_tokens
+from .block import taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
 from .run import KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
-from .swap import Forward, looks_like
+from .swap import Args, Kwargs
 from .timesteps import resolve, timestep
 
 TRAINING_KEY = "taca_training"
@@ -83,8 +83,9 @@ def adjust_training_call(
         )
     state = call.initial_state()
     gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call)
-    adjustment = {"state": state, "override": partial(taca_override, gamma, state)}
-    result = call.run(executor, {**call.transformer_options, KEY: adjustment})
+    adjustment = (state, partial(taca_override, gamma, state))
+    options = {**call.transformer_options, KEY: adjustment}
+    result = executor(*call[:5], options, **call.others)
     run.record(state.ran, state.attended)
     return result
 
@@ -112,37 +113,37 @@ def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSa
     return sampling
 
 
-def training_forward(forward: Forward, block: JointBlock) -> Forward:
-    """A block's forward while its model is loaded for training."""
-
-    @looks_like(forward)
-    def taca_training_forward(*args: Any, **kwargs: Any) -> Any:
-        adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
-        if adjustment is None:
-            return forward(*args, **kwargs)
-        return joint_forward(forward, block, **adjustment)(*args, **kwargs)
-
-    return taca_training_forward
+def _adjust_block(
+    block: JointBlock, module: nn.Module, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs] | None:
+    """Hook before a block: an override in its options, if TACA acts in this call."""
+    adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
+    if adjustment is None:
+        return None
+    state, override = adjustment
+    layout = block.locate(args, kwargs, state)
+    if not layout:
+        return None
+    state.ran = True
+    override = partial(override, layout, num_tokens(layout))
+    return through_options(module.forward, args, kwargs, override)[1:]
 
 
 def _install(patcher: ModelPatcher) -> None:
-    """When the model is loaded."""
+    """When the model is loaded, which it may be twice before it is unloaded."""
+    _remove(patcher)
     for block in _blocks(patcher):
-        module = block.module
-        if TRAINING_KEY not in module.__dict__:  # else it is loaded twice before it is unloaded
-            own = module.__dict__.get("forward")
-            module.forward = training_forward(module.forward, block)
-            module.__dict__[TRAINING_KEY] = (own, module.forward)
+        hook = partial(_adjust_block, block)
+        handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
+        block.module.__dict__[TRAINING_KEY] = handle
 
 
 def _remove(patcher: ModelPatcher) -> None:
-    """When it is unloaded. What another pack put over ours in the meantime stays."""
+    """When it is unloaded."""
     for block in _blocks(patcher):
-        attributes = block.module.__dict__
-        own, ours = attributes.pop(TRAINING_KEY, (None, None))
-        if ours is not None and attributes.get("forward") is ours:
-            attributes.pop("forward")
-            attributes.update({} if own is None else {"forward": own})
+        handle = block.module.__dict__.pop(TRAINING_KEY, None)
+        if handle is not None:
+            handle.remove()
 
 
 def _blocks(patcher: ModelPatcher) -> list[JointBlock]:

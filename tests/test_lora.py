@@ -503,7 +503,7 @@ def test_quantised_files(apply_taca, load_lora, kind, layout, tmp_path):
     # Adapters that need the weight itself have core's, but not one that only its module unpacks.
     dora = random_lora(full, "dora", only="blocks")
     if layout == "GGUF":
-        with pytest.raises(RuntimeError, match="cannot be adjusted"):
+        with pytest.raises(RuntimeError, match="cannot adjust the weight"):
             sample(load_lora(ours, dora), kind)
     else:
         expected = sample(apply_taca(merged_by_core(full, dora), 1.4, 0.0), kind, **run)
@@ -593,7 +593,7 @@ def test_a_failing_step_leaves_nothing_behind(folder, apply_taca, load_lora, kin
 
 def test_without_taca_is_an_error(folder, load_lora):
     model = tiny.load(folder, "flux")
-    with pytest.raises(RuntimeError, match="add the node TACA Patch Model"):
+    with pytest.raises(RuntimeError, match="add TACA Patch Model"):
         sample(load_lora(model, random_lora(model)), "flux")
 
 
@@ -654,15 +654,3 @@ def test_pickles_are_refused(folder, load_lora, loras):
     torch.save({"a": torch.zeros(1)}, loras / "lora.pt")
     with pytest.raises(ValueError, match="only safetensors"):
         load_lora(tiny.load(folder, "flux"), "lora.pt")
-
-
-def test_a_forward_is_wrapped_once_and_again_where_another_pack_replaced_it():
-    cached_wrap = sys.modules["taca_pack.taca.swap"].cached_wrap
-    layer, wrapped = torch.nn.Linear(2, 2), []
-    wrap = cached_wrap(lambda forward: wrapped.append(forward) or (lambda x: forward(x) + 1))
-    first = wrap(layer.forward)
-    assert wrap(layer.forward) is first
-    layer.forward = lambda x: 2 * x
-    x = torch.ones(1, 2)
-    assert torch.equal(wrap(layer.forward)(x), 2 * x + 1)
-    assert len(wrapped) == 2

@@ -20,7 +20,7 @@ from test_model import KINDS, sample
 
 report_module = sys.modules["taca_pack.taca.report"]
 tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
-preview = sys.modules["taca_pack.nodes.preview"]
+advice = sys.modules["taca_pack.taca.schedule"].advice
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_only_the_positive_prompts_rows(folder, apply_taca, pack, reports):
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [("x=7", "text token 7, but the prompt has 7"),
+    [("x=7", "text token 7, counted from 0, and the prompt has 7"),
      (", ".join(f"w{i}=1" for i in range(128)), "at most 127 words")],
 )  # fmt: skip
 def test_words_that_cannot_be_shown_are_told(folder, pack, words, says):
@@ -233,9 +233,9 @@ def test_schedule_preview_says_what_the_run_does(folder, apply_taca, pack, kind,
      ([True] + [False] * 3, "single one is a quarter"), ([True] * 5 + [False] * 5, "quarter of")],
 )  # fmt: skip
 def test_advice(inside, says):
-    lines = preview.advise(inside, 1.2)
-    assert len(lines) == (2 if says else 1)
-    assert says in lines[-1]
+    hints = advice(inside, 1.2)
+    assert len(hints) == bool(says)
+    assert says in "".join(hints)
 
 
 def test_preview_errors(folder, pack):

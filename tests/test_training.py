@@ -23,11 +23,12 @@ from test_model import KINDS, sample
 
 
 def left_of_ours(model):
-    """Modules that still run a forward of the pack. (Older trainers leave some of core's own.)"""
+    """What the pack has left on modules. (Older trainers leave some forwards of core's own.)"""
+    hooks = [each for module in model.model.modules() for each in module._forward_pre_hooks]
     forwards = (module.__dict__.get("forward") for module in model.model.modules())
     # Its name is that of the forward it replaces; its code's is its own.
     codes = [getattr(forward, "__code__", None) for forward in forwards]
-    return [code for code in codes if "taca" in getattr(code, "co_name", "")]
+    return hooks + [code for code in codes if "taca" in getattr(code, "co_name", "")]
 
 
 patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora

@@ -61,19 +61,3 @@ def sheet(
         draw.multiline_text((left, above), label, fill=INK, font=font(size))
         page.paste(picture, (left, above + head))
     return page
-
-
-def columns(lines: Sequence[str], width: int, rows: int = 14) -> Image.Image:
-    """A table's lines, the first of which heads every column of so many rows; cells by spaces."""
-    head, *body = [line.split() for line in lines]
-    cell, height = 56, 18
-    block = (len(head) + 1) * cell
-    starts = range(0, max(1, len(body)), rows)
-    page = blank(max(width, len(starts) * block), (min(len(body), rows) + 2) * height)
-    draw = ImageDraw.Draw(page)
-    for i, start in enumerate(starts):
-        for row, cells in enumerate([head, *body[start : start + rows]]):
-            for j, text in enumerate(cells, 1):
-                at = (20 + i * block + j * cell, 4 + row * height)
-                draw.text(at, text, fill=INK, font=font(13), anchor="rt")
-    return page
