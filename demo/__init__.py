@@ -41,10 +41,10 @@ class TACADemoTextEncode(io.ComfyNode):
                     tooltip="A caption of the form 'a COLOUR SHAPE RELATION a COLOUR SHAPE'. "
                     f"Colours: {', '.join(world.COLOURS)}. Shapes: {', '.join(world.SHAPES)}. "
                     f"Relations: {', '.join(world.RELATIONS)}. "
-                    "Leave it empty for the negative prompt.",
+                    "A caption a line makes a batch. Leave it empty for the negative prompt.",
                 )
             ],
-            outputs=[io.Conditioning.Output(tooltip="The caption as 16 tokens of 64 channels.")],
+            outputs=[io.Conditioning.Output(tooltip="Each caption as 16 tokens of 64 channels.")],
         )
 
     @classmethod
@@ -54,22 +54,23 @@ class TACADemoTextEncode(io.ComfyNode):
         Parameters
         ----------
         text : str
-            At most 16 words of the vocabulary.
+            A caption of at most 16 words of the vocabulary a line; several make a batch.
 
         Returns
         -------
         io.NodeOutput
-            Conditioning of shape ``(1, 16, 64)``.
+            Conditioning of shape ``(lines, 16, 64)``.
 
         Raises
         ------
         ValueError
             If a word is unknown or the text is too long.
         """
-        tokens = torch.from_numpy(world.encode(text))
+        lines = text.strip().splitlines() or [""]
+        tokens = torch.from_numpy(np.stack([world.encode(line) for line in lines]))
         # ComfyUI asks an SD3 conditioning for a pooled vector; the demo's model does not read it.
-        pooled = {"pooled_output": torch.zeros(1, 1)}
-        return io.NodeOutput([[_codec().embed(tokens[None]), pooled]])
+        pooled = {"pooled_output": torch.zeros(len(lines), 1)}
+        return io.NodeOutput([[_codec().embed(tokens), pooled]])
 
 
 class TACADemoDecode(io.ComfyNode):

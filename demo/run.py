@@ -1,7 +1,8 @@
-"""The demo: one seed without and with TACA, on a real ComfyUI server (``python dev.py demo``).
+"""The demo: the same noise without and with TACA, on a real ComfyUI (``python dev.py demo``).
 
-Without arguments it draws with the demo's own small model. With ``--checkpoint`` it runs FLUX.1 or
-SD3.5: give the text encoders and the VAE too, unless the checkpoint holds them.
+Without arguments it draws 48 captions with the demo's own small model, judges every picture by a
+program, and writes a sheet, the attention to text and ``result.json``. With ``--checkpoint`` it
+runs FLUX.1 or SD3.5: give the text encoders and the VAE too, unless the checkpoint holds them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import world
 from comfy_server import ROOT, Server, serving
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from sheets import marked, plot_gamma, side_by_side, stacked
 
 Graph = dict[str, Any]
-WHAT = {"plain": "plain", "taca": "TACA"}
+MODEL = "taca_demo_suppressed_mmdit.safetensors"
+ABOUT = (
+    "The demo's model is a small one (SD3's architecture, 3 blocks) that had learnt to follow its "
+    "captions and was then trained on careless ones, so that it listens too little to its text."
+)
+OWN_PROMPT = "a red circle left of a blue square"
+MEASURED = ROOT / "benchmarks" / "results" / "suppression.json"
 CFG = {"demo": 3.0, "FLUX.1": 1.0, "SD3.5": 7.0}
 
 
@@ -31,13 +41,13 @@ def node(class_type: str, **inputs: object) -> dict[str, Any]:
 def demo_model(options: argparse.Namespace) -> Graph:
     """Loaders, text and decoder of the demo's own model; ids "model", "positive", "decode"."""
     return {
-        "model": node(
-            "UNETLoader", unet_name="taca_demo_mmdit.safetensors", weight_dtype="default"
-        ),
-        "positive": node("TACADemoTextEncode", text=options.prompt),
+        "model": node("UNETLoader", unet_name=MODEL, weight_dtype="default"),
+        "positive": node("TACADemoTextEncode", text="\n".join(options.prompts)),
         "negative": node("TACADemoTextEncode", text=""),
-        "latent": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
-        "decode": node("TACADemoDecode", upscale=6),
+        "latent": node(
+            "EmptySD3LatentImage", width=128, height=128, batch_size=len(options.prompts)
+        ),
+        "decode": node("TACADemoDecode", upscale=1),
     }
 
 
@@ -58,7 +68,7 @@ def own_model(options: argparse.Namespace) -> Graph:
         graph["model"] = node("CheckpointLoaderSimple", ckpt_name=options.checkpoint.name)
         clip, vae = ["model", 1], ["model", 2]
     return graph | {
-        "positive": node("CLIPTextEncode", clip=clip, text=options.prompt),
+        "positive": node("CLIPTextEncode", clip=clip, text=options.prompts[0]),
         "negative": node("CLIPTextEncode", clip=clip, text=""),
         "latent": node("EmptySD3LatentImage", width=options.size, height=options.size,
                        batch_size=1),
@@ -91,45 +101,44 @@ def graph_of(options: argparse.Namespace) -> Graph:
     return graph
 
 
-def show_progress(graph: Graph, what: str, step: int, steps: int) -> None:
-    """A bar on one line for the sampler that is running."""
-    if what.endswith("_sample"):
-        bar = "#" * (30 * step // steps)
-        end = "\n" if step == steps else ""
-        label = WHAT[what.removesuffix("_sample")]
-        print(f"\r  {label:<6}[{bar:<30}] {step}/{steps}", end=end, flush=True)
+def report_of(caption: str, options: argparse.Namespace) -> Graph:
+    """A run of one caption that shows where its attention goes, beside what ``graph_of`` has."""
+    last = len(caption.split())
+    words = {" ".join(caption.split()[i : i + 2]): i for i in (1, last - 2)}
+    return {
+        "report_text": node("TACADemoTextEncode", text=caption),
+        "report_latent": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
+        "report_noise": node("RandomNoise", noise_seed=options.seed),
+        "report_sampler": node("KSamplerSelect", sampler_name="euler"),
+        "report_guider": node(
+            "CFGGuider", model=["taca_model", 0], positive=["report_text", 0],
+            negative=["negative", 0], cfg=options.cfg,
+        ),
+        "report_sample": node(
+            "TACAAttentionReport", noise=["report_noise", 0], guider=["report_guider", 0],
+            sampler=["report_sampler", 0], sigmas=["scheduler", 0],
+            latent_image=["report_latent", 0],
+            words=", ".join(f"{word}={i}-{i + 1}" for word, i in words.items()),
+        ),
+        "shares": node("SaveImage", images=["report_sample", 1], filename_prefix="shares"),
+        "heat_maps": node("SaveImage", images=["report_sample", 2], filename_prefix="heat_maps"),
+    }  # fmt: skip
 
 
-def side_by_side(pictures: dict[str, Image.Image], title: str) -> Image.Image:
-    """The pictures in a row, each under its label."""
-    width, height = next(iter(pictures.values())).size
-    sheet = Image.new("RGB", (len(pictures) * (width + 16) + 16, height + 76), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((16, 8), title, fill="black", font_size=18)
-    for i, (label, picture) in enumerate(pictures.items()):
-        left = 16 + i * (width + 16)
-        draw.text((left, 36), label, fill="black", font_size=16)
-        sheet.paste(picture, (left, 60))
-    return sheet
+class Progress:
+    """A bar on one line over all pictures of both ways."""
 
+    def __init__(self, count: int) -> None:
+        self.count, self.done = 2 * count, dict.fromkeys(("plain_sample", "taca_sample"), 0.0)
 
-def plot_gamma(path: Path, sigma: list[float], inside: int, options: argparse.Namespace) -> None:
-    """Plot gamma and sigma over the steps, of which the first few are inside the window."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    gamma = [options.gamma if i < inside else 1.0 for i in range(len(sigma))]
-    figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-    steps = range(1, len(sigma) + 1)
-    axis.step(steps, gamma, where="mid", color="tab:red", label="γ")
-    axis.set(xlabel="step", ylabel="γ", title=f"γ = {options.gamma:g} at t ≥ {options.threshold:g}")
-    other = axis.twinx()
-    other.plot(steps, sigma, "o-", markersize=3, color="tab:gray", label="σ")
-    other.set(ylabel="σ", ylim=(0, 1.05))
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    def __call__(self, what: str, step: int, steps: int) -> None:
+        if what in self.done:
+            self.done[what] = step / steps
+            share = sum(self.done.values()) / 2
+            bar = "#" * int(30 * share)
+            end = "\n" if share == 1 else ""
+            print(f"\r  [{bar:<30}] {int(self.count * share)} of {self.count} pictures", end=end,
+                  flush=True)  # fmt: skip
 
 
 def family_of(checkpoint: Path) -> tuple[str, bool]:
@@ -157,10 +166,11 @@ def family_of(checkpoint: Path) -> tuple[str, bool]:
 def options_of(arguments: list[str]) -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt", default="a red circle left of a blue square")
+    parser.add_argument("--prompt", help="one of your own, in place of the demo's captions")
+    parser.add_argument("--captions", type=int, default=48, metavar="N", help="of the demo's model")
     parser.add_argument("--gamma", type=float, default=1.2)
     parser.add_argument("--threshold", type=float, default=970.0, help="timestep, 0..1000")
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, help="default 3 (demo), 1 (FLUX.1), 7 (SD3.5)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="your FLUX.1 or SD3.5")
@@ -189,6 +199,15 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         if count not in ((0, 2) if options.family == "FLUX.1" else (0, 1, 2, 3)):
             takes = "two text encoders" if options.family == "FLUX.1" else "up to three"
             parser.error(f"{options.family} takes {takes}, not {count}")
+    options.prompts = [options.prompt or OWN_PROMPT]
+    if not options.checkpoint and not options.prompt:
+        held_out = world.captions("held-out")
+        if not 1 <= options.captions <= len(held_out):
+            parser.error(f"--captions must be 1 to {len(held_out)}")
+        # Evenly over the list, whatever the pictures look like.
+        options.prompts = [
+            held_out[i * len(held_out) // options.captions] for i in range(options.captions)
+        ]
     if options.cfg is None:
         options.cfg = CFG[options.family]
     return options
@@ -203,23 +222,87 @@ def models_of(options: argparse.Namespace) -> list[tuple[str, Path]]:
 
 
 def main() -> None:
-    """Draw, and say where the pictures are."""
+    """Draw, and say what came out and where the pictures are."""
     options = options_of(sys.argv[1:])
-    out = options.out
+    out, captions = options.out, options.prompts
     out.mkdir(parents=True, exist_ok=True)
     graph = graph_of(options)
+    if not options.checkpoint:
+        print(ABOUT)
+        graph |= report_of(captions[0], options)
+    (out / "graph.json").write_text(json.dumps(graph, indent=1))
     log = out / "comfyui.log"
     print(f"Starting ComfyUI (its log: {log})", flush=True)
     with serving(ROOT / ".dev" / "base", log, models_of(options)) as server:
-        print(f'Drawing "{options.prompt}", seed {options.seed}, without and with TACA')
-        outputs = server.run(graph, lambda *progress: show_progress(graph, *progress))
-        pictures = {}
-        for name, label in (("plain", "plain"), ("taca", f"TACA, gamma {options.gamma:g}")):
-            pictures[label] = open_picture(server, outputs[name]["images"][0])
-    side_by_side(pictures, options.prompt).save(out / "side_by_side.png")
-    plot_gamma(out / "gamma.png", *what_ran(outputs, log), options)
-    (out / "graph.json").write_text(json.dumps(graph, indent=1))
-    print(f"Pictures: {out / 'side_by_side.png'}\ngamma:    {out / 'gamma.png'}")
+        what = f"{len(captions)} held-out captions" if len(captions) > 1 else f'"{captions[0]}"'
+        print(f"Drawing {what}, seed {options.seed}, without and with TACA", flush=True)
+        outputs = server.run(graph, Progress(len(captions)))
+
+        def pictures(name: str) -> list[Image.Image]:
+            return [open_picture(server, image) for image in outputs[name]["images"]]
+
+        drawn = {way: pictures(way) for way in ("plain", "taca")}
+        report = [] if options.checkpoint else [*pictures("shares"), *pictures("heat_maps")]
+    sigma, inside = what_ran(outputs, log)
+    plot_gamma(out / "gamma.png", sigma, inside, options.gamma, options.threshold)
+    taca = f"TACA, gamma {options.gamma:g}"
+    if options.checkpoint:
+        shown = {"plain": drawn["plain"][0], taca: drawn["taca"][0]}
+        side_by_side(shown, captions[0]).save(out / "side_by_side.png")
+        print(f"Acted on {inside} of {len(sigma)} steps.")
+        print(f"Pictures: {out / 'side_by_side.png'}\ngamma:    {out / 'gamma.png'}")
+        return
+    right = {way: judge(drawn[way], captions) for way in drawn}
+    rows = {
+        label: list(zip(drawn[way], right[way], strict=True))
+        for way, label in (
+            ("plain", "without\nTACA"),
+            ("taca", "with TACA\n" + taca.split(", ")[1]),
+        )
+    }
+    marked(captions[:12], rows).save(out / "sheet.png")
+    stacked(report).save(out / "attention.png")
+    result = {
+        "captions": len(captions),
+        "plain": {"right": sum(right["plain"])},
+        "taca": {
+            "right": sum(right["taca"]), "gamma": options.gamma, "threshold": options.threshold,
+            "steps": inside,
+        },
+        "seed": options.seed, "cfg": options.cfg, "steps": len(sigma),
+    }  # fmt: skip
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    print(
+        f"right: {sum(right['plain'])} of {len(captions)} without, {sum(right['taca'])} of "
+        f"{len(captions)} with TACA{measured(options)}; acted on {inside} of {len(sigma)} steps"
+    )
+    print(f"The first of them:  {out / 'sheet.png'}")
+    print(f"Attention to text:  {out / 'attention.png'}\ngamma over steps:   {out / 'gamma.png'}")
+    print("Your own FLUX.1 or SD3.5: python dev.py demo --checkpoint FILE --prompt TEXT")
+    print("                          (--help says how to name text encoders and VAE)")
+
+
+def judge(pictures: list[Image.Image], captions: list[str]) -> list[bool]:
+    """Whether each picture shows all that its caption says."""
+    arrays = [np.asarray(picture, np.float32) / 255 for picture in pictures]
+    return [world.check(*pair)["everything"] for pair in zip(arrays, captions, strict=True)]
+
+
+def measured(options: argparse.Namespace) -> str:
+    """What the same setting gives over many pictures, if that has been measured."""
+    if not MEASURED.exists():
+        return ""
+    window = {970.0: "paper", 802.0: "snr", 0.0: "all"}.get(options.threshold)
+    found = {
+        setting["window"]: setting
+        for setting in json.loads(MEASURED.read_text("utf-8"))["settings"]
+        if (setting["dose"], setting["seed"], setting["cfg"]) == (0.35, 0, options.cfg)
+        and (setting["window"], setting["gamma"]) in (("-", 1), (window, options.gamma))
+    }
+    if len(found) < 2 or options.steps != 28:
+        return ""
+    plain, taca = (100 * found[key]["right"] / found[key]["pictures"] for key in ("-", window))
+    return f" (over {found['-']['pictures']} pictures: {plain:.0f} % and {taca:.0f} %)"
 
 
 def what_ran(outputs: dict[str, Any], log: Path) -> tuple[list[float], int]:

@@ -86,9 +86,9 @@ def taca_override(
         output = backend(q, k, v, heads, mask=mask, **kwargs)
         if output.shape[out_dim] != q.shape[dim]:
             raise ValueError(
-                f"TACA needs an attention kernel that takes any number of queries, and this one "
-                f"answers {q.shape[dim]} with {output.shape[out_dim]} rows. Take out the node that "
-                f"chose this kernel, or TACA Patch Model."
+                f"TACA needs an attention kernel for any number of queries. This one answers "
+                f"{q.shape[dim]} queries with {output.shape[out_dim]} rows: take out the node that "
+                f"chose it, or TACA Patch Model."
             )
         return output
 

@@ -31,7 +31,8 @@ def parse_blocks(text: str, lists: dict[str, int]) -> list[tuple[str, int]]:
         high = int(last) if last else low if first else lists[name] - 1
         if not low <= high < lists[name]:
             raise ValueError(
-                f"TACA Options: {part.strip()!r} is not within this model's blocks, {known}."
+                f"TACA Options: {part.strip()!r} is not within this model's blocks, {known}. A "
+                f"cache may have put all blocks into one."
             )
         chosen |= {(name, i) for i in range(low, high + 1)}
     return [(name, i) for name in lists for i in range(lists[name]) if (name, i) in chosen]

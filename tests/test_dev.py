@@ -386,11 +386,43 @@ def test_demo_plots_what_ran(tmp_path, monkeypatch):
     """On the real server; at 35 steps a sigma of 0.969965 is shown as 0.9700, and is outside."""
     plotted = []
     monkeypatch.setattr(run, "plot_gamma", lambda path, *what: plotted.append(what))
-    monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "35", "--out", str(tmp_path)])
+    line = ["--steps", "35", "--captions", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *line])
     run.main()
-    ((sigma, inside, _options),) = plotted
+    ((sigma, inside, *_),) = plotted
     t = np.array([1 - i * 1000 // 35 / 1000 for i in range(35)])
     assert np.allclose(sigma, 3 * t / (1 + 2 * t), atol=6e-5)
     assert sigma[3] == 0.97
     assert inside == 3
-    assert (tmp_path / "side_by_side.png").exists()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["captions"], result["taca"]["steps"]) == (2, 3)
+    assert all((tmp_path / name).exists() for name in ("sheet.png", "attention.png"))
+
+
+def test_demo_captions_are_taken_evenly():
+    """From the whole list, in its order, both tellings of a scene among them."""
+    held_out = run.world.captions("held-out")
+    for count in (1, 12, 48, 204):
+        chosen = [held_out.index(c) for c in run.options_of(["--captions", str(count)]).prompts]
+        assert len(chosen) == count
+        steps = set(np.diff(chosen))
+        assert steps <= {204 // count, -(-204 // count)}
+    told = {run.world.parse(caption).relation for caption in run.options_of([]).prompts}
+    assert told == set(run.world.RELATIONS)
+    assert run.options_of(["--prompt", "a b"]).prompts == ["a b"]
+
+
+@pytest.mark.slow
+def test_the_demo_shows_that_taca_helps(tmp_path, monkeypatch, capsys):
+    """The whole demo: more pictures are right, and the line says what was counted."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    run.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    plain, taca = result["plain"]["right"], result["taca"]["right"]
+    assert result["captions"] == 48
+    assert (result["taca"]["gamma"], result["taca"]["threshold"]) == (1.2, 970)
+    # 25 and 39 on the machine it was written on; pictures on the edge may differ elsewhere.
+    assert taca >= plain + 6
+    said = capsys.readouterr().out
+    assert f"right: {plain} of 48 without, {taca} of 48 with TACA (over 612 pictures: " in said
+    assert "acted on 3 of 28 steps" in said

@@ -259,7 +259,7 @@ def demanding(func, q, k, v, heads, **kwargs):
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [(demanding, "as many queries as keys"),
-     (as_many_as_keys, r"TACA .* answers \d+ queries with \d+ .* take that node out")],
+     (as_many_as_keys, r"TACA .* answers \d+ queries with \d+ .* take out the node")],
 )  # fmt: skip
 def test_sparse_attention_that_does_not(folder, apply_taca, kind, kernel, message):
     """It cannot take split queries: the run stops with an error, nothing is left behind."""

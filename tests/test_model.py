@@ -463,7 +463,7 @@ def test_never_a_silent_no_op(folder, apply_taca, kind):
         block.forward = without_options
     try:
         name = type(model.model).__name__
-        with pytest.raises(RuntimeError, match=f"TACA changed nothing: the blocks of {name}"):
+        with pytest.raises(RuntimeError, match=f"TACA changed nothing: no attention of {name}"):
             sample(apply_taca(model), kind)
         sample(apply_taca(model, 1.0), kind)  # gamma 1 asks for nothing
     finally:

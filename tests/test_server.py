@@ -234,11 +234,14 @@ def test_workflow_runs(path, server, object_info):
     if path in USERS:
         graph = on_the_demo_model(graph, object_info)
     outputs = server.run(graph)
-    pictures = [
-        np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"), np.float32)
+    shown = [
+        [
+            np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"), np.float32)
+            for image in output.get("images", ())
+        ]
         for output in outputs.values()
-        for image in output.get("images", ())
     ]
+    pictures = [picture for each in shown for picture in each]
     assert all(picture.std() > 10 for picture in pictures)
     if path.stem in SAID:
         texts = [text for output in outputs.values() for text in output.get("text", ())]
@@ -253,8 +256,11 @@ def test_workflow_runs(path, server, object_info):
     elif "train" in path.stem:
         assert any(name.startswith(path.stem[:10]) for name in server.get("/models/loras"))
     else:
-        plain, taca = pictures
-        assert np.abs(plain - taca).max() > 1
+        plain, taca = filter(None, shown)
+        assert np.abs(np.stack(plain) - np.stack(taca)).max() > 1
+        compared = [output for output in outputs.values() if "a_images" in output]
+        assert len(compared) == (path not in USERS)
+        assert all(len(o["a_images"]) == len(o["b_images"]) == len(plain) for o in compared)
 
 
 def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
@@ -275,12 +281,12 @@ def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
     assert outputs[by_class["SaveImage"]]["images"]
 
 
-def test_the_demo_draws_the_prompt(server, tmp_path, monkeypatch):
+def test_the_demo_draws_the_prompt(server, tmp_path):
     """The demo's own graph over HTTP: the checker finds the prompted shapes in both pictures."""
     run, world = load("run"), load("world")
-    options = ["run.py", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", options)
-    graph = run.graph_of(run.options_of(options[1:]))
+    prompt = "a red circle left of a blue square"
+    graph = run.graph_of(run.options_of(["--out", str(tmp_path), "--prompt", prompt]))
+    graph["model"]["inputs"]["unet_name"] = DEMO_MODEL  # the clean one, which draws it right anyway
     progress = []
     outputs = server.run(graph, lambda *event: progress.append(event))
     assert progress[-1][1:] == (28, 28)
@@ -289,7 +295,7 @@ def test_the_demo_draws_the_prompt(server, tmp_path, monkeypatch):
         data = server.picture(outputs[name]["images"][0])
         picture = Image.open(io.BytesIO(data)).convert("RGB").resize((64, 64), Image.NEAREST)
         pictures[name] = np.asarray(picture, np.float32) / 255
-        verdict = world.check(pictures[name], "a red circle left of a blue square")
+        verdict = world.check(pictures[name], prompt)
         assert verdict["everything"], (name, verdict)
     assert np.abs(pictures["plain"] - pictures["taca"]).max() > 1 / 255
 
@@ -297,10 +303,11 @@ def test_the_demo_draws_the_prompt(server, tmp_path, monkeypatch):
 def test_schedule_node_replaces_the_widgets(server):
     """Through the API as a saved workflow has it, its nested widget named parent.child."""
     run = load("run")
-    graph = run.graph_of(run.options_of(["--gamma", "1.7", "--threshold", "0"]))
+    prompt = ["--prompt", "a red circle left of a blue square"]
+    graph = run.graph_of(run.options_of([*prompt, "--gamma", "1.7", "--threshold", "0"]))
     graph["schedule"] = run.node("TACASchedule", gamma=1.2, window="timestep",
                                  **{"window.timestep_threshold": 970.0})  # fmt: skip
-    expected = server.run(run.graph_of(run.options_of([])))
+    expected = server.run(run.graph_of(run.options_of(prompt)))
     graph["taca_model"]["inputs"]["schedule"] = ["schedule", 0]
     given = server.run(graph)
     a, b = (server.picture(o["taca"]["images"][0]) for o in (expected, given))
@@ -309,7 +316,7 @@ def test_schedule_node_replaces_the_widgets(server):
 
 def test_bad_input_is_an_error_at_the_node(server):
     run = load("run")
-    graph = run.graph_of(run.options_of([]))
+    graph = run.graph_of(run.options_of(["--captions", "1"]))
     graph["taca_model"]["inputs"]["gamma"] = float("nan")
     with pytest.raises(RuntimeError, match=r"gamma"):
         server.run(graph)

@@ -60,6 +60,9 @@ def inputs_of(node, info):
     todo = list(specs_of(info["input"], info["input_order"]))
     while todo:
         name, kind, options, required = todo.pop(0)
+        if kind == "IMAGECOMPARE":  # what the page draws in the node, and saves nothing of
+            yield name, kind, options, required, {}
+            continue
         if kind not in WIDGETS or options.get("forceInput"):
             yield name, kind, options, required, SOCKET
             continue
@@ -91,7 +94,9 @@ def fits(name, kind, options, value):
         return value in options["options"] or (picture and isinstance(value, str))
     if kind == "COMFY_DYNAMICCOMBO_V3":
         return value in [option["key"] for option in options["options"]]
-    return isinstance(value, {"STRING": str, "BOOLEAN": bool, "CURVE": dict}.get(kind, ()))
+    return isinstance(
+        value, {"STRING": str, "BOOLEAN": bool, "CURVE": dict, "IMAGECOMPARE": dict}.get(kind, ())
+    )
 
 
 def problems_of(workflow, object_info):
