@@ -1,7 +1,7 @@
-"""README's table of families: the tests of every family, run on every pinned ComfyUI.
+"""The table of families in docs/models.md: the tests of every family, run on every pinned ComfyUI.
 
 ``python dev.py run benchmarks/families.py`` after ``python dev.py setup --comfyui-version VERSION``
-for each version; it writes ``results/families.json`` and, from that, what is between README's
+for each version; it writes ``results/families.json`` and, from that, what is between the page's
 marks. With ``--table`` it runs no tests.
 """
 
@@ -134,12 +134,12 @@ def verdict(runs: list[dict[str, Any]], what: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", action="store_true", help="write README's table again")
+    parser.add_argument("--table", action="store_true", help="write the table again")
     if not parser.parse_args().table:
         places = {version: DEV / f"comfyui-{version}" for version in COMFYUI}
         for version, place in places.items():
             if not place.is_dir():
-                sys.exit(f"ComfyUI {version} is missing, and README would lose what is known of "
+                sys.exit(f"ComfyUI {version} is missing, and the table would lose what is known of "
                          f"it: run python dev.py setup --comfyui-version {version}")  # fmt: skip
         found = {}
         for version, place in places.items():
@@ -148,10 +148,10 @@ def main() -> None:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = table(json.loads(RESULTS.read_text(encoding="utf-8")))
     print(text)
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    page = ROOT / "docs" / "models.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    readme.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    page.write_text(before + BEGIN + text + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 ``python dev.py run benchmarks/suppression.py --seeds 0 --doses 0.35`` trains what is missing under
 ``--work`` (resumed after a stop), measures it and adds it to ``results/suppression.json``, setting
-by setting. ``docs/alignment.md`` is the recipe. ``--table`` trains and measures nothing.
+by setting. ``docs/alignment.md`` is the recipe, and gets the table; ``--table`` does nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from model import load_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "suppression.json"
+PAGE = ROOT / "docs" / "alignment.md"
+MARKS = "<!-- suppression -->\n", "<!-- /suppression -->\n"
 NOISES = (0, 1, 2)
 LATER = ("--steps", "1500", "--lr", "4e-4", "--pool", "20", "--precision", "fp32")
 WINDOWS = ("paper", "snr", "all")
@@ -165,7 +167,11 @@ def main() -> None:
                 name = later(seed, dose, options.work)
                 if not options.train_only:
                     measure(name, seed, dose, result)
-    print(table(result))
+    text = table(result)
+    print(text)
+    before, begin, rest = PAGE.read_text("utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -202,14 +202,14 @@ FAMILIES = (
     ),
 )
 
+WORKS_ON = (
+    "TACA works on FLUX, SD3.5, Qwen-Image, Z-Image, HunyuanVideo and others, see "
+    "https://github.com/taca-comfyui/taca-attention/blob/main/docs/models.md"
+)
 CROSS_ATTENTION = (
-    "its image attends to the text apart from itself (cross-attention), so the two do not compete "
-    "in one softmax, which is what TACA adjusts."
+    "it attends to the text by cross-attention, so text and image never compete in one softmax."
 )
-ONE_WAY = (
-    "only its image asks, itself and the text, which stays the same in every block; TACA needs "
-    "text that takes part in the attention."
-)
+ONE_WAY = "its text takes no part in the attention, and stays the same in every block."
 NUNCHAKU = (
     "no patch reaches its attention, which nunchaku runs in kernels of its own or hands no "
     "options. Load the model with one of ComfyUI's own loaders or as GGUF."
@@ -244,19 +244,16 @@ def family_of(diffusion_model: nn.Module) -> Family:
     """
     diffusion_model = uncompiled(diffusion_model)
     names = [cls.__name__ for cls in type(diffusion_model).__mro__]
-    works = "; ".join(family.name for family in FAMILIES)
     for name in names:  # a pack's own class before that of ComfyUI's it is made from
         for family in FAMILIES:
             if family.includes(diffusion_model, name):
                 return family
         if name in REFUSED:
             called, reason = REFUSED[name]
-            raise ValueError(
-                f"TACA cannot act on {called} ({names[0]}): {reason} TACA works on: {works}."
-            )
+            raise ValueError(f"TACA cannot act on {called} ({names[0]}): {reason} {WORKS_ON}")
     raise ValueError(
-        f"TACA cannot act on this model ({names[0]}): it needs a transformer that runs one joint "
-        f"attention over text and image tokens. TACA works on: {works}."
+        f"TACA cannot act on this model ({names[0]}): it needs one attention over text and image. "
+        f"{WORKS_ON}"
     )
 
 

@@ -1,4 +1,4 @@
-"""README's table of families is what ``benchmarks/families.py`` makes of recorded results."""
+"""The table of families is what ``benchmarks/families.py`` makes of recorded results."""
 
 import importlib.util
 import json
@@ -19,12 +19,12 @@ def generator():
     return module
 
 
-def test_readmes_table_is_the_generated_one(generator):
+def test_the_table_is_the_generated_one(generator):
     """Of the recorded results and today's FAMILIES and REFUSED; nobody has edited it."""
     found = json.loads(generator.RESULTS.read_text(encoding="utf-8"))
-    readme = (generator.ROOT / "README.md").read_text(encoding="utf-8")
+    page = (generator.ROOT / "docs/models.md").read_text(encoding="utf-8")
     assert set(found) == set(generator.COMFYUI)
-    table = readme.partition(generator.BEGIN)[2].partition(generator.END)[0]
+    table = page.partition(generator.BEGIN)[2].partition(generator.END)[0]
     assert table == generator.table(found), "run benchmarks/families.py, or with --table"
     assert not any(each["failed"] for each in found.values())
     missing = {case.name for case in families.CASES}.difference(*(
