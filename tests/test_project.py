@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -77,14 +76,15 @@ def test_the_code_map_has_every_module():
     table = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     modules = {path.name for path in (ROOT / "taca").glob("*.py")} - {"__init__.py"}
     named = set(re.findall(r"[a-z_]+\.py", table))
-    assert named - {"reference.py"} == modules
+    assert named - {"__init__.py", "dev.py", "reference.py"} == modules
     for folder in ("nodes/", "nodes/ui/", "uvit/", "demo/", "benchmarks/", "tests/"):
         assert f"`{folder}`" in table
 
 
 def test_the_changelog_dates_each_release():
     """All but the version under way have a date, and none is later than the one above it."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     heads = re.findall(r"^## (\S+) \((.+)\)$", text, flags=re.MULTILINE)
     assert len(heads) == len(re.findall(r"^## ", text, flags=re.MULTILINE))
