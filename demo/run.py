@@ -312,7 +312,7 @@ def what_ran(outputs: dict[str, Any], log: Path) -> tuple[list[float], int]:
     threshold.
     """
     shown = re.findall(r"\d+\.\d*(?:e[-+]\d+)?", outputs["sigmas"]["text"][0])
-    acted = re.findall(r"TACA: .* acts on (\d+) of \d+ steps", log.read_text("utf-8", "replace"))
+    acted = re.findall(r"TACA: .* acted on (\d+) of \d+ steps", log.read_text("utf-8", "replace"))
     return [float(sigma) for sigma in shown[:-1]], int(acted[-1])
 
 

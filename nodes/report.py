@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..taca.arguments import Prompts
 from ..taca.prompt_tokens import find_words, tokens_of, without_ends
 from ..taca.report import Report, watched
 from .ui import pictures
@@ -63,6 +64,7 @@ class TACAAttentionReport(io.ComfyNode):
         report = Report(words_of(words, clip, prompt))
         observed = copy.copy(guider)
         observed.model_patcher = watched(guider.model_patcher, report)
+        report.prompts = Prompts(observed, len(latent_image["samples"]))
         output = Core.execute(noise, observed, sampler, sigmas, latent_image).result[0]
         table = report.table()
         if not table.numel():

@@ -1,6 +1,7 @@
 """What a joint block does inside the window: its own forward, with an attention override."""
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,24 +19,37 @@ AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 """The arguments of core's attention after its heads, in order."""
 
 
+@dataclass
+class Seen:
+    """What one block did in one call. Fields are only ever set, which torch.compile needs."""
+
+    forward: Forward  # what ran as the block's forward
+    called: bool = False
+    ran: bool = False  # with text to attend to
+    attended: bool = False  # by the override
+
+
 def joint_forward(
-    forward: Forward, block: JointBlock, state: CallState, override: Override
+    forward: Forward, block: JointBlock, state: CallState, override: Override, seen: list[Seen]
 ) -> Forward:
     """A block's forward, for one call, whose attention asks an override.
 
     ``forward`` is the block's, with whatever other packs have put there. The override is called
-    with the layout of the block's tokens and its ``num_tokens``, and then as core calls its
-    ``optimized_attention_override``, but for the override that was there before.
+    with what the block did so far, the layout of its tokens and its ``num_tokens``, and then as
+    core calls its ``optimized_attention_override``, but for the override that was there before.
     """
+    own = Seen(forward)
+    seen.append(own)
     locate, reach = block.locate, block.reach
 
     @looks_like(forward)
     def taca_forward(*args: Any, **kwargs: Any) -> Any:
+        own.called = True
         layout = locate(args, kwargs, state)
         if not layout:
             return forward(*args, **kwargs)
-        state.ran = True
-        asks = partial(override, layout, num_tokens(layout))
+        own.ran = True
+        asks = partial(override, own, layout, num_tokens(layout))
         if torch.compiler.is_compiling():  # in one graph, or not at all: see compiler.py
             with torch._dynamo.error_on_graph_break(True):
                 attend, args, kwargs = reach(forward, args, kwargs, asks)  # type: ignore[assignment]
@@ -53,7 +67,7 @@ def joint_forward(
 
 def taca_override(
     gamma: Tensor,
-    state: CallState,
+    seen: Seen,
     layout: Layout,
     joint: tuple[int, int],
     other: Forward | None,
@@ -80,7 +94,7 @@ def taca_override(
     out_dim = 2 if kwargs.get("skip_output_reshape") else 1
     if (q.shape[dim], k.shape[dim]) != joint:
         return backend(q, k, v, heads, mask=mask, **kwargs)
-    state.attended = True
+    seen.attended = True
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         output = backend(q, k, v, heads, mask=mask, **kwargs)

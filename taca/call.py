@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .block import joint_forward, taca_override
+from .block import Seen, joint_forward, taca_override
 from .lora_forward import lora_swaps
 from .reach import OVERRIDE
 from .run import Run
@@ -30,18 +30,20 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     # is done; inside, all is decided from these numbers.
     t = timesteps(base_model.model_sampling, call.t)
     inside = [schedule.contains(each) for each in t]
+    is_first = run.events.begin_call()
     if not any(inside):
         return executor(*args, **kwargs)
     sites, state = run.sites_of(base_model), call.initial_state()
+    seen: list[Seen] = []
     swaps: list[tuple[nn.Module, Wrap]] = []
-    gamma = config.options.gamma_of_call(schedule.gamma_at(torch.tensor(t)), call)
+    gamma = config.options.gamma_of_call(schedule.gamma_at(torch.tensor(t)), call, run.prompts)
     if bool((gamma != 1).any()):
         # One factor where all rows have the same, so that no graph depends on the batch size.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
         gamma = to_device(gamma, call.t.device)
-        override = partial(taca_override, gamma, state)
+        override = partial(taca_override, gamma)
         for block in sites.blocks:
-            wrap = partial(joint_forward, block=block, state=state, override=override)
+            wrap = partial(joint_forward, block=block, state=state, override=override, seen=seen)
             swaps.append((block.module, wrap))
     if all(inside):
         swaps += sites.lora_swaps
@@ -54,7 +56,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     run.fallback.guard(executor, kernel)
     with swapped_forwards(swaps):
         result = executor(*args, **kwargs)
-    run.record(state.ran, state.attended)
+    if run.schedule is not None:
+        run.events.end_call(seen, max(t), is_first, base_model.diffusion_model)
     return result
 
 

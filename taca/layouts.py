@@ -22,8 +22,6 @@ class CallState:
     num_prefix: int = 0  # before the text, neither text nor image: registers, a vision encoder's
     num_other: int = 0  # between text and image, and neither
     num_cached: int = 0  # at the start, not queries: the model keeps their keys between steps
-    ran: bool = False  # whether a joint block with text ran
-    attended: bool = False  # whether a joint attention reached TACA
 
 
 Locate = Callable[[Args, Kwargs, CallState], Layout]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import CallArguments
+from .arguments import CallArguments, Prompts, positive_rows
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Options:
     # tokens, 0 for padding.
     prompt: tuple[float, ...] | None = None
 
-    def gamma_of_call(self, gamma: Tensor, call: CallArguments) -> Tensor:
+    def gamma_of_call(self, gamma: Tensor, call: CallArguments, prompts: Prompts | None) -> Tensor:
         """Gamma of each row of a call ``(b,)``, or of each row and text token ``(b, t)``.
 
         ``gamma`` is the schedule's, ``(b,)``.
@@ -30,7 +30,7 @@ class Options:
         """
         if not self.positive_only and self.prompt is None:
             return gamma
-        positive = call.is_positive().to(gamma.device)
+        positive = positive_rows(call, prompts).to(gamma.device)
         if self.positive_only:
             gamma = gamma.where(positive, 1.0)
         if self.prompt is None or not bool(positive.any()):

@@ -18,13 +18,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .arguments import Prompts
 from .call import adjust_call
 from .compiler import check_compiler
 from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
 from .run import KEY, Run, TacaConfig, config_of
-from .schedule import ResolvedSchedule, Schedule, advice
+from .schedule import Schedule
 from .timesteps import resolve, timestep
 
 log = logging.getLogger("taca")
@@ -79,57 +80,45 @@ def set_wrapper(patcher: ModelPatcher, kind: str, key: str, wrapper: Any) -> Non
 
 
 def watch_run(config: TacaConfig, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
-    """ComfyUI's OUTER_SAMPLE wrapper: say what TACA will do, and make sure that it did it."""
+    """ComfyUI's OUTER_SAMPLE wrapper: gamma of this run, and what it did."""
     guider = executor.class_obj
     patcher = guider.model_patcher
-    # As ``outer_sample(noise, latent_image, sampler, sigmas, ...)``.
-    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    sigmas = None if comfy.model_management.in_training else sigmas
-    schedule = resolve(config.schedule, patcher.get_model_object("model_sampling"), sigmas)
-    run = Run(config, schedule)
-    log_plan(config, schedule, patcher, sigmas)
+    # As ``outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, ...)``.
+    names = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    sampling, training = patcher.get_model_object("model_sampling"), False
+    if comfy.model_management.in_training:
+        training, given["sigmas"] = True, None
+    run = Run(config, resolve(config.schedule, sampling, given["sigmas"]))
+    run.prompts = Prompts(guider, len(given["noise"]))
     wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
     check_compiler(patcher.model.diffusion_model, wrappers)
     # The run reaches its calls in their wrapper, not as an entry of transformer_options: what
     # torch.compile made of a model fails without the entries it was made with. The guider's
     # options are this run's own copy.
     wrappers[KEY] = [partial(adjust_call, run)]
+    if training:
+        log.info("%s trains in %s.", *said_of(config, patcher))
+        return executor(*args, **kwargs)
+    t = timestep(sampling, given["sigmas"]).tolist()
+    run.events.steps = t[:-1]
+    callback = run.events.counted(given.get("callback"))
+    if len(args) > names.index("callback"):
+        args = (*args[:5], callback, *args[6:])
+    else:
+        kwargs["callback"] = callback
     result = executor(*args, **kwargs)
-    check_run(run, type(patcher.model).__name__)
+    run.events.report(*said_of(config, patcher), min(t), max(t))
     return result
 
 
-def log_plan(
-    config: TacaConfig, resolved: ResolvedSchedule, patcher: ModelPatcher, sigmas: Tensor | None
-) -> None:
-    """One line a run: gamma, how many steps are inside the window, how many blocks."""
+def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
+    """What acts, and where, for the one line that a run logs."""
     name, num_blocks = count_blocks(patcher, config.options)
-    gamma, window, acts, level = resolved.gamma, config.schedule.window, "trains", logging.INFO
-    hints: list[str] = []
-    if sigmas is not None:
-        t = timestep(patcher.get_model_object("model_sampling"), sigmas[:-1])
-        inside = resolved.contains(t).tolist()
-        acts, hints = f"acts on {sum(inside)} of {len(inside)} steps", advice(inside, gamma)
-        level = logging.INFO if any(inside) else logging.WARNING
     loras = "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher))
-    said = f"TACA: gamma {gamma:g} at {window} {acts}, {num_blocks} joint blocks of {name}{loras}."
-    log.log(level, "%s", " ".join([said, *hints]))
-
-
-def check_run(run: Run, model_name: str) -> None:
-    """Raise RuntimeError if joint blocks ran inside the window, and no attention reached TACA."""
-    missed = sum(ran and not attended for ran, attended in run.calls)
-    if missed and not any(attended for _, attended in run.calls):
-        raise RuntimeError(
-            f"TACA changed nothing: no attention of {model_name} reached it inside the window. "
-            f"Another node probably replaced that attention: remove it, or TACA Patch Model."
-        )
-    if missed:
-        log.warning(
-            "TACA: in %d calls inside the window another node attended in the model's place, "
-            "without TACA. Start that node after the TACA window ends.",
-            missed,
-        )
+    schedule = config.schedule
+    where = f"{num_blocks} joint blocks of {name}{loras}"
+    return f"TACA: gamma {schedule.gamma:g} at {schedule.window}", where
 
 
 def count_blocks(patcher: ModelPatcher, options: Options) -> tuple[str, int]:

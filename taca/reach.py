@@ -4,6 +4,7 @@ ComfyUI asks for an override in the ``transformer_options`` that its attention f
 with. Nearly all blocks are handed those; two families need another way in.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType, MethodType
@@ -26,7 +27,12 @@ becomes ``other``, and still attends."""
 
 
 def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
-    """A block that is handed ``transformer_options``; the call's own dictionary stays as it is."""
+    """A block that is handed ``transformer_options``; the call's own dictionary stays as it is.
+
+    Another pack's forward that does not take them is left as it is.
+    """
+    if "transformer_options" not in kwargs and not _takes_options(forward):
+        return forward, args, kwargs
     options = kwargs.get("transformer_options") or {}
     chained = partial(override, options.get(OVERRIDE))
     return forward, args, {**kwargs, "transformer_options": {**options, OVERRIDE: chained}}
@@ -76,6 +82,11 @@ def through_globals(forward: Forward, args: Args, kwargs: Kwargs, override: Over
     copy.__kwdefaults__ = function.__kwdefaults__
     kwargs = {name: value for name, value in kwargs.items() if name != "transformer_options"}
     return MethodType(copy, forward.__self__), args, kwargs  # type: ignore[attr-defined]
+
+
+def _takes_options(forward: Forward) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    return any(p.name == "transformer_options" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _with(override: Override, held: Kwargs) -> dict[str, Any]:

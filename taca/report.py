@@ -16,9 +16,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from .arguments import CallArguments
+from .arguments import CallArguments, Prompts, positive_rows
 from .attention import Layout, scale_text_keys
-from .block import AFTER_HEADS, joint_forward
+from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
 from .families import family_of, part_of, uncompiled
@@ -36,6 +36,7 @@ class Report:
     """What a run showed; ``watched`` fills it in."""
 
     words: dict[str, list[int]]  # word -> its token indices
+    prompts: Prompts | None = None  # of the run
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
     # without TACA and as the run had it
@@ -89,13 +90,13 @@ def _watch_call(
 ) -> Tensor:
     """ComfyUI's APPLY_MODEL wrapper: a measuring override in every joint block."""
     base_model, call = executor.class_obj, CallArguments.of(*args, **kwargs)
-    positive = call.is_positive().nonzero().flatten()
+    positive = positive_rows(call, report.prompts).nonzero().flatten()
     if not len(positive):
         return executor(*args, **kwargs)
     model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
     t = timestep(model_sampling, call.t)
     schedule = resolve(config.schedule, model_sampling, sigmas)
-    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call)
+    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, report.prompts)
     step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
     transformer = uncompiled(base_model.diffusion_model)
     family, limit = family_of(transformer), config.options.blocks
@@ -107,7 +108,7 @@ def _watch_call(
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (step, index.get(block.module, -1))  # -1: no joint attention to measure
         probe = Probe(report, own, place, positive, tuple(call.x.shape[-2:]))
-        wrap = partial(joint_forward, block=block, state=state, override=probe.override)
+        wrap = partial(joint_forward, block=block, state=state, override=probe.override, seen=[])
         swaps.append((block.module, wrap))
     with swapped_forwards(swaps), uncompiled_calls:
         return executor(*args, **kwargs)
@@ -125,6 +126,7 @@ class Probe:
 
     def override(
         self,
+        seen: Seen,
         layout: Layout,
         joint: tuple[int, int],
         other: Forward | None,

@@ -10,7 +10,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
+from .arguments import Prompts
 from .compiler import Fallback
+from .events import Events
 from .families import JointBlock, family_of, part_of, uncompiled
 from .lora import LoRA, loras_of
 from .lora_forward import lora_swaps
@@ -52,9 +54,9 @@ class Run:
 
     config: TacaConfig
     schedule: ResolvedSchedule | None = None
+    prompts: Prompts | None = None
+    events: Events = field(default_factory=Events)
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
-    # For each call inside the window: whether a joint block ran, and whether one attended.
-    calls: list[tuple[bool, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.fallback = Fallback(self.config.untraceable)
@@ -83,11 +85,6 @@ class Run:
         if self.schedule is not None:  # nothing is kept on a patched model outside a run
             self.sites[base_model] = sites
         return sites
-
-    def record(self, ran: bool, attended: bool) -> None:
-        """Note what a call inside the window did. Called from a thread for each device."""
-        if self.schedule is not None:
-            self.calls.append((ran, attended))
 
 
 def _lists(transformer: nn.Module, names: Iterable[str]) -> dict[str, tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .attention import num_tokens
-from .block import taca_override
+from .block import Seen, taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
@@ -82,12 +82,10 @@ def adjust_training_call(
             "after every node that changes the model's sampling."
         )
     state = call.initial_state()
-    gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call)
-    adjustment = (state, partial(taca_override, gamma, state))
+    gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call, run.prompts)
+    adjustment = (state, partial(taca_override, gamma))
     options = {**call.transformer_options, KEY: adjustment}
-    result = executor(*call[:5], options, **call.others)
-    run.record(state.ran, state.attended)
-    return result
+    return executor(*call[:5], options, **call.others)
 
 
 def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSampling:
@@ -124,8 +122,7 @@ def _adjust_block(
     layout = block.locate(args, kwargs, state)
     if not layout:
         return None
-    state.ran = True
-    override = partial(override, layout, num_tokens(layout))
+    override = partial(override, Seen(module.forward), layout, num_tokens(layout))
     return through_options(module.forward, args, kwargs, override)[1:]
 
 

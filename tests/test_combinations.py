@@ -720,7 +720,7 @@ def test_image_to_image(folder, apply_taca, denoise, inside, caplog):
     ]  # fmt: skip
     said = [r for r in caplog.records if r.name == "taca"]
     assert len(said) == 1
-    assert f"acts on {inside} of 20" in said[0].message
+    assert f"acted on {inside} of 20" in said[0].message
     assert (said[0].levelname == "WARNING") == (inside == 0)
     assert torch.equal(*runs) == (inside == 0)
 

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
@@ -387,15 +387,16 @@ def test_an_overflow_stays_inside_the_window_of_a_model(
 
 def test_no_call_is_lost_between_threads(caplog):
     """One thread a device, all of which note their calls in one run."""
-    config = module("run").TacaConfig(None)
-    record = module("run").Run(config, schedule=SimpleNamespace())
-    kinds, times = [(True, True), (True, False), (False, False)], 4000
+    events, times = module("events").Events(), 4000
+    ran = {acted: module("block").Seen(None, True, True, acted) for acted in (True, False)}
     start = threading.Barrier(8)
+    events.begin_call()
 
     def work():
         start.wait()
         for i in range(times):
-            record.record(*kinds[i % 3])
+            seen = [[ran[True]], [ran[False]], [module("block").Seen(None)]][i % 3]
+            events.end_call(seen, 0.0, events.begin_call(), torch.nn.Identity())
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -407,10 +408,8 @@ def test_no_call_is_lost_between_threads(caplog):
             each.join()
     finally:
         sys.setswitchinterval(interval)
-    counts = Counter(record.calls)
-    assert counts == {kind: 8 * len(range(i, times, 3)) for i, kind in enumerate(kinds)}
-    module("patch").check_run(record, "Model")
-    assert f"in {counts[True, False]} calls" in caplog.text
+    kinds = events.acted, events.elsewhere, events.cached
+    assert [len(kind) for kind in kinds] == [8 * len(range(i, times, 3)) for i in range(3)]
 
 
 # Attention that is called without options

@@ -294,10 +294,10 @@ def test_sparse_attention_that_goes_round_the_slot(
         model.set_model_patch_replace(patch, "dit", "double_block", i)
     ours = apply_taca(model, 1.4, 900.0)
     if start == 1.0:
-        with pytest.raises(RuntimeError, match="TACA changed nothing"):
+        with pytest.raises(RuntimeError, match="TACA was bypassed in"):
             sample_family(ours, case, steps=4)
         return
     sample_family(ours, case, steps=4)
     warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == (start > 0.9)
-    assert all("in 1 calls inside the window another node attended" in w for w in warnings)
+    assert all("in 1 calls inside the window" in w for w in warnings)

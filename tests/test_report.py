@@ -221,8 +221,8 @@ def test_schedule_preview_says_what_the_run_does(folder, apply_taca, pack, kind,
     assert plot.shape[0] == 1
     assert set(output.ui) == {"images", "animated", "text"}
     sample(model, kind, steps=10)
-    said = next(r.message for r in caplog.records if "acts on" in r.message)
-    count = int(said.split("acts on ")[1].split(" ")[0])
+    said = next(r.message for r in caplog.records if "acted on" in r.message)
+    count = int(said.split("acted on ")[1].split(" ")[0])
     assert f"TACA acts on {count} of 10 steps" in text
     assert text.count("1.300") == count
 

@@ -1,0 +1,124 @@
+"""What happened in a run, counted at its calls.
+
+A call inside the window *acted* if each block with text that ran was attended by TACA. It was
+*answered by a cache* if no block ran, and *attended elsewhere* if the attention of a block that ran
+never reached TACA.
+"""
+
+import inspect
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .block import Seen
+from .families import uncompiled
+
+log = logging.getLogger("taca")
+
+
+@dataclass
+class Events:
+    """The calls of one run. Lists are appended to from a thread for each device."""
+
+    steps: list[float] = field(default_factory=list)  # t at which each step begins
+    calls: list[None] = field(default_factory=list)  # all of them, inside the window or not
+    ended: list[None] = field(default_factory=list)  # steps whose callback came
+    acted: list[int] = field(default_factory=list)  # the step of each call that acted
+    cached: list[None] = field(default_factory=list)  # calls that a cache answered
+    elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
+
+    def begin_call(self) -> bool:
+        """Whether this is the run's first call, which no cache can answer."""
+        self.calls.append(None)
+        return len(self.calls) == 1
+
+    def counted(self, callback: Callable[..., Any] | None) -> Callable[..., Any]:
+        """A sampler's callback, which also counts the steps that ended."""
+
+        def taca_callback(*args: Any, **kwargs: Any) -> Any:
+            self.ended.append(None)
+            return callback(*args, **kwargs) if callback else None
+
+        return taca_callback
+
+    def end_call(self, seen: list[Seen], t: float, is_first: bool, model: nn.Module) -> None:
+        """Note what a call inside the window did; without blocks, a LoRA alone acted.
+
+        Raises RuntimeError if TACA was bypassed in the first call.
+        """
+        missed = [block for block in seen if block.ran and not block.attended]
+        if missed:
+            count = sum(block.ran for block in seen)
+            self.elsewhere.append((len(missed), count, _origin(missed[0].forward)))
+        elif seen and not any(block.called for block in seen):
+            self.cached.append(None)
+        else:
+            # A sampler that calls the model again in a step does so after the step's callback; one
+            # that tells the model another sigma than its own is still in its own step.
+            self.acted.append(min(len(self.ended), self._step_at(t)))
+        if is_first and missed:
+            blocks, count, who = self.elsewhere[-1]
+            raise RuntimeError(
+                f"TACA was bypassed in {blocks} of {count} blocks of {type(model).__name__}: they "
+                f"run {who}, whose attention TACA does not reach. Take out the node that put it "
+                f"there, or TACA Patch Model."
+            )
+        if is_first and self.cached:
+            raise RuntimeError(
+                f"TACA was bypassed: no block of {type(model).__name__} ran inside the window. "
+                f"{_replacement(model)} Take out the node that did this, or TACA Patch Model."
+            )
+
+    def _step_at(self, t: float) -> int:
+        """The step, from 0, to which a timestep belongs."""
+        signs = -1 if self.steps and self.steps[0] >= self.steps[-1] else 1
+        begins = [signs * each for each in self.steps]
+        return max(0, bisect_left(begins, signs * t + 1e-6 * abs(t) + 1e-9) - 1)
+
+    def report(self, what: str, where: str, lowest: float, highest: float) -> None:
+        """Say at the end of a run what happened.
+
+        Raises RuntimeError if TACA was bypassed in every call inside the window.
+        """
+        count, total = len(set(self.acted)), len(self.steps)
+        if self.elsewhere:
+            blocks, of, who = map(max, zip(*self.elsewhere, strict=True))
+            bypassed = f"in {len(self.elsewhere)} calls inside the window {blocks} of {of} blocks"
+            if not count:
+                raise RuntimeError(
+                    f"TACA changed nothing: {bypassed} ran {who}, whose attention TACA does not "
+                    f"reach. Start that node after the TACA window ends, or take it out."
+                )
+            log.warning(
+                "TACA: %s ran %s, without TACA. Start that node after the TACA window ends.",
+                *(bypassed, who),
+            )
+        advice = f" A cache answered {len(self.cached)} calls in the window." if self.cached else ""
+        if not count and not advice:
+            advice = (
+                f" No step was inside the window: this run went from t = {highest:.0f} to "
+                f"{lowest:.0f}. Lower the threshold, or use more steps."
+            )
+        level = logging.INFO if count else logging.WARNING
+        log.log(level, "%s acted on %d of %d steps, %s.%s", what, count, total, where, advice)
+
+
+def _origin(forward: Callable[..., Any]) -> str:
+    """Name and module of a function, without what merely wraps it."""
+    function = inspect.unwrap(getattr(forward, "func", forward))
+    function = getattr(function, "__func__", function)
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{name} ({getattr(function, '__module__', None) or 'unknown module'})"
+
+
+def _replacement(model: nn.Module) -> str:
+    """What a pack has put in place of a model's own functions, as a sentence."""
+    own = uncompiled(model).__dict__.items()
+    functions = [value for name, value in own if callable(value) and not name.startswith("_")]
+    if not functions:
+        return "Its own forward did not call them."
+    return f"It runs {_origin(functions[0])} in place of its own."
