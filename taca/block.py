@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Layout, num_tokens, temperature_adjusted_attention
+from .attention import Layout, Span, num_tokens, temperature_adjusted_attention
 from .compiler import frame_callback
 from .families import JointBlock
 from .layouts import CallState
@@ -81,8 +81,8 @@ def taca_override(
 ) -> Tensor:
     """The override that is TACA, in place of a block's joint attention.
 
-    gamma is as ``temperature_adjusted_attention`` takes it. Whatever has not the ``joint`` numbers
-    of queries and keys is another attention, such as attn2 of SD3.5-Medium. ``other`` is the
+    gamma is as ``temperature_adjusted_attention`` takes it. Whatever has not the ``joint`` number
+    of queries, or fewer keys, is another attention, such as attn2 of SD3.5-Medium. ``other`` is the
     override that was there before, which still attends.
 
     Raises ValueError if the attention kernel does not return one row for each query.
@@ -92,8 +92,11 @@ def taca_override(
     mask = kwargs.pop("mask", None)
     dim = 2 if kwargs.get("skip_reshape") else 1
     out_dim = 2 if kwargs.get("skip_output_reshape") else 1
-    if (q.shape[dim], k.shape[dim]) != joint:
+    num_kept = k.shape[dim] - joint[1]
+    if q.shape[dim] != joint[0] or num_kept < 0:
         return backend(q, k, v, heads, mask=mask, **kwargs)
+    if num_kept:  # keys of earlier steps that another node appends, as core's Flux KV Cache does
+        layout = (*layout, Span("other", num_kept, is_query=False))
     seen.attended = True
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -236,14 +236,15 @@ REFUSED = {
 """Models that TACA cannot act on, by class: what users call them, and why."""
 
 
-def family_of(diffusion_model: nn.Module) -> Family:
+def family_of(diffusion_model: nn.Module, own_class: type | None = None) -> Family:
     """The family of a model.
 
-    Raises ValueError if the model has no joint attention that TACA can reach; names the families
-    that do.
+    ``own_class`` is its class, where another pack has given the loaded model a class of its own.
+
+    Raises ValueError if the model has no joint attention that TACA can reach; names some that do.
     """
     diffusion_model = uncompiled(diffusion_model)
-    names = [cls.__name__ for cls in type(diffusion_model).__mro__]
+    names = [cls.__name__ for cls in (own_class or type(diffusion_model)).__mro__]
     for name in names:  # a pack's own class before that of ComfyUI's it is made from
         for family in FAMILIES:
             if family.includes(diffusion_model, name):
@@ -252,7 +253,8 @@ def family_of(diffusion_model: nn.Module) -> Family:
             called, reason = REFUSED[name]
             raise ValueError(f"TACA cannot act on {called} ({names[0]}): {reason} {WORKS_ON}")
     raise ValueError(
-        f"TACA cannot act on this model ({names[0]}): it needs one attention over text and image. "
+        f"This version of TACA does not know the model {names[0]}. If it runs one attention over "
+        f"text and image, report it: https://github.com/taca-comfyui/taca-attention/issues. "
         f"{WORKS_ON}"
     )
 

@@ -124,14 +124,17 @@ def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
 def count_blocks(patcher: ModelPatcher, options: Options) -> tuple[str, int]:
     """The family of a model and the number of its joint blocks; errors as ``patch_model``."""
     transformer = uncompiled(patcher.get_model_object("diffusion_model"))
-    family = family_of(transformer)
+    # Of this patcher, also while the model is loaded with a class that another clone gives it.
+    own_class = patcher.get_model_object("diffusion_model.__class__")
+    patched = own_class is not type(patcher.model.diffusion_model)
+    family = family_of(transformer, own_class if patched else None)
     return family.name, len(list(family.joint_blocks(transformer, options.blocks)))
 
 
 def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper of a model with a TACA LoRA.
 
-    Raises RuntimeError if the model has no TACA, or is being trained.
+    Raises RuntimeError if the model has no TACA, keeps keys between steps, or is being trained.
     """
     patcher = executor.class_obj.model_patcher
     names = ", ".join(lora.name for lora in loras_of(patcher))
@@ -139,6 +142,12 @@ def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor
         raise RuntimeError(
             f"The TACA LoRA {names} acts inside the window of TACA, which this model lacks: add "
             f"TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
+        )
+    patches = executor.class_obj.model_options["transformer_options"].get("patches", {})
+    if any(type(each).__name__ == "KV_Attn_Input" for each in patches.get("attn1_patch", ())):
+        raise RuntimeError(
+            f"Flux KV Cache keeps keys of the references from the first step on, and the TACA LoRA "
+            f"{names} would stay in them outside its window. Take out one of the two."
         )
     if comfy.model_management.in_training:
         raise RuntimeError(

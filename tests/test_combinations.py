@@ -4,6 +4,7 @@ import contextlib
 import gc
 import re
 import sys
+from functools import partial
 from unittest import mock
 
 import comfy.controlnet
@@ -31,7 +32,7 @@ from comfy_extras.nodes_sd3 import ControlNetApplySD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_tcfg import TCFG
 from diffusers import FluxControlNetModel, SD3ControlNetModel
-from reference import dense_override, image_tokens
+from reference import dense_attention, dense_override, image_tokens
 from safetensors.torch import load_file, save_file
 from test_families import dense as dense_family
 from test_families import families, named
@@ -759,3 +760,45 @@ def test_two_patched_clones_and_a_shared_model_in_turn(folder, apply_taca):
     gc.collect()
     # Core holds on to the patcher that ran last; nothing grows with the runs.
     assert sys.getrefcount(model.model) <= holders + 1
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_keys_that_core_keeps(folder, apply_taca, monkeypatch, ours_first):
+    """Flux KV Cache: from the second step on the references are keys alone, and not queries."""
+    nodes_flux = pytest.importorskip("comfy_extras.nodes_flux")
+    if not hasattr(nodes_flux, "FluxKVCache"):
+        pytest.skip("this ComfyUI has no Flux KV Cache")
+    [case] = named("FLUX.2 Klein, references without noise")
+    model = families.load(case, folder, monkeypatch)
+    text, references, shapes = 512, 4, []
+
+    def dense(func, q, k, v, heads, mask=None, skip_reshape=False, gamma=1.0, **kwargs):
+        assert skip_reshape
+        shapes.append((q.shape[2], k.shape[2]))
+        factor = torch.ones(q.shape[2], k.shape[2], dtype=torch.float64)
+        factor[text:, :text] = gamma
+        return dense_attention(q, k, v, factor, mask).transpose(1, 2).flatten(2).to(q.dtype)
+
+    def cached(m):
+        return nodes_flux.FluxKVCache.execute(m).result[0]
+
+    def dense_run(gamma):
+        m = cached(model)
+        options = m.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = partial(dense, gamma=gamma)
+        return sample_family(m, case, steps=3)
+
+    plain, expected = map(dense_run, (1.0, 1.5))
+    whole = text + 12 + references
+    assert {(whole, whole), (whole - references, whole)} <= set(shapes)
+    if ours_first:
+        ours = cached(apply_taca(model, 1.5, 0.0))
+    else:
+        ours = apply_taca(cached(model), 1.5, 0.0)
+    effect = (expected - plain).abs().max()
+    assert effect > 1e-2
+    assert (sample_family(ours, case, steps=3) - expected).abs().max() < 2e-3 * effect
+    fit_lora = sys.modules["taca_pack.taca.lora_file"].fit_lora
+    lora = fit_lora(random_lora(model, rank=2), model.model, "lora", 1.0)
+    with pytest.raises(RuntimeError, match="Flux KV Cache keeps keys"):
+        sample_family(sys.modules["taca_pack.taca.patch"].patch_lora(ours, lora), case, steps=3)

@@ -216,3 +216,21 @@ def test_blocks_that_take_no_options(folder, apply_taca):
             sample(model, "flux")
     finally:
         del double.forward
+
+
+def test_a_class_that_another_clone_gave_the_model(folder, apply_taca, gammas):
+    """While it is still loaded so: the plain clone of the same loader is what it was."""
+
+    model = tiny.load(folder, "flux", seed=9)
+    live = model.model.diffusion_model
+    theirs = type("OfAPack", (type(live).__bases__[0],), dict(vars(type(live))))
+    other = model.clone()
+    other.add_object_patch("diffusion_model.__class__", theirs)
+    sample(other, "flux")
+    try:
+        assert type(live) is theirs
+        patched = apply_taca(model)
+        assert sample(patched, "flux").isfinite().all()
+        assert gammas
+    finally:
+        comfy.model_management.unload_all_models()
