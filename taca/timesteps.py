@@ -40,7 +40,8 @@ def resolve(
 
     steps = None if sigmas is None else timestep(model_sampling, sigmas)
     low, high, share = schedule.window.bounds(percent_to_t, steps)
-    low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))
+    if steps is not None:
+        low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))
     return ResolvedSchedule(schedule.gamma, low, high, share)
 
 
