@@ -11,13 +11,7 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 from comfy.model_base import BaseModel
-from comfy.weight_adapter import (
-    GLoRAAdapter,
-    LoHaAdapter,
-    LoKrAdapter,
-    LoRAAdapter,
-    WeightAdapterBase,
-)
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
 from .lora import LoRA, LoRADelta, Place, parts_of, submodule
@@ -81,11 +75,9 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
     fits in part is a warning with counts.
     """
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    # The names of a model that is compiled, and may be loaded as that.
+    # The live model may be compiled. PEFT's own prefix is known of some models only.
     keys = {re.sub(r"_orig_mod[._]", "", key): target for key, target in keys.items()}
-    for key in [key for key in keys if key.startswith("transformer.")]:
-        # PEFT's own prefix, which ComfyUI knows of some models only.
-        keys.setdefault(PEFT_PREFIX + key.removeprefix("transformer."), keys[key])
+    keys = {re.sub(r"^transformer\.", PEFT_PREFIX, key): to for key, to in keys.items()} | keys
     try:
         state = comfy.lora_convert.convert_lora(state)
         loaded = comfy.lora.load_lora(state, keys, log_missing=False)
@@ -167,15 +159,14 @@ def _fits(delta: LoRADelta, module: Any) -> bool:
         return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
     # A quantised weight's own shape may be another.
     rows = place.rows[2] if place.rows else module.out_features
-    if isinstance(value, GLoRAAdapter):
-        a1, a2, b1, b2 = (part.shape for part in value.weights[:4])
-        sides = (module.in_features, module.in_features, rows, module.in_features)
-        # Either layout: a1 a2 and b1 b2, or an older one the other way round.
-        return any(
-            (a[0], c[1], b[0], d[1]) == sides and a[1] == c[0] == b[1] == d[0]
-            for a, c, b, d in ((a1, a2, b1, b2), (a2, a1, b2, b1))
-        )
     if isinstance(value, WeightAdapterBase):
+        if value.name == "glora":  # a1 a2 and b1 b2, or in older files a2 a1 and b2 b1
+            a1, a2, b1, b2 = (part.shape for part in value.weights[:4])
+            return any(
+                (a[0], c[1], b[0], d[1]) == (*[module.in_features] * 2, rows, module.in_features)
+                and a[1] == c[0] == b[1] == d[0]
+                for a, c, b, d in ((a1, a2, b1, b2), (a2, a1, b2, b1))
+            )
         x, y = torch.zeros(1, module.in_features), torch.zeros(1, rows)
         try:
             return bool(value.bypass_forward(lambda x: y + 0 * x.sum(), x).shape == y.shape)
