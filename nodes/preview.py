@@ -50,7 +50,7 @@ class TACASchedulePreview(io.ComfyNode):
             )
         model_sampling = model.get_model_object("model_sampling")
         resolved = resolve(chosen, model_sampling, sigmas)
-        t = timestep(model_sampling, sigmas.float())[:-1]
+        t = timestep(model_sampling, sigmas)[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
         lines = [

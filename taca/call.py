@@ -15,7 +15,7 @@ from .lora_forward import lora_swaps
 from .reach import OVERRIDE
 from .run import Run
 from .swap import Wrap, swapped_forwards
-from .timesteps import resolve, timesteps
+from .timesteps import resolve, timestep
 from .training import adjust_training_call
 
 
@@ -28,15 +28,15 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         return adjust_training_call(run, schedule, executor, call)
     # The only time in a call that the host waits for the device. Outside the window nothing else
     # is done; inside, all is decided from these numbers.
-    t = timesteps(base_model.model_sampling, call.t)
-    inside = [schedule.contains(each) for each in t]
+    t = timestep(base_model.model_sampling, call.t)
+    inside = schedule.contains(t).tolist()
     is_first = run.events.begin_call()
     if not any(inside):
         return executor(*args, **kwargs)
     sites, state = run.sites_of(base_model), call.initial_state()
     seen: list[Seen] = []
     swaps: list[tuple[nn.Module, Wrap]] = []
-    gamma = config.options.gamma_of_call(schedule.gamma_at(torch.tensor(t)), call, run.prompts)
+    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, run.prompts)
     if bool((gamma != 1).any()):
         # One factor where all rows have the same, so that no graph depends on the batch size.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
@@ -57,7 +57,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     with swapped_forwards(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is not None:
-        run.events.end_call(seen, max(t), is_first, base_model.diffusion_model)
+        run.events.end_call(seen, float(t.max()), is_first, base_model.diffusion_model)
     return result
 
 

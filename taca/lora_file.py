@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from .lora import LoRA, LoRADelta, Place, parts_of, submodule
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
 """Adapters whose ``h(x)`` is all they do: without DoRA they add to a linear layer's output."""
 
-SCALES = (".alpha", ".dora_scale", ".reshape_weight")
-"""Endings of keys that belong to another tensor, and are not counted by themselves."""
+SCALES = (".alpha", ".reshape_weight")
+"""Endings of keys that core reads as numbers: they are not counted among the tensors."""
+
+PEFT_PREFIX = "base_model.model."
 
 log = logging.getLogger("taca")
 
@@ -30,7 +33,7 @@ def read_lora(path: str) -> dict[str, Tensor]:
     Raises ValueError if it is not a safetensors file, or a damaged one.
     """
     name = Path(path).name
-    if not name.endswith((".safetensors", ".sft")):
+    if not name.lower().endswith((".safetensors", ".sft")):
         raise ValueError(
             f"TACA does not open {name}: only safetensors files are read, since others can run "
             f"code. Convert it to safetensors."
@@ -45,18 +48,23 @@ def read_lora(path: str) -> dict[str, Tensor]:
 
 
 def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
-    """The alpha of PEFT's configuration, where ComfyUI looks for it: among the tensors."""
+    """The scale of PEFT's configuration, as the alpha that ComfyUI looks for among the tensors."""
     config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if "lora_alpha" not in config:
         return state
     alphas = {}
-    for key in state:
-        base, down, _ = key.partition(".lora_A.")
-        if down and f"{base}.alpha" not in state:
-            pattern = config.get("alpha_pattern") or {}
-            alpha = next((a for name, a in pattern.items() if base.endswith(name)), None)
-            alphas[f"{base}.alpha"] = torch.tensor(float(alpha or config["lora_alpha"]))
+    for key, tensor in state.items():
+        base, is_down, _ = key.partition(".lora_A.")
+        if is_down and f"{base}.alpha" not in state:
+            # PEFT's rule: the first pattern counts that is the end of the layer's name.
+            layer = base.removeprefix(PEFT_PREFIX).removeprefix("transformer.")
+            patterns = (config.get("alpha_pattern") or {}).items()
+            matches = (alpha for each, alpha in patterns if re.match(rf"(.*\.)?({each})$", layer))
+            alpha = float(next(matches, config["lora_alpha"]))
+            # ComfyUI divides by the rank; PEFT by its root, if told so.
+            alpha *= len(tensor) ** 0.5 if config.get("use_rslora") else 1.0
+            alphas[f"{base}.alpha"] = torch.tensor(alpha)
     return state | alphas
 
 
@@ -67,9 +75,11 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
     fits in part is a warning with counts.
     """
     keys = comfy.lora.model_lora_keys_unet(model, {})
+    # The live model may be compiled. PEFT's own prefix is known of some models only.
+    keys = {re.sub(r"_orig_mod[._]", "", key): target for key, target in keys.items()}
+    keys = {re.sub(r"^transformer\.", PEFT_PREFIX, key): to for key, to in keys.items()} | keys
     try:
         state = comfy.lora_convert.convert_lora(state)
-        state = {_without_peft_prefix(key, keys): tensor for key, tensor in state.items()}
         loaded = comfy.lora.load_lora(state, keys, log_missing=False)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(
@@ -80,7 +90,7 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
     used: set[int] = set()
     for key, value in loaded.items():
         target, *slice_of = key if isinstance(key, tuple) else (key,)
-        module_name, _, parameter = target.rpartition(".")
+        module_name, _, parameter = target.replace("_orig_mod.", "").rpartition(".")
         parts = parts_of(value)
         _check_numbers(parts, target, name)
         tensors = {id(part) for part in parts if isinstance(part, Tensor)}
@@ -92,6 +102,7 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         additive = is_sum and hasattr(module, "in_features")
         delta = LoRADelta(Place(parameter, *slice_of), value, strength, additive)
         if (additive or hasattr(module, "weight_function")) and _fits(delta, module):
+            _check_weight(delta, module, target, name)
             used |= tensors
             deltas.setdefault(module_name, []).append(delta)
     counted = {key: tensor for key, tensor in state.items() if not key.endswith(SCALES)}
@@ -125,11 +136,14 @@ def _check_numbers(parts: Any, target: str, name: str) -> None:
             )
 
 
-def _without_peft_prefix(key: str, keys: dict[str, Any]) -> str:
-    """PEFT's own files say ``base_model.model.``, which ComfyUI knows of some models only."""
-    bare = key.removeprefix("base_model.model.")
-    is_known = bare == key or key.rpartition(".lora_")[0] in keys
-    return key if is_known else f"transformer.{bare}"
+def _check_weight(delta: LoRADelta, module: Any, target: str, name: str) -> None:
+    """Refuse what changes a weight that only its own layer unpacks, as GGUF packs have them."""
+    own = getattr(module, delta.place.parameter, None)
+    if not delta.additive and (own is None or not own.is_floating_point()):
+        raise ValueError(
+            f"{name} needs the weights themselves (DoRA, OFT, GLoRA ...), and {target} of this "
+            f"model is packed (GGUF). Use the model as bf16 or fp8, or a LoRA without DoRA."
+        )
 
 
 def _fits(delta: LoRADelta, module: Any) -> bool:
@@ -146,6 +160,13 @@ def _fits(delta: LoRADelta, module: Any) -> bool:
     # A quantised weight's own shape may be another.
     rows = place.rows[2] if place.rows else module.out_features
     if isinstance(value, WeightAdapterBase):
+        if value.name == "glora":  # a1 a2 and b1 b2, or in older files a2 a1 and b2 b1
+            a1, a2, b1, b2 = (part.shape for part in value.weights[:4])
+            return any(
+                (a[0], c[1], b[0], d[1]) == (*[module.in_features] * 2, rows, module.in_features)
+                and a[1] == c[0] == b[1] == d[0]
+                for a, c, b, d in ((a1, a2, b1, b2), (a2, a1, b2, b1))
+            )
         x, y = torch.zeros(1, module.in_features), torch.zeros(1, rows)
         try:
             return bool(value.bypass_forward(lambda x: y + 0 * x.sum(), x).shape == y.shape)

@@ -36,6 +36,8 @@ def additive_forward(forward: Forward, deltas: list[LoRADelta], inside: Tensor |
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
+        if not y.numel():  # an expert that was asked about no token
+            return y
         rows = None if inside is None else _rows(inside, x)
         for delta in deltas:
             delta.add_to(y, x, rows)

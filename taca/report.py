@@ -96,7 +96,8 @@ def _watch_call(
     model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
     t = timestep(model_sampling, call.t)
     schedule = resolve(config.schedule, model_sampling, sigmas)
-    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, report.prompts)
+    gamma = schedule.gamma_at(t).to(call.t.device)
+    gamma = config.options.gamma_of_call(gamma, call, report.prompts)
     step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
     transformer = uncompiled(base_model.diffusion_model)
     family, limit = family_of(transformer), config.options.blocks

@@ -23,7 +23,7 @@ TIMESTEP_THRESHOLD = 970.0
 """t_thresh of the paper, of 0..1000, for both models."""
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""t is a rounded 1000 * sigma: a step meant to lie on a bound may miss it by a few last places."""
+"""A sigma is rounded: a step meant to lie on a bound may miss it by a few last places."""
 
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "step": torch.ones_like,
@@ -36,8 +36,11 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 PercentToT = Callable[[float], float]
 """ComfyUI's percent of the sampling, 0..1, to t."""
 
-Bounds = tuple[float, float, Callable[[Tensor], Tensor]]
-"""``begin``, ``end`` and ``weight`` of a ``ResolvedSchedule``."""
+Share = Callable[[Tensor], Tensor]
+"""t -> share of gamma_0 - 1."""
+
+Bounds = tuple[float, float, Share]
+"""``low``, ``high`` and ``share`` of a ``ResolvedSchedule``."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,25 @@ class ResolvedSchedule:
     """gamma(t) of one run."""
 
     gamma: float  # gamma_0
-    begin: float  # the window is begin >= t >= end
-    end: float
-    weight: Callable[[Tensor], Tensor]  # share of gamma_0 - 1 over x in 0..1, from begin to end
+    low: float  # the window is low <= t <= high
+    high: float  # infinite where it holds what a sampler's extra noise lifts above its first step
+    share: Share
 
     def contains(self, t: Any) -> Any:
         """Whether each t is inside the window: bool, of t's shape; t is a number or a Tensor."""
-        inside = t >= self.end * (1 - ROUNDING)
-        # A window that begins with pure noise holds what a sampler's extra noise lifts above it.
-        return inside if self.begin >= 999 else inside & (t <= self.begin * (1 + ROUNDING))
+        return (t >= self.low) & (t <= self.high)
 
     def gamma_at(self, t: Tensor) -> Tensor:
         """gamma(t) of Eq. 11 for timesteps 0..1000: float32, of t's shape and device."""
-        x = ((self.begin - t.float()) / max(self.begin - self.end, ROUNDING)).clamp(0, 1)
-        # lerp gives gamma_0 itself at weight 1
-        gamma = torch.lerp(torch.ones_like(x), torch.full_like(x, self.gamma), self.weight(x))
+        share = self.share(t).float()
+        # lerp gives gamma_0 itself at share 1
+        gamma = torch.lerp(torch.ones_like(share), torch.full_like(share, self.gamma), share)
         return gamma.where(self.contains(t), 1.0)
+
+
+def falling(shape: str, begin: float, end: float) -> Share:
+    """The share of a shape from one t to another."""
+    return lambda t: SHAPES[shape](((begin - t) / ((begin - end) or math.inf)).clamp(0, 1))
 
 
 def setting(default: Any, low: float, high: float, step: float) -> Any:
@@ -103,7 +109,8 @@ class TimestepWindow(Window):
     shape: str = shape_setting()
 
     def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
-        return 1000.0, self.timestep_threshold, SHAPES[self.shape]
+        low = self.timestep_threshold
+        return low * (1 - ROUNDING), math.inf, falling(self.shape, 1000.0, low)
 
     def __str__(self) -> str:
         return f"t >= {self.timestep_threshold:g}"
@@ -127,7 +134,8 @@ class PercentWindow(Window):
 
     def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
         begin, end = percent_to_t(self.start_percent), percent_to_t(self.end_percent)
-        return begin, end, SHAPES[self.shape]
+        # Closed at both ends, without rounding, as the percentages of core's nodes.
+        return end, begin if self.start_percent else math.inf, falling(self.shape, begin, end)
 
     def __str__(self) -> str:
         return f"{100 * self.start_percent:g}-{100 * self.end_percent:g} %"
@@ -146,12 +154,17 @@ class FirstStepsWindow(Window):
                 "TACA's window of the first steps needs the steps of a run, and training has none: "
                 "choose the window 'timestep' or 'percent' in TACA Schedule."
             )
-        # Every call of a step is above the noise that the next step begins with, so that samplers
-        # with several calls a step stay right.
         t = steps.tolist()
-        following = t[self.steps] if self.steps < len(t) else -1.0
-        end = following * (1 + 3 * ROUNDING) if self.steps < len(t) - 1 else 0.0
-        return max(t), end, SHAPES[self.shape]
+        last = len(t) - 1
+        begin, end = t[0], t[min(self.steps, last)]
+        low, high = -math.inf, math.inf
+        # Every call of a step is on the near side of where the next step begins, so that samplers
+        # with several calls a step stay right.
+        if self.steps < last and begin > end:
+            low = end + 3000 * ROUNDING
+        elif self.steps < last:
+            high = end - 3000 * ROUNDING
+        return low, high, falling(self.shape, begin, end)
 
     def __str__(self) -> str:
         return f"the first {self.steps} steps"
@@ -175,14 +188,13 @@ class CurveWindow(Window):
         inside = weights.nonzero().flatten()
         if not len(inside):
             raise ValueError("TACA's curve is 0 throughout, so TACA would never act: draw it up.")
-        t = torch.tensor([percent_to_t(p) for p in percents.tolist()]).float()
-        begin, end = t[inside[0]].item(), t[inside[-1]].item()
-        places = (begin - t) / max(begin - end, ROUNDING)
+        t = np.array([percent_to_t(p) for p in percents.tolist()])
+        first, last = int(inside[0]), int(inside[-1])
 
-        def weight(x: Tensor) -> Tensor:
-            return torch.from_numpy(np.interp(x.cpu().numpy(), places, weights)).to(x)
+        def share(x: Tensor) -> Tensor:
+            return torch.as_tensor(np.interp(-x.cpu().numpy(), -t, weights)).to(x)
 
-        return begin, end, weight
+        return t[last], t[first] if first else math.inf, share
 
     def __str__(self) -> str:
         return "a drawn curve"

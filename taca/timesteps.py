@@ -1,39 +1,50 @@
 """The paper's time: t in 0..1000, where 1000 is pure noise."""
 
-import comfy.model_sampling
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
 from torch import Tensor
 
-from .schedule import ResolvedSchedule, Schedule
+from .schedule import ROUNDING, ResolvedSchedule, Schedule
+
+FIRST_PERCENT = 1e-4
+"""Where several of core's samplers begin in place of pure noise, whose logarithm is infinite."""
 
 
 def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
-    """The t of each sigma, in sigma's shape.
+    """The t of each sigma, in sigma's shape, from one read of the device.
 
-    A flow model's sigma is its share of noise, whatever unit of time the model itself is given.
+    In float64 on the CPU, so that t is in the order of core's sigmas to their last place. A flow
+    model's sigma is its share of noise, whatever unit of time the model itself is given. Any other
+    model's t is the place among its sigmas, from 0 to 999; less than the smallest is below 0.
     """
-    if isinstance(model_sampling, comfy.model_sampling.CONST):
-        return sigma * 1000.0
-    return model_sampling.timestep(sigma)
-
-
-def timesteps(model_sampling: ModelSampling, sigma: Tensor) -> list[float]:
-    """The same as numbers: one read, and no operation on the device."""
-    if isinstance(model_sampling, comfy.model_sampling.CONST):
-        return [1000.0 * each for each in sigma.tolist()]
-    return timestep(model_sampling, sigma.cpu()).tolist()
+    sigma = sigma.detach().cpu().float().double()
+    if _percent_to_sigma(model_sampling)(0.0) <= 1:
+        return 1000.0 * sigma
+    known = model_sampling.sigmas.cpu().double().log()
+    known = torch.cat([known[:1] - 20, known])
+    places = [-1.0, *np.linspace(0, 999, len(known) - 1)]
+    return torch.as_tensor(np.interp(sigma.log().numpy(), known.numpy(), places))
 
 
 def resolve(
     schedule: Schedule, model_sampling: ModelSampling, sigmas: Tensor | None = None
 ) -> ResolvedSchedule:
     """A schedule's gamma(t) for a model's sampling and the sigmas of a run, if it is one."""
-    # TACA Training Window replaces percent_to_sigma, and keeps the original here.
-    to_sigma = getattr(model_sampling, "taca_percent_to_sigma", model_sampling.percent_to_sigma)
+    to_sigma = _percent_to_sigma(model_sampling)
 
     def percent_to_t(percent: float) -> float:
-        return float(timestep(model_sampling, torch.tensor([to_sigma(percent)]).float()))
+        return float(timestep(model_sampling, torch.tensor(float(to_sigma(percent)))))
 
     steps = None if sigmas is None else timestep(model_sampling, sigmas)
-    return ResolvedSchedule(schedule.gamma, *schedule.window.bounds(percent_to_t, steps))
+    low, high, share = schedule.window.bounds(percent_to_t, steps)
+    if steps is not None:
+        low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))
+    return ResolvedSchedule(schedule.gamma, low, high, share)
+
+
+def _percent_to_sigma(model_sampling: ModelSampling) -> Callable[[float], float]:
+    """TACA Training Window replaces percent_to_sigma, and keeps the original here."""
+    return getattr(model_sampling, "taca_percent_to_sigma", model_sampling.percent_to_sigma)

@@ -82,7 +82,8 @@ def adjust_training_call(
             "after every node that changes the model's sampling."
         )
     state = call.initial_state()
-    gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call, run.prompts)
+    gamma = schedule.gamma_at(t).to(call.t.device)
+    gamma = run.config.options.gamma_of_call(gamma, call, run.prompts)
     adjustment = (state, partial(taca_override, gamma))
     options = {**call.transformer_options, KEY: adjustment}
     return executor(*call[:5], options, **call.others)

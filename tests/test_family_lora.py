@@ -32,6 +32,31 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
     assert torch.equal(sample(model, case), plain)
 
 
+@pytest.mark.parametrize("case", named("HiDream-I1"), ids=str, indirect=True)
+@pytest.mark.parametrize("algorithm", ["lora", "LoHa", "LoKr", "GLoRA"])
+def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras,  # noqa: F811
+                                   monkeypatch, algorithm):  # fmt: skip
+    """HiDream-I1 asks some experts about no token, and core merges into them all the same."""
+    model = families.load(case, folder, monkeypatch)
+    asked = []
+    for name, module in model.model.named_modules():
+        if name.endswith(".gate"):
+
+            def gate(x, forward=module.forward):
+                chosen, *others = forward(x)
+                asked.append(chosen)
+                return torch.zeros_like(chosen), *others
+
+            monkeypatch.setattr(module, "forward", gate)
+    state = random_lora(model, algorithm, rank=2, only="experts")
+    save_file(state, loras / "lora.safetensors")
+    ours = pack["LoadTACALoRA"].execute(apply_taca(model, 1.0, 0.0), "lora.safetensors", 0.5)
+    merged = comfy.sd.load_lora_for_models(model, None, dict(state), 0.5, 0)[0]
+    expected, result = (sample(m, case) for m in (merged, ours.result[0]))
+    assert asked
+    torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("wide", [True, False])
 def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,  # noqa: F811
                                           monkeypatch, caplog, wide):  # fmt: skip

@@ -88,16 +88,15 @@ def core_model(path, state):
     return comfy.sd.load_diffusion_model(str(path))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def published(request, tmp_path_factory):
+def publish(kind, folder, **settings):
     """(kind, model, LoRA file by diffusers, the model with that LoRA merged by peft).
 
     The LoRA is on every linear layer: attention, feed-forward and adaLN; alpha is not the rank.
     """
-    kind, folder = request.param, tmp_path_factory.mktemp("published")
     transformer = diffusers_model(kind)
     model = core_model(folder / "base.safetensors", transformer.state_dict())
-    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
+    settings = {"r": 4, "lora_alpha": 6, **settings}
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, **settings)
     transformer.add_adapter(config)
     pipeline = FluxPipeline if kind == "flux" else StableDiffusion3Pipeline
     pipeline.save_lora_weights(
@@ -113,6 +112,11 @@ def published(request, tmp_path_factory):
     }
     file = folder / "lora" / "pytorch_lora_weights.safetensors"
     return kind, model, file, core_model(folder / "merged.safetensors", merged)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def published(request, tmp_path_factory):
+    return publish(request.param, tmp_path_factory.mktemp("published"))
 
 
 def runs(model, kind, sigmas, start=None, cfg=3.0, seed=3):
@@ -165,6 +169,26 @@ def test_equals_the_merged_model(published, apply_taca, load_lora, loras, gamma)
     torch.testing.assert_close(sample(ours, kind), expected, atol=3e-5, rtol=3e-5)
     assert (sample(apply_taca(model, gamma, 0.0), kind) - expected).abs().max() > 0.1
     assert not replaced(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {r".*\.attn\.to_[qk]": 12, r"transformer_blocks\.0\..*": 0},
+         "rank_pattern": {r"attn\.to_\w": 8}, "use_rslora": True},
+        # The first that is all of a name's last parts counts; diffusers writes them sorted.
+        {"alpha_pattern": {"^to_q": 30, "attn": 9, "o_q": 40, "to_k|to_q": 20, "to_q": 10}},
+    ],
+    ids=["rslora", "patterns", "first match"],
+)  # fmt: skip
+def test_scales_of_peft(tmp_path, apply_taca, load_lora, loras, kind, settings):
+    """The scale of each layer is what peft computes from the configuration in the file."""
+    kind, model, file, merged = publish(kind, tmp_path, **settings)
+    ours = load_lora(apply_taca(model, 1.0, 0.0), copy_to(loras, file))
+    expected = sample(merged, kind, steps=3)
+    torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_confined_to_the_window(published, apply_taca, load_lora, loras):
@@ -227,6 +251,14 @@ def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, se
                     state[f"{key}.dora_scale"] = weight.flatten(1).norm(dim=1)[:, None] * 1.1
             elif algorithm == "full":
                 state[f"{key}.diff"] = random(*weight.shape, scale=0.02)
+            elif algorithm.startswith("GLoRA"):
+                is_old = algorithm == "GLoRA, old"
+                side = columns if is_old else weight.shape[1]
+                shapes = [(side, rank), (rank, side), (rows, rank), (rank, columns)]
+                parts = ("a2", "a1", "b2", "b1") if is_old else ("a1", "a2", "b1", "b2")
+                for part, shape in zip(parts, shapes, strict=True):
+                    state[f"{key}.{part}.weight"] = random(*shape)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
             else:
                 train = adapter_maps[algorithm].create_train(weight, rank=rank, alpha=1.0)
                 for part, tensor in train.named_parameters():
@@ -255,7 +287,8 @@ NAMINGS = {
 @pytest.mark.parametrize(
     ("algorithm", "naming"),
     [("lora", "generic"), ("lora", "kohya"), ("LoHa", "generic"), ("LoKr", "generic"),
-     ("OFT", "generic"), ("dora", "generic"), ("full", "generic")],
+     ("OFT", "generic"), ("dora", "generic"), ("full", "generic"), ("GLoRA", "generic"),
+     ("GLoRA, old", "kohya")],
 )  # fmt: skip
 def test_formats(folder, apply_taca, load_lora, kind, algorithm, naming):
     """Whatever core reads, with the effect of core's merge."""
@@ -287,6 +320,23 @@ def test_other_prefixes_of_diffusers_keys(published, load_lora, apply_taca, lora
     expected = sample(apply_taca(merged_by_core(model, load_file(file)), 1.0, 0.0), kind)
     ours = sample(load_lora(apply_taca(model, 1.0, 0.0), state), kind)
     torch.testing.assert_close(ours, expected, atol=3e-5, rtol=3e-5)
+
+
+def test_pefts_prefix_keeps_alpha_and_dora(published, load_lora, apply_taca, caplog):
+    """What core reads of ``transformer.`` keys is read of peft's own, whatever its ending."""
+    kind, model, file, _ = published
+    state = load_file(file)
+    for key in list(state):
+        base, down, _ = key.partition(".lora_A.")
+        if down:
+            state[f"{base}.alpha"] = torch.tensor(3.0)
+            rows = len(state[f"{base}.lora_B.weight"])
+            state[f"{base}.dora_scale"] = 1 + torch.rand(rows, 1)
+    renamed = {key.replace("transformer.", "base_model.model.", 1): v for key, v in state.items()}
+    expected = sample(merged_by_core(model, state), kind, steps=3)
+    ours = load_lora(apply_taca(model, 1.0, 0.0), renamed)
+    torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=3e-4, rtol=3e-4)
+    assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -503,8 +553,9 @@ def test_quantised_files(apply_taca, load_lora, kind, layout, tmp_path):
     # Adapters that need the weight itself have core's, but not one that only its module unpacks.
     dora = random_lora(full, "dora", only="blocks")
     if layout == "GGUF":
-        with pytest.raises(RuntimeError, match="cannot adjust the weight"):
-            sample(load_lora(ours, dora), kind)
+        for state in (dora, random_lora(full, "OFT", only="blocks")):
+            with pytest.raises(ValueError, match=r"needs the weights themselves .* a LoRA without"):
+                load_lora(ours, state)
     else:
         expected = sample(apply_taca(merged_by_core(full, dora), 1.4, 0.0), kind, **run)
         result = sample(load_lora(ours, dora), kind, **run)
@@ -648,6 +699,45 @@ def test_damaged_metadata(folder, load_lora, loras):
     save_file(random_lora(model), loras / "bad.safetensors", {"lora_adapter_metadata": "{not json"})
     with pytest.raises(ValueError, match=r"bad\.safetensors cannot be read"):
         load_lora(model, "bad.safetensors")
+
+
+@pytest.mark.parametrize("naming", list(NAMINGS))
+def test_a_model_that_is_loaded_compiled(folder, load_lora, naming):
+    """Some packs compile by an object patch, which stays on the live model after a run."""
+    model = tiny.load(folder, "flux")
+    state = random_lora(model, naming=NAMINGS[naming])
+    fast = model.clone()
+    compiled = torch.compile(model.get_model_object("diffusion_model"), backend="eager")
+    fast.add_object_patch("diffusion_model", compiled)
+    expected = load_lora(model, state)
+    fast.patch_model()
+    try:
+        names = [
+            m.get_additional_models_with_key("taca_lora")[0].model.module_names
+            for m in (load_lora(fast, state), expected)
+        ]
+    finally:
+        fast.unpatch_model()
+    assert names[0] == names[1]
+
+
+def test_a_scale_alone_is_told(folder, load_lora, caplog):
+    """DoRA's scale of a layer that has nothing else here: once, and with the count."""
+    model = tiny.load(folder, "flux")
+    state = random_lora(model)
+    tensors = sum("lora_" in key for key in state)
+    load_lora(model, state | {"other.dora_scale": torch.ones(4)})
+    [said] = [r.message for r in caplog.records if "left out" in r.message]
+    assert said.startswith(f"TACA: 1 of {tensors + 1} tensors")
+    assert "other.dora_scale" in said
+
+
+@pytest.mark.parametrize("name", ["UPPER.SAFETENSORS", "Short.Sft"])
+def test_extensions_in_any_letters(folder, load_lora, loras, name):
+    """What core's list shows is loaded."""
+    model = tiny.load(folder, "flux")
+    save_file(random_lora(model), loras / name)
+    assert load_lora(model, name) is not model
 
 
 def test_pickles_are_refused(folder, load_lora, loras):

@@ -7,9 +7,11 @@ import comfy.samplers
 import pytest
 import tiny
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import (
     BasicGuider,
     CFGGuider,
+    FlipSigmas,
     KSamplerSelect,
     Noise_RandomNoise,
     SamplerCustomAdvanced,
@@ -225,6 +227,46 @@ def test_schedule_preview_says_what_the_run_does(folder, apply_taca, pack, kind,
     count = int(said.split("acted on ")[1].split(" ")[0])
     assert f"TACA acts on {count} of 10 steps" in text
     assert text.count("1.300") == count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_steps_from_picture_to_noise(folder, apply_taca, pack, kind):
+    """Eight steps of core's FlipSigmas: gamma acts in the calls 1 to 3, as the preview says."""
+    window = {"window": "first steps", "steps": 3}
+    schedule = pack["TACASchedule"].execute(1.3, window).result[0]
+    model = apply_taca(tiny.load(folder, kind), schedule=schedule)
+    sigmas = FlipSigmas.execute(sigmas_of(model, 8)).result[0]
+    text = pack["TACASchedulePreview"].execute(sigmas, model).result[1]
+    assert ["1.300" in line for line in text.splitlines()[-8:]] == [True] * 3 + [False] * 5
+    assert acting(model, kind, "euler", sigmas) == [True] * 3 + [False] * 5
+
+
+def acting(model, kind, sampler, sigmas):
+    """For each call of a run: whether TACA has swapped a forward for it."""
+    calls, model = [], model.clone()
+
+    def watch(executor, *args, **kwargs):
+        calls.append(bool(replaced(model)))
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", watch)
+    guider = BasicGuider.execute(model, tiny.conditioning(kind, 7)).result[0]
+    SamplerCustomAdvanced.execute(
+        Noise_RandomNoise(3), guider, KSamplerSelect.execute(sampler).result[0], sigmas,
+        {"samples": torch.zeros(1, 16, 16, 16)},
+    )  # fmt: skip
+    return calls
+
+
+@pytest.mark.parametrize(
+    "sampler", ["dpmpp_2m_sde", "dpmpp_sde", "er_sde", "sa_solver", "seeds_2", "exp_heun_2_x0"]
+)
+def test_pure_noise_of_every_sampler(folder, apply_taca, sampler):
+    """Their first call is at t = 999.97."""
+    model = apply_taca(tiny.load(folder, "flux"), 1.3, 1000.0)
+    calls = acting(model, "flux", sampler, sigmas_of(model, 6))
+    assert calls[0]
+    assert sum(calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import sys
 import comfy.model_sampling
 import pytest
 import torch
+from comfy.k_diffusion.sampling import offset_first_sigma_for_snr
 from comfy.samplers import calculate_sigmas
+from comfy_extras.nodes_custom_sampler import FlipSigmas
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,10 +50,13 @@ def test_a_step_on_the_threshold_is_inside(thousandths):
     assert inside.tolist() == [True, False]
 
 
-def sampling(kind):
+def sampling(kind, prediction=comfy.model_sampling.CONST):
+    if kind == "discrete":  # as U-ViT and CogVideoX
+        base, prediction = comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS
+        return type("Sampling", (base, prediction), {})()
     base = {"flux": comfy.model_sampling.ModelSamplingFlux,
             "sd3": comfy.model_sampling.ModelSamplingDiscreteFlow}[kind]  # fmt: skip
-    made = type("Sampling", (base, comfy.model_sampling.CONST), {})()
+    made = type("Sampling", (base, prediction), {})()
     made.set_parameters(shift=1.15 if kind == "flux" else 3.0)
     return made
 
@@ -110,6 +115,84 @@ def test_percent_is_comfyuis(kind, shape):
     x = (high - sigmas[inside]) / (high - low)
     share = {"step": 1 + 0 * x, "linear": 1 - x, "cosine": (1 + (math.pi * x).cos()) / 2}[shape]
     torch.testing.assert_close(gamma[inside], 1 + 0.4 * share, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "discrete"])
+@pytest.mark.parametrize("scheduler", ["simple", "normal", "beta"])
+def test_percent_is_comfyuis_to_the_last_place(kind, scheduler):
+    """Each bound in thousandths, most of them between two steps and some on one: core's rule."""
+    model_sampling = sampling(kind)
+    sigmas = calculate_sigmas(model_sampling, scheduler, 28)[:-1]
+    t = timestep(model_sampling, sigmas)
+    wrong = []
+    for percent in (i / 1000 for i in range(1, 1001)):
+        bound = model_sampling.percent_to_sigma(percent)
+        for window, inside in (
+            ((percent, 1.0), sigmas <= bound),
+            ((0.0, percent), sigmas >= bound),
+        ):
+            plan = resolve(Schedule(1.2, schedule.PercentWindow(*window)), model_sampling, sigmas)
+            wrong += [window] if not plan.contains(t).equal(inside) else []
+    assert not wrong
+
+
+def test_a_percent_window_after_the_first_step():
+    model_sampling = sampling("flux")
+    plan = resolve(Schedule(1.2, schedule.PercentWindow(0.001, 0.003)), model_sampling)
+    assert not plan.contains(timestep(model_sampling, torch.ones(1))).any()
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "discrete"])
+@pytest.mark.parametrize("shape", ["step", "linear"])
+@pytest.mark.parametrize(("window", "bounds"), [("timestep", (1000.0,)), ("percent", (0.0, 0.0))])
+def test_pure_noise_is_what_a_sampler_begins_with(kind, shape, window, bounds):
+    """Several of core's samplers call the model at t = 999.97 first, for a finite logarithm."""
+    model_sampling = sampling(kind)
+    sigmas = calculate_sigmas(model_sampling, "simple", 20)
+    called = offset_first_sigma_for_snr(sigmas, model_sampling)
+    plan = resolve(Schedule(1.4, schedule.WINDOWS[window](*bounds, shape)), model_sampling, sigmas)
+    for each in (sigmas, called):
+        t = timestep(model_sampling, each[:2])
+        assert plan.contains(t).tolist() == [True, False]
+        assert plan.gamma_at(t).tolist() == [torch.tensor(1.4).item(), 1.0]
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_flow_is_told_by_its_noise(kind):
+    """Unsampling packs give a model a flow sampling that is not core's CONST."""
+
+    class Inverse:
+        """Predicts the other way."""
+
+    sigmas = torch.tensor([1.0, 0.97, 0.5])
+    assert timestep(sampling(kind, Inverse), sigmas).tolist() == pytest.approx([1000, 970, 500])
+
+
+@given(
+    steps=st.integers(1, 30),
+    first=st.integers(1, 35),
+    kind=st.sampled_from(["flux", "sd3", "discrete"]),
+    scheduler=st.sampled_from(["simple", "karras"]),
+)
+def test_first_steps_of_a_run_from_picture_to_noise(steps, first, kind, scheduler):
+    """As core's FlipSigmas makes it, for unsampling."""
+    model_sampling = sampling(kind)
+    sigmas = FlipSigmas.execute(calculate_sigmas(model_sampling, scheduler, steps)).result[0]
+    plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
+    for i in range(steps):
+        calls = torch.stack([sigmas[i], (sigmas[i] + sigmas[i + 1]) / 2])
+        assert plan.contains(timestep(model_sampling, calls)).tolist() == [i < first] * 2
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_gamma_falls_in_the_order_of_the_run(flip):
+    model_sampling = sampling("flux")
+    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.125])
+    sigmas = sigmas.flip(0) if flip else sigmas
+    plan = resolve(Schedule(1.4, schedule.FirstStepsWindow(2, "linear")), model_sampling, sigmas)
+    gamma = plan.gamma_at(timestep(model_sampling, sigmas)).tolist()
+    halfway = 1.4 - 0.4 * float((sigmas[1] - sigmas[0]) / (sigmas[2] - sigmas[0]))
+    assert gamma == pytest.approx([1.4, halfway, 1, 1, 1], abs=1e-5)
 
 
 @given(steps=st.integers(1, 30), first=st.integers(1, 35), kind=st.sampled_from(["flux", "sd3"]))
