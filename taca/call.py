@@ -34,7 +34,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         return executor(*args, **kwargs)
     sites, state = run.sites_of(base_model), call.initial_state()
     swaps: list[tuple[nn.Module, Wrap]] = []
-    gamma = config.options.gamma_of_call(schedule.gamma_at(torch.tensor(t)), call)
+    gamma = schedule.gamma_at(torch.tensor(t))
+    gamma = config.options.gamma_of_call(gamma, call, base_model.diffusion_model, run.prompt)
     if bool((gamma != 1).any()):
         # One factor where all rows have the same, so that no graph depends on the batch size.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma

@@ -52,6 +52,7 @@ class Run:
 
     config: TacaConfig
     schedule: ResolvedSchedule | None = None
+    prompt: frozenset[Any] | None = None  # uuids of the conditionings of the options' prompt
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
     # For each call inside the window: whether a joint block ran, and whether one attended.
     calls: list[tuple[bool, bool]] = field(default_factory=list)

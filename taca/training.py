@@ -82,7 +82,7 @@ def adjust_training_call(
             "after every node that changes the model's sampling."
         )
     state = call.initial_state()
-    gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call)
+    gamma = run.config.options.gamma_of_call(schedule.gamma_at(t), call, base_model.diffusion_model)
     adjustment = (state, partial(taca_override, gamma, state))
     options = {**call.transformer_options, KEY: adjustment}
     result = executor(*call[:5], options, **call.others)
