@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comfy.model_management
-import tokenizers
 import torch
 from comfy.sd1_clip import SDTokenizer
 from torch import Tensor, nn
-from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
 Chunks = list[list[Any]]
 """What a tokenizer makes of a text: chunks of ``(id, weight, ...)``; an embedding is its own id."""
@@ -61,10 +59,7 @@ class Noting:
         for i in reversed(range(len(own) - 1)):  # the last byte of a character has all of it
             if self.tokenizer.is_byte(own[i]) and offsets[i][0] == offsets[i][1]:
                 offsets[i] = offsets[i + 1]
-        spans = [(0, 0)] * len(ids)
-        start = int(ids[:1] != own[:1])  # behind a token of the beginning
-        spans[start : start + len(own)] = offsets
-        return self.noted(text, ids, spans, self.tokenizer.unk_id())
+        return self.noted(text, ids, _within(ids, own, offsets), self.tokenizer.unk_id())
 
     def noted(
         self, text: str, ids: list[int], spans: Sequence[tuple[int, int]], unknown: int | None
@@ -80,15 +75,31 @@ class Noting:
 
     def _spans(self, text: str, ids: list[int], kwargs: Any) -> Sequence[tuple[int, int]]:
         if getattr(self.tokenizer, "is_fast", False):
-            return self.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
-        fast = getattr(self.tokenizer, "tokenizer", None)  # of core's own class around one
+            told = self.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
+            if max((end for _, end in told), default=0) >= len(text.rstrip()):
+                return told
+        # It does not tell, or wrongly, as transformers 5 does for HunyuanVideo's: by decoding.
         try:
-            if not isinstance(fast, tokenizers.Tokenizer):
-                fast = convert_slow_tokenizer(self.tokenizer)
-            encoded = fast.encode(text, add_special_tokens=kwargs.get("add_special_tokens", True))
-        except (AttributeError, ValueError):  # it has no fast kind: ByT5, whose tokens are bytes
-            return [(0, 0)] * len(ids)
-        return encoded.offsets if encoded.ids == ids else [(0, 0)] * len(ids)
+            own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except TypeError:  # Lens's knows no other tokens
+            own = ids
+        written = [i for i, c in enumerate(text) if not c.isspace()]
+        parts = ["".join(self.tokenizer.decode(own[:i]).split()) for i in range(len(own) + 1)]
+        ends = [len(part.rstrip("\ufffd")) for part in parts]
+        spans = [(0, 0)] * (len(own) + 1)
+        if parts[-1].lower() == "".join(text.split()).lower():
+            for i in reversed(range(len(own))):
+                if ends[i + 1] > ends[i]:
+                    spans[i] = written[ends[i]], written[ends[i + 1] - 1] + 1
+                elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
+                    spans[i] = spans[i + 1]
+        return _within(ids, own, spans)
+
+
+def _within(ids: list[int], own: list[int], spans: Sequence[tuple[int, int]]) -> list[Any]:
+    """The spans of a text's own ids, among all ids with those of its start and end."""
+    start = int(ids[:1] != own[:1])
+    return [*[(0, 0)] * start, *spans[: len(own)], *[(0, 0)] * len(ids)][: len(ids)]
 
 
 def tokenized(clip: Any, text: str) -> tuple[dict[str, Chunks], dict[str, SDTokenizer]]:

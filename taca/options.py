@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .families import family_of, uncompiled
-from .prompt_calls import rows_of
+from .prompt_calls import conditionings_of, rows_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Options:
     prompt: tuple[float, ...] | None = None
     # Makes the prompt's conditioning again, to find it among several.
     encode: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    def conditionings(self, guider: Any) -> frozenset[Any] | None:
+        """Those of the prompt, as ``conditionings_of``; errors as there."""
+        if self.prompt is None:
+            return None
+        return conditionings_of(guider, len(self.prompt), self.encode)
 
     def gamma_of_call(
         self,

@@ -23,7 +23,6 @@ from .compiler import check_compiler
 from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
-from .prompt_calls import conditionings_of
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import ResolvedSchedule, Schedule, advice
 from .timesteps import resolve, timestep
@@ -87,11 +86,7 @@ def watch_run(config: TacaConfig, executor: WrapperExecutor, *args: Any, **kwarg
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
     sigmas = None if comfy.model_management.in_training else sigmas
     schedule = resolve(config.schedule, patcher.get_model_object("model_sampling"), sigmas)
-    options = config.options
-    prompt = None
-    if options.prompt is not None:
-        prompt = conditionings_of(guider, len(options.prompt), options.encode)
-    run = Run(config, schedule, prompt)
+    run = Run(config, schedule, config.options.conditionings(guider))
     log_plan(config, schedule, patcher, sigmas)
     wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
     check_compiler(patcher.model.diffusion_model, wrappers)

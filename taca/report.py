@@ -41,7 +41,9 @@ class Report:
 
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     prompt: PromptTokens | None = None  # that the words are of
-    own: frozenset[Any] | None = None  # uuids of that prompt's conditionings, where others are too
+    # Uuids of the conditionings that are this prompt's and the options', where others are too.
+    own: frozenset[Any] | None = None
+    limited: frozenset[Any] | None = None
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
     # without TACA and as the run had it
@@ -78,7 +80,7 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
     """A clone of a model, with TACA or without, whose next run fills a report."""
     config = config_of(model) or TacaConfig(Schedule(1.0, TimestepWindow()))
     patched = model.clone()
-    patched.add_wrapper(WrappersMP.OUTER_SAMPLE, partial(_watch_run, report))
+    patched.add_wrapper(WrappersMP.OUTER_SAMPLE, partial(_watch_run, config, report))
     transformer = uncompiled(patched.get_model_object("diffusion_model"))
     report.blocks += [
         f"{short(name)} {i}"
@@ -92,11 +94,14 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
     return patched
 
 
-def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
+def _watch_run(
+    config: TacaConfig, report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any
+) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
     prompt = report.prompt
     how = (None, None) if prompt is None else (len(prompt.table), prompt.encode)
     report.own = conditionings_of(executor.class_obj, *how)
+    report.limited = config.options.conditionings(executor.class_obj)
     return executor(*args, **kwargs)
 
 
@@ -113,7 +118,7 @@ def _watch_call(
     schedule = resolve(config.schedule, model_sampling, sigmas)
     transformer = uncompiled(base_model.diffusion_model)
     family, limit = family_of(transformer), config.options.blocks
-    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, transformer, report.own)
+    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, transformer, report.limited)
     start = 0
     if report.prompt is not None:
         start = family.text_weights(transformer, report.prompt.own(), call)[1]
