@@ -74,25 +74,27 @@ class Noting:
         return self.ids
 
     def _spans(self, text: str, ids: list[int], kwargs: Any) -> Sequence[tuple[int, int]]:
+        written = [i for i, c in enumerate(text) if not c.isspace()]
+        told: Sequence[tuple[int, int]] = [(0, 0)] * len(ids)
         if getattr(self.tokenizer, "is_fast", False):
             told = self.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
-            if max((end for _, end in told), default=0) >= len(text.rstrip()):
+            if {*written} <= {i for span in told for i in range(*span)}:
                 return told
         # It does not tell, or wrongly, as transformers 5 does for HunyuanVideo's: by decoding.
         try:
             own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         except TypeError:  # Lens's knows no other tokens
             own = ids
-        written = [i for i, c in enumerate(text) if not c.isspace()]
         parts = ["".join(self.tokenizer.decode(own[:i]).split()) for i in range(len(own) + 1)]
+        if parts[-1].lower() != "".join(text.split()).lower():
+            return told
         ends = [len(part.rstrip("\ufffd")) for part in parts]
         spans = [(0, 0)] * (len(own) + 1)
-        if parts[-1].lower() == "".join(text.split()).lower():
-            for i in reversed(range(len(own))):
-                if ends[i + 1] > ends[i]:
-                    spans[i] = written[ends[i]], written[ends[i + 1] - 1] + 1
-                elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
-                    spans[i] = spans[i + 1]
+        for i in reversed(range(len(own))):
+            if ends[i + 1] > ends[i]:
+                spans[i] = written[ends[i]], written[ends[i + 1] - 1] + 1
+            elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
+                spans[i] = spans[i + 1]
         return _within(ids, own, spans)
 
 
