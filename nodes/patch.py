@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
-from ..taca.prompt_tokens import prompt_tokens, tokens_of
+from ..taca.prompt_tokens import PromptTokens
 from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
 from .ui.schema import schema
 
@@ -129,5 +129,7 @@ class TACAOptions(io.ComfyNode):
                 "TACA Options needs both clip and prompt to tell the prompt's tokens from padding: "
                 "connect the other one too, or neither."
             )
-        tokens = None if clip is None else prompt_tokens(tokens_of(clip, prompt or ""))
-        return io.NodeOutput(Options(positive_only, blocks, tokens))
+        if clip is None:
+            return io.NodeOutput(Options(positive_only, blocks))
+        tokens = PromptTokens.of(clip, prompt or "")
+        return io.NodeOutput(Options(positive_only, blocks, tokens.own(), tokens.encode))

@@ -9,8 +9,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..taca.arguments import Prompts
-from ..taca.prompt_tokens import find_words, tokens_of, without_ends
+from ..taca.prompt_tokens import PromptTokens, find_words
 from ..taca.report import Report, watched
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks
@@ -61,10 +60,10 @@ class TACAAttentionReport(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as Core
 
-        report = Report(words_of(words, clip, prompt))
+        tokens = None if clip is None or prompt is None else PromptTokens.of(clip, prompt)
+        report = Report(find_words(words, tokens), tokens)
         observed = copy.copy(guider)
         observed.model_patcher = watched(guider.model_patcher, report)
-        report.prompts = Prompts(observed, len(latent_image["samples"]))
         output = Core.execute(noise, observed, sampler, sigmas, latent_image).result[0]
         table = report.table()
         if not table.numel():
@@ -78,17 +77,6 @@ class TACAAttentionReport(io.ComfyNode):
         _, shown = show(pictures.stack([shares, maps]), text, cls)
         images = map(pictures.to_tensor, (shares, maps))
         return io.NodeOutput(output, *images, text, ui=shown)
-
-
-def words_of(words: str, clip: Any, prompt: str | None) -> dict[str, list[int]]:
-    """The token indices of the chosen words."""
-    if clip is None or prompt is None:
-        return find_words(words, [], None)
-
-    def tokenize(text: str) -> list[list[list[int]]]:
-        return [[without_ends(ids) for ids in part] for part in tokens_of(clip, text)]
-
-    return find_words(words, tokens_of(clip, prompt), tokenize)
 
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:
@@ -120,7 +108,11 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
     if not report.maps:
         return pictures.sheet([pictures.blank(420, 8)], ["No words were chosen."], 1)
     maps, labels = [], []
-    for word, own in zip(report.words, torch.stack(report.maps).mean(0), strict=True):
+    sizes = sorted({own.shape for own in report.maps}, reverse=True)
+    means = [torch.stack([own for own in report.maps if own.shape == size]) for size in sizes]
+    for word, own in (
+        (w, m) for each in means for w, m in zip(report.words, each.mean(0), strict=True)
+    ):
         low, high = own.min(), own.max()
         heat = pictures.heat((own - low) / (high - low).clamp_min(1e-12))
         scale = max(1, 384 // max(heat.size))

@@ -36,7 +36,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     sites, state = run.sites_of(base_model), call.initial_state()
     seen: list[Seen] = []
     swaps: list[tuple[nn.Module, Wrap]] = []
-    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, run.prompts)
+    model, prompts = base_model.diffusion_model, run.prompts
+    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, model, prompts)
     if bool((gamma != 1).any()):
         # One factor where all rows have the same, so that no graph depends on the batch size.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma

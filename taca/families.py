@@ -5,21 +5,31 @@ To add a family, add an entry to ``FAMILIES``. A family is recognised by the cla
 model cannot take the pack down.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .arguments import CallArguments
 from .block_ranges import parse_blocks
 from .layouts import (
+    FindAround,
     Locate,
+    cropped,
+    filled_up,
+    glyphs,
     hidream_o1,
+    llama_behind,
     minimax,
     mochi,
+    nothing,
     one_stream,
     records_length,
     records_only,
+    told_time,
     two_streams,
     with_prefix,
 )
@@ -46,9 +56,12 @@ class Family:
     before: dict[str, Locate] = field(default_factory=dict, hash=False)
     attention: str = ""  # attribute of a block that attends, where the block cannot be reached
     reach: Reach = through_options  # how an attention override reaches that attention
-    # The consecutive parts of its conditioning. Each part names the encoders, as ComfyUI's
-    # tokenizer calls them, whose embeddings are concatenated along channels.
-    text: tuple[tuple[str, ...], ...] = ()
+    around: FindAround = nothing  # what it takes for text before and behind the conditioning
+    fills_front: int = 0  # to so many text tokens core fills up the conditioning in front
+    # Where the picture's own tokens are among all image tokens: before what it is shown, behind it,
+    # or in the left half of each row.
+    own_image: Literal["first", "last", "left"] = "first"
+    patch: int = 0  # side of a token in latents, where the model does not say it in ``patch_size``
     required_attrs: tuple[str, ...] = ()  # of its model, where another's class has the same name
     before_run: tuple[str, ...] = ()  # modules that ComfyUI runs on the text outside any window
     # Whether ComfyUI keeps the keys of the text from step to step and from run to run. What a LoRA
@@ -76,6 +89,50 @@ class Family:
         blocks |= {block.module: block for block in self.joint_blocks(diffusion_model, limit)}
         return list(blocks.values())
 
+    def text_weights(
+        self, diffusion_model: nn.Module, prompt: Sequence[float], call: CallArguments
+    ) -> tuple[list[float], int]:
+        """A weight for each text token of the model, of weights for the conditioning's.
+
+        And the token that the conditioning begins at.
+
+        Raises ValueError if the conditioning has another number of tokens.
+        """
+        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
+        missing = num_text - len(prompt)
+        if missing and (num_text != self.fills_front or missing < 0):
+            raise ValueError(
+                f"TACA: the positive conditioning has {num_text} text tokens, its prompt "
+                f"{len(prompt)}. Connect the CLIP and the prompt that made the conditioning; "
+                f"joined ones and image prompts (Redux) cannot be told apart."
+            )
+        around = self.around(diffusion_model, num_text, call.others)
+        before = [*around.before, *([0.0] * missing)]
+        return [*before, *prompt[: num_text - around.cut], *around.behind], len(before)
+
+    def grid(self, diffusion_model: nn.Module, latent: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, rows and columns of the tokens of latents of this shape."""
+        size: Any = self.patch or diffusion_model.patch_size
+        patch = [size, size] if isinstance(size, int) else [*size]
+        patch = [getattr(diffusion_model, "patch_size_t", None) or 1, *patch][-3:]
+        sides = (1, *latent[2:])[-3:]
+        frames, rows, columns = (-(-n // p) for n, p in zip(sides, patch, strict=True))
+        return frames, rows, columns
+
+    def own_places(
+        self, diffusion_model: nn.Module, grid: tuple[int, int, int], num_image: int
+    ) -> Tensor:
+        """The picture's own image tokens ``(frames, rows, columns)``, among all that there are."""
+        frames, rows, columns = grid
+        count = math.prod(grid)
+        if self.own_image == "left" and num_image >= 2 * count:
+            whole = torch.arange(2 * count).view(frames, rows, 2 * columns)
+            return whole[:, :, :columns]
+        # Z-Image fills up the picture too, behind.
+        multiple = getattr(diffusion_model, "pad_tokens_multiple", None) or 1
+        first = num_image - -(-count // multiple) * multiple if self.own_image == "last" else 0
+        return torch.arange(count).view(grid) + max(first, 0)
+
     def _attending(self, block: nn.Module) -> nn.Module:
         block = uncompiled(block)
         return getattr(block, self.attention) if self.attention else block
@@ -94,12 +151,13 @@ FAMILIES = (
         "FLUX.1 (dev, schnell, Fill, Kontext)",
         ("Flux",),
         FLUX_BLOCKS,
-        text=(("t5xxl",),),
         required_attrs=("vector_in",),  # of CLIP-L's pooled output
     ),
     # FLUX.2's text is padded to 512 tokens in front, which count, as FLUX.1's padding does.
-    Family("FLUX.2 (dev, Klein), LongCat-Image and Ovis-Image", ("Flux",), FLUX_BLOCKS),
-    Family("Chroma and Chroma Radiance", ("Chroma",), FLUX_BLOCKS, text=(("t5xxl",),)),
+    Family(
+        "FLUX.2 (dev, Klein), LongCat-Image and Ovis-Image", ("Flux",), FLUX_BLOCKS, fills_front=512
+    ),
+    Family("Chroma and Chroma Radiance", ("Chroma",), FLUX_BLOCKS),
     Family(
         "AuraFlow",
         ("MMDiT",),
@@ -111,12 +169,17 @@ FAMILIES = (
     # ByT5's tokens, of what is to be written in the picture, are text. Those of a vision encoder
     # are not: they show the picture to begin with. (In HunyuanVideo 1.0 they can lie within what
     # the text encoder returns, where they cannot be told from text.)
-    Family("HunyuanVideo 1.0 and 1.5, HunyuanImage 2.1", ("HunyuanVideo",), FLUX_BLOCKS),
+    Family(
+        "HunyuanVideo 1.0 and 1.5, HunyuanImage 2.1",
+        ("HunyuanVideo",),
+        FLUX_BLOCKS,
+        around=glyphs,
+        own_image="last",
+    ),
     Family(
         "SD3 and SD3.5",
         ("MMDiT",),
         {"joint_blocks": two_streams(text=(0, "context"), image=(1, "x"))},
-        text=(("l", "g"), ("t5xxl",)),
     ),
     Family(
         # Padding that the model learned (Z-Image) counts as what it pads. Z-Image Omni: [text |
@@ -128,6 +191,8 @@ FAMILIES = (
             "context_refiner": records_length("num_text"),
             "siglip_refiner": records_length("num_other"),
         },
+        around=filled_up,
+        own_image="last",
     ),
     Family(
         "HiDream-I1 and HiDream-E1",
@@ -139,11 +204,14 @@ FAMILIES = (
             # [image | text | the block's own Llama tokens], as many in every block
             "single_stream_blocks": one_stream((0, "image_tokens"), image_first=True),
         },
+        around=llama_behind,
+        own_image="left",
     ),
     Family(
         "HiDream-O1",
         ("HiDreamO1Transformer",),
         {"language_model.layers": hidream_o1},
+        around=told_time,
         reach=through_handed_attention,
         caches_text_keys=True,
     ),
@@ -151,6 +219,7 @@ FAMILIES = (
         "OmniGen2",
         ("OmniGen2Transformer2DModel",),
         {"layers": one_stream((0, "hidden_states"))},
+        own_image="last",
     ),
     Family(
         "Boogu-Image",
@@ -161,11 +230,14 @@ FAMILIES = (
             ),
             "single_stream_layers": one_stream((0, "hidden_states")),
         },
+        own_image="last",
     ),
     # Without a prompt (its unconditional pass) Ideogram's sequence is the image alone.
-    Family("Ideogram 4", ("Ideogram4Transformer2DModel",), {"layers": one_stream((0, "x"))}),
-    Family("Krea 2", ("SingleStreamDiT",), {"blocks": one_stream((0, "x"))}),
-    Family("Lens", ("LensTransformer2DModel",), {"transformer_blocks": IMAGE_FIRST}),
+    Family(
+        "Ideogram 4", ("Ideogram4Transformer2DModel",), {"layers": one_stream((0, "x"))}, patch=1
+    ),
+    Family("Krea 2", ("SingleStreamDiT",), {"blocks": one_stream((0, "x"))}, patch=2),
+    Family("Lens", ("LensTransformer2DModel",), {"transformer_blocks": IMAGE_FIRST}, patch=1),
     Family("Qwen-Image and Qwen-Image-Edit", ("QwenImageTransformer2DModel",), DIFFUSERS_BLOCKS),
     Family("JoyImage-Edit", ("JoyImageTransformer3DModel",), {"double_blocks": IMAGE_FIRST}),
     Family("Mage-Flow", ("MageFlowTransformer2DModel",), DIFFUSERS_BLOCKS),
@@ -178,12 +250,14 @@ FAMILIES = (
         "PixelDiT and PiD",
         ("PixDiT_T2I",),
         {"patch_blocks": two_streams(text=(1, "y"), image=(0, "x"))},
+        around=cropped,
     ),
-    Family("Mochi", ("AsymmDiTJoint",), {"blocks": mochi}),
+    Family("Mochi", ("AsymmDiTJoint",), {"blocks": mochi}, around=cropped),
     Family(
         "MiniMax-H3",
         ("MiniMaxH3Model",),
         {"blocks": minimax},
+        own_image="last",
         before_run=("condition_proj", "token_refiner"),
     ),
     Family(
@@ -198,7 +272,6 @@ FAMILIES = (
         ("UViT",),
         # [time | text | image], in the blocks that text joins
         {"joint_blocks": with_prefix(1, one_stream((0, "x")))},
-        text=(("l",),),
     ),
 )
 

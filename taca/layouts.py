@@ -4,9 +4,11 @@ A ``Locate`` returns the layout of a block's joint sequence, given the block's a
 earlier blocks of the same call recorded in ``CallState``. Tokens lie on axis 1 of ``(b, n, c)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from .attention import Kind, Layout, Span
 from .swap import Args, Kwargs
@@ -133,6 +135,61 @@ def hidream_o1(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         rest = Span("text", num_text - 3, False)
         text = (Span("text", 3, False), Span("other", num_vision, False), rest)
     return (*text, Span("other", 1), Span("image", num_tokens - state.num_cached - 1))
+
+
+class Around(NamedTuple):
+    """The text tokens of a model beside its conditioning: 1 for the prompt's, 0 for others."""
+
+    before: Sequence[float] = ()
+    behind: Sequence[float] = ()
+    cut: int = 0  # so many of the conditioning's last tokens are left out
+
+
+FindAround = Callable[[nn.Module, int, Mapping[str, Any]], Around]
+"""``(model, length of the conditioning, arguments) -> around``."""
+
+
+def nothing(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+    """The text is the conditioning."""
+    return Around()
+
+
+def cropped(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+    """Mochi drops its padding, PixelDiT what is longer than its longest prompt."""
+    longest = getattr(model, "txt_max_length", None) or arguments.get("num_tokens", 256)
+    return Around(cut=max(0, length - longest))
+
+
+def told_time(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+    """HiDream-O1's last token tells the time."""
+    return Around(cut=1)
+
+
+def filled_up(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+    """Z-Image fills up each text to a multiple; those of references come first."""
+    multiple = getattr(model, "pad_tokens_multiple", None) or 1
+    references = len(arguments.get("ref_latents") or ())
+    lengths = [text.shape[1] for text in arguments.get("ref_contexts") or ()]
+    lengths += [1] * (references - len(lengths))
+    full = [-(-each // multiple) * multiple for each in lengths]
+    behind = -length % multiple + sum(full[references:])
+    return Around([0.0] * sum(full[:references]), [0.0] * behind)
+
+
+def glyphs(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+    """ByT5's tokens, of what is to be written: first in HunyuanVideo 1.5, last in HunyuanImage."""
+    tokens = arguments.get("txt_byt5")
+    if tokens is None or getattr(model, "byt5_in", None) is None:
+        return Around()
+    own = [1.0] * tokens.shape[1]
+    is_last = getattr(model, "cond_type_embedding", None) is None
+    return Around(behind=own) if is_last else Around(own)
+
+
+def llama_behind(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+    """HiDream-I1's Llama tokens: those of its last layer, and of one for each block."""
+    tokens = arguments.get("encoder_hidden_states_llama3")
+    return Around(behind=[] if tokens is None else [1.0] * (2 * tokens.shape[2]))
 
 
 def _argument(args: Args, kwargs: Kwargs, position: int, name: str) -> Any:

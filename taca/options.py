@@ -3,12 +3,16 @@
 All are off by default, as in the paper. They limit gamma and not the LoRA.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .arguments import CallArguments, Prompts, positive_rows
+from .arguments import CallArguments
+from .families import family_of, uncompiled
+from .prompt_calls import Prompts, conditionings_of, positive_rows
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,18 @@ class Options:
     # Share of gamma - 1 for each text token of the positive conditioning: 1 for the prompt's own
     # tokens, 0 for padding.
     prompt: tuple[float, ...] | None = None
+    # Makes the prompt's conditioning again, to find it among several.
+    encode: Callable[[], Tensor] | None = field(default=None, compare=False)
 
-    def gamma_of_call(self, gamma: Tensor, call: CallArguments, prompts: Prompts | None) -> Tensor:
+    def conditionings(self, guider: Any) -> frozenset[Any] | None:
+        """Those of the prompt, as ``conditionings_of``; errors as there."""
+        if self.prompt is None:
+            return None
+        return conditionings_of(guider, len(self.prompt), self.encode)
+
+    def gamma_of_call(
+        self, gamma: Tensor, call: CallArguments, transformer: nn.Module, prompts: Prompts | None
+    ) -> Tensor:
         """Gamma of each row of a call ``(b,)``, or of each row and text token ``(b, t)``.
 
         ``gamma`` is the schedule's, ``(b,)``.
@@ -33,17 +47,16 @@ class Options:
         positive = positive_rows(call, prompts).to(gamma.device)
         if self.positive_only:
             gamma = gamma.where(positive, 1.0)
-        if self.prompt is None or not bool(positive.any()):
+        if self.prompt is None:
             return gamma
-        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
-        if len(self.prompt) != num_text:
-            raise ValueError(
-                f"TACA Options: the positive conditioning has {num_text} text tokens, its prompt "
-                f"{len(self.prompt)}. Connect the CLIP and the prompt that made the conditioning; "
-                f"joined ones and image prompts (Redux) cannot be told apart."
-            )
-        weights = torch.tensor(self.prompt, device=gamma.device)
-        weights = weights.where(positive[:, None], 1.0)
+        limited = prompts and prompts.limited
+        rows = positive_rows(call, prompts, limited).to(gamma.device)
+        if not bool(rows.any()):
+            return gamma
+        transformer = uncompiled(transformer)
+        family = family_of(transformer)
+        weights = torch.tensor(family.text_weights(transformer, self.prompt, call)[0])
+        weights = weights.to(gamma.device).where(rows[:, None], 1.0)
         return torch.lerp(torch.ones_like(weights), gamma[:, None].expand_as(weights), weights)
 
 

@@ -18,12 +18,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from .arguments import Prompts
 from .call import adjust_call
 from .compiler import check_compiler
 from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
+from .prompt_calls import Prompts
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import Schedule
 from .timesteps import resolve, timestep
@@ -90,7 +90,7 @@ def watch_run(config: TacaConfig, executor: WrapperExecutor, *args: Any, **kwarg
     if comfy.model_management.in_training:
         training, given["sigmas"] = True, None
     run = Run(config, resolve(config.schedule, sampling, given["sigmas"]))
-    run.prompts = Prompts(guider, len(given["noise"]))
+    run.prompts = Prompts(guider, len(given["noise"]), config.options.conditionings(guider))
     wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
     check_compiler(patcher.model.diffusion_model, wrappers)
     # The run reaches its calls in their wrapper, not as an entry of transformer_options: what

@@ -1,62 +1,118 @@
-"""Which tokens of a conditioning are the prompt's own, and which belong to a word."""
+"""Which token of a conditioning stands for which characters of its prompt."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from comfy.sd import CLIP
+from torch import Tensor
 
-from .families import FAMILIES
-
-Parts = Sequence[Sequence[Sequence[int]]]
-
-
-def tokens_of(clip: CLIP, prompt: str) -> list[list[list[int]]]:
-    """The token ids of a prompt, in the consecutive parts of its conditioning.
-
-    ComfyUI's own tokenizer makes them; see ``prompt_tokens`` for the form.
-
-    Raises ValueError if the CLIP is not that of a family whose conditioning is known.
-    """
-    tokenized = {
-        name: [token for chunk in chunks for token, *_ in chunk]
-        for name, chunks in clip.tokenize(prompt).items()
-    }
-    for family in FAMILIES:
-        names = [name for part in family.text for name in part]
-        # FLUX's pooled CLIP-L is tokenized too, and has no part in the text tokens.
-        if names and set(names) <= set(tokenized) <= {*names, "l"}:
-            return [[tokenized[name] for name in part] for part in family.text]
-    known = "; ".join(family.name for family in FAMILIES if family.text)
-    raise ValueError(
-        f"TACA cannot tell the tokens of this CLIP ({', '.join(tokenized)}) apart; it can for "
-        f"{known}. Leave clip and prompt open."
-    )
+from .encoding import MARK, Chunks, Id, Locator, encoded, padding_of, tokenized
 
 
-def prompt_tokens(parts: Parts) -> tuple[float, ...]:
-    """1 for each token of a prompt, 0 for its padding.
+class Token(NamedTuple):
+    """A token of one encoder, and the characters of the prompt it stands for."""
 
-    ``parts`` are the conditioning's consecutive parts: each the token ids of the encoders whose
-    embeddings are concatenated along channels (CLIP-L and CLIP-G in SD3).
-    """
-    weights: list[float] = []
-    for encoders in parts:
-        length = max(len(ids) for ids in encoders)
-        own = max(_without_padding(ids) for ids in encoders)
-        weights += [1.0] * own + [0.0] * (length - own)
-    return tuple(weights)
+    encoder: str  # as ComfyUI's tokenizer calls it
+    start: int
+    end: int  # as start where it stands for none, as those of a template or an embedding
+    is_padding: bool
+    is_unknown: bool  # whether it stands for whatever its tokenizer has no token for
 
 
-def find_words(
-    words: str, prompt: Parts, tokenize: Callable[[str], Parts] | None
-) -> dict[str, list[int]]:
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt, and the tokens of the conditioning that a CLIP makes of it."""
+
+    clip: CLIP = field(repr=False)
+    text: str
+    # For each token of the conditioning those of the encoders whose embeddings are joined in it,
+    # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up.
+    table: tuple[tuple[Token, ...], ...]
+
+    @classmethod
+    def of(cls, clip: CLIP, text: str) -> "PromptTokens":
+        """The tokens of a prompt.
+
+        Raises ValueError if the CLIP does not show its tokenizer and its encoder.
+        """
+        encoder: Any = getattr(clip, "cond_stage_model", None)
+        if not hasattr(clip, "tokenizer") or not hasattr(encoder, "encode_token_weights"):
+            raise ValueError(
+                f"TACA cannot tell the tokens of this CLIP ({type(clip).__name__}): it hides its "
+                f"tokenizer or encoder. Take one of ComfyUI's loaders, or leave clip and prompt "
+                f"open."
+            )
+        frames = tokenized(clip, MARK)[1]
+        chunks_of, parts = tokenized(clip, text)
+        tokens = [Token("", 0, 0, True, False)]
+        numbered: dict[str, Chunks] = {}
+        for name, chunks in chunks_of.items():
+            part, numbered[name] = parts[name], []
+            strings = frames[name].noting.strings if name in frames else []
+            locator = Locator(text, next((s for s in strings if MARK in s), MARK))
+            places = [locator.locate(string) for string in part.noting.strings]
+            for ids in ([each for each, *_ in chunk] for chunk in chunks):
+                numbered[name].append([(each, len(tokens) + i) for i, each in enumerate(ids)])
+                for each, is_padding in zip(ids, padding_of(ids, part), strict=True):
+                    at, is_unknown = [], False
+                    if isinstance(each, Id):
+                        characters = places[each.string][each.start : each.end]
+                        at = [place for place in characters if place is not None]
+                        is_unknown = each.is_unknown
+                    span = (min(at), max(at) + 1) if at else (0, 0)
+                    tokens.append(Token(name, *span, is_padding, is_unknown))
+        rows = encoded(encoder, numbered)
+        return cls(clip, text, tuple(tuple(tokens[n] for n in row) for row in rows))
+
+    def own(self) -> tuple[float, ...]:
+        """1 for each token of the prompt, its start, end and template; 0 for padding."""
+        return tuple(float(any(not t.is_padding for t in tokens)) for tokens in self.table)
+
+    def covering(self, start: int, end: int) -> list[int]:
+        """The tokens of these characters; none of an encoder that does not know them all."""
+        found = [
+            (i, token)
+            for i, tokens in enumerate(self.table)
+            for token in tokens
+            if token.start < end and start < token.end
+        ]
+        ignorant = {token.encoder for _, token in found if token.is_unknown}
+        return sorted({i for i, token in found if token.encoder not in ignorant})
+
+    def word(self, word: str) -> list[int]:
+        """The tokens of a word or phrase, wherever it stands in the prompt.
+
+        Raises ValueError if it is not in the prompt, or the encoders have no token for it.
+        """
+        # Some scripts put nothing between words.
+        letter = r"[^\W_\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+        pattern = r"\s+".join(map(re.escape, word.split()))
+        before = rf"(?<!{letter})" if re.match(letter, word) else ""
+        behind = rf"(?!{letter})" if re.match(letter, word[-1]) else ""
+        matches = list(re.finditer(f"{before}{pattern}{behind}", self.text))
+        if not matches:
+            raise ValueError(f"TACA does not find {word!r} in the prompt: write it as it is there.")
+        found = sorted({i for match in matches for i in self.covering(*match.span())})
+        if not found:
+            raise ValueError(
+                f"TACA finds no token of {word!r}: the text encoder does not know it, or cut it "
+                f"off. Choose another word."
+            )
+        return found
+
+    def encode(self) -> Tensor:
+        """The conditioning's tensor, as CLIP Text Encode makes it."""
+        return self.clip.encode_from_tokens(self.clip.tokenize(self.text))
+
+
+def find_words(words: str, prompt: PromptTokens | None) -> Mapping[str, list[int]]:
     """The token indices of each word.
 
     ``words`` are like ``"red circle, blue"``, or by token index, from 0: ``"circle=2, red=4-5"``.
-    ``prompt`` is the prompt's token ids, as for ``prompt_tokens``; ``tokenize`` turns a text into
-    its own token ids in the same form.
 
-    Raises ValueError if a word is not in the prompt, or there is no tokenizer to find it with.
+    Raises ValueError if a word is not in the prompt, or there is no prompt to find it in.
     """
     found: dict[str, list[int]] = {}
     for part in filter(None, (word.strip() for word in words.split(","))):
@@ -67,35 +123,10 @@ def find_words(
             if last < first:
                 raise ValueError(f"TACA cannot read {part!r}: write a word, word=2 or word=2-3.")
             found[name.strip()] = list(range(first, last + 1))
-            continue
-        if tokenize is None:
+        elif prompt is None:
             raise ValueError(
                 f"TACA needs clip and prompt to find {part!r}; or give its token indices: word=2-3."
             )
-        places: list[int] = []
-        offset = 0
-        for encoders, own in zip(prompt, tokenize(part), strict=True):
-            for ids, word in zip(encoders, own, strict=True):
-                starts = range(len(ids) - len(word) + 1) if word else ()
-                for start in (i for i in starts if list(ids[i : i + len(word)]) == list(word)):
-                    places += range(offset + start, offset + start + len(word))
-            offset += max(map(len, encoders))
-        if not places:
-            raise ValueError(f"TACA does not find {part!r} in the prompt: write it as it is there.")
-        found[part] = sorted(set(places))
+        else:
+            found[part] = prompt.word(part)
     return found
-
-
-def without_ends(ids: Sequence[int]) -> list[int]:
-    """A text's own tokens: without start, end and padding."""
-    own = list(ids[: _without_padding(ids)])
-    has_start = len(own) > 2 and own[0] > 40000  # CLIP: start and end have its highest ids
-    return own[1:-1] if has_start else own[:-1]
-
-
-def _without_padding(ids: Sequence[int]) -> int:
-    """How many tokens come before the padding: zeros, or repetitions of the end token."""
-    end = len(ids)
-    while end > 1 and ids[end - 1] == ids[-1] and ids[end - 2] == ids[-1]:
-        end -= 1
-    return end - 1 if ids[-1] == 0 else end

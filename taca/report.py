@@ -5,7 +5,7 @@ tokens and 0 elsewhere, returns how much of each query's attention goes to those
 kernel can be asked, no n x n matrix is built, and a sample of the image queries is enough.
 """
 
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -16,12 +16,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from .arguments import CallArguments, Prompts, positive_rows
+from .arguments import CallArguments
 from .attention import Layout, scale_text_keys
 from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
 from .families import family_of, part_of, uncompiled
+from .prompt_calls import Prompts, conditionings_of, positive_rows
+from .prompt_tokens import PromptTokens
 from .run import TacaConfig, config_of
 from .schedule import Schedule, TimestepWindow
 from .swap import Forward, Wrap, swapped_forwards
@@ -29,20 +31,25 @@ from .timesteps import resolve, timestep
 
 QUERIES = 1024
 """At most so many image queries are asked, evenly over the picture."""
+FRAMES = 4
+"""And of a film at most so many frames."""
 
 
 @dataclass
 class Report:
     """What a run showed; ``watched`` fills it in."""
 
-    words: dict[str, list[int]]  # word -> its token indices
+    words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
+    prompt: PromptTokens | None = None  # that the words are of
     prompts: Prompts | None = None  # of the run
+    own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
     # without TACA and as the run had it
     shares: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     # (words, rows, columns) for each call and block: the attention that each place of the picture
-    # pays to each word, averaged over heads, as the run had it
+    # pays to each word, averaged over heads and frames, as the run had it. An area of the picture
+    # or a tile has a size of its own.
     maps: list[Tensor] = field(default_factory=list)
 
     def table(self) -> Tensor:
@@ -72,6 +79,7 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
     """A clone of a model, with TACA or without, whose next run fills a report."""
     config = config_of(model) or TacaConfig(Schedule(1.0, TimestepWindow()))
     patched = model.clone()
+    patched.add_wrapper(WrappersMP.OUTER_SAMPLE, partial(_watch_run, config, report))
     transformer = uncompiled(patched.get_model_object("diffusion_model"))
     report.blocks += [
         f"{short(name)} {i}"
@@ -85,22 +93,39 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
     return patched
 
 
+def _watch_run(
+    config: TacaConfig, report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
+    prompt = report.prompt
+    how = (None, None) if prompt is None else (len(prompt.table), prompt.encode)
+    guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
+    report.own = conditionings_of(guider, *how)
+    report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
+    return executor(*args, **kwargs)
+
+
 def _watch_call(
     config: TacaConfig, report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ComfyUI's APPLY_MODEL wrapper: a measuring override in every joint block."""
     base_model, call = executor.class_obj, CallArguments.of(*args, **kwargs)
-    positive = positive_rows(call, report.prompts).nonzero().flatten()
+    positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
     if not len(positive):
         return executor(*args, **kwargs)
     model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
     t = timestep(model_sampling, call.t)
     schedule = resolve(config.schedule, model_sampling, sigmas)
-    gamma = schedule.gamma_at(t).to(call.t.device)
-    gamma = config.options.gamma_of_call(gamma, call, report.prompts)
-    step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
     transformer = uncompiled(base_model.diffusion_model)
     family, limit = family_of(transformer), config.options.blocks
+    gamma = schedule.gamma_at(t).to(call.t.device)
+    gamma = config.options.gamma_of_call(gamma, call, transformer, report.prompts)
+    start = 0
+    if report.prompt is not None:
+        start = family.text_weights(transformer, report.prompt.own(), call)[1]
+    shapes = call.others.get("latent_shapes") or [call.x.shape]
+    grid = family.grid(transformer, shapes[0])
+    step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
     adjusted = {block.module for block in family.joint_blocks(transformer, limit)}
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
     state = call.initial_state()
@@ -108,7 +133,8 @@ def _watch_call(
     for block in family.observed_blocks(transformer):
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (step, index.get(block.module, -1))  # -1: no joint attention to measure
-        probe = Probe(report, own, place, positive, tuple(call.x.shape[-2:]))
+        places = partial(family.own_places, transformer, grid)
+        probe = Probe(report, own, place, positive, places, family.own_image == "last", start)
         wrap = partial(joint_forward, block=block, state=state, override=probe.override, seen=[])
         swaps.append((block.module, wrap))
     with swapped_forwards(swaps), uncompiled_calls:
@@ -123,7 +149,9 @@ class Probe:
     gamma: Tensor  # of the call's rows, as in this block
     place: tuple[int, int]  # step of the run and joint block, from 0
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
-    latent: tuple[int, ...]  # height and width of the latents
+    own_places: Callable[[int], Tensor]  # as ``Family.own_places``
+    is_last: bool  # whether they are in the last span of image tokens, and not the first
+    start: int  # the text token that the conditioning begins at
 
     def override(
         self,
@@ -154,17 +182,14 @@ class Probe:
             self.measure(partial(func, heads=heads, **how), q, k, mask, layout)
         return result
 
-    def places(self, num_image: int) -> tuple[Tensor, tuple[int, int]]:
-        """Indices of the image tokens to ask, and the rows and columns they lie in."""
-        # With references there are more tokens than the picture's own.
-        grids = [tuple(-(-side // patch) for side in self.latent) for patch in (1, 2, 4, 8)]
-        fitting = (grid for grid in grids if math.prod(grid) <= num_image)
-        height, width = next(fitting, (num_image, 1))
+    def places(self, num_image: int) -> Tensor:
+        """The image tokens to ask ``(frames, rows, columns)``, evenly over the picture."""
+        places = self.own_places(num_image)
+        places = places[:: -(-len(places) // FRAMES)]
         stride = 1
-        while -(-height // stride) * -(-width // stride) > QUERIES:
+        while places[:, ::stride, ::stride].numel() > QUERIES:
             stride += 1
-        grid = torch.arange(height * width).view(height, width)[::stride, ::stride]
-        return grid.flatten(), (grid.shape[0], grid.shape[1])
+        return places[:, ::stride, ::stride]
 
     def measure(
         self, attend: Forward, q: Tensor, k: Tensor, mask: Tensor | None, layout: Layout
@@ -179,13 +204,13 @@ class Probe:
         queries = [span for span in layout if span.is_query]
         starts = accumulate((span.length for span in queries), initial=0)
         images = [pair for pair in zip(queries, starts, strict=False) if pair[0].kind == "image"]
-        image, start = max(images, key=lambda pair: (pair[0].length, pair[1]))
-        places, grid = self.places(image.length)
-        places = (places + start).to(q.device)
+        image, start = images[-1 if self.is_last else 0]
+        grid = self.places(image.length)
+        places = (grid.flatten() + start).to(q.device)
         kinds = torch.cat([torch.full((length,), kind == "text") for kind, length, _ in layout])
         text = kinds.nonzero().flatten().to(q.device)
-        words = self.report.words
-        self.report.check_words(len(text), k.shape[-1])
+        words = {word: [self.start + i for i in at] for word, at in self.report.words.items()}
+        self.report.check_words(len(text) - self.start, k.shape[-1])
         rows = self.rows.to(q.device)
         q, k = q[rows].index_select(2, places), k[rows]
         gamma = self.gamma[rows] if len(self.gamma) > 1 else self.gamma
@@ -210,5 +235,5 @@ class Probe:
         pair = (plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu())
         self.report.shares.setdefault(self.place, []).append(pair)
         if words:
-            maps = adjusted[:, 1 : len(words) + 1].T.unflatten(-1, grid)
-            self.report.maps.append(maps.cpu())
+            maps = adjusted[:, 1 : len(words) + 1].T.unflatten(-1, grid.shape)
+            self.report.maps.append(maps.mean(1).cpu())

@@ -10,13 +10,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from .arguments import Prompts
 from .compiler import Fallback
 from .events import Events
 from .families import JointBlock, family_of, part_of, uncompiled
 from .lora import LoRA, loras_of
 from .lora_forward import lora_swaps
 from .options import NO_OPTIONS, Options
+from .prompt_calls import Prompts
 from .schedule import ResolvedSchedule, Schedule
 from .swap import Wrap
 

@@ -83,7 +83,8 @@ def adjust_training_call(
         )
     state = call.initial_state()
     gamma = schedule.gamma_at(t).to(call.t.device)
-    gamma = run.config.options.gamma_of_call(gamma, call, run.prompts)
+    model = base_model.diffusion_model
+    gamma = run.config.options.gamma_of_call(gamma, call, model, run.prompts)
     adjustment = (state, partial(taca_override, gamma))
     options = {**call.transformer_options, KEY: adjustment}
     return executor(*call[:5], options, **call.others)

@@ -67,7 +67,7 @@ def factors(spans, gamma):
     return adjusted[torch.tensor(asks)]
 
 
-def dense(model, case, gamma, calls=None, texts=()):
+def dense(model, case, gamma, calls=None, texts=(), looks=None):
     """The model with dense attention in place of every kernel, and Eq. 10 in the joint ones, which
     are told by their lengths, for prompts of so many tokens."""
     joint = [factors(case.spans(text, case.tokens), gamma) for text in texts or case.text[:1]]
@@ -82,6 +82,8 @@ def dense(model, case, gamma, calls=None, texts=()):
             calls.append(q.shape[0])
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
+        if adjusted is not None and looks is not None:
+            looks(q, k, adjusted, mask)
         out = dense_attention(q, k, v, 1.0 if adjusted is None else adjusted, mask).to(q.dtype)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
@@ -152,14 +154,46 @@ def test_off_is_bit_identical(case, folder, apply_taca, monkeypatch):
     assert not torch.equal(sample(apply_taca(model, 1.4), case, **two), sample(model, case, **two))
 
 
+# Of the image tokens of a sequence, how many come before the picture's own, and its frames.
+BEFORE = {"HunyuanVideo Custom": 12, "Z-Image Omni": 16 + 8, "OmniGen2, editing": 16 + 4,
+          "Z-Image with references and no SigLIP": 16 + 8, "Boogu, editing": 16 + 4,
+          "MiniMax-H3 I2V": 2 + 12}  # fmt: skip
+FRAMES = {"CogVideoX": 3, "CogVideoX 1.5 I2V": 2, "Mochi": 2, "MiniMax-H3": 2, "MiniMax-H3 I2V": 2,
+          "HunyuanVideo": 3, "HunyuanVideo Custom": 3, "HunyuanVideo I2V": 3, "HunyuanVideo 1.5": 3,
+          "HunyuanVideo 1.5, masked": 3, "HunyuanVideo 1.5 I2V": 3}  # fmt: skip
+
+
 def test_is_reported(case, folder, apply_taca, monkeypatch):
-    """The Attention Report sees every joint block, and changes nothing."""
-    model = apply_taca(families.load(case, folder, monkeypatch), 1.4)
+    """The Attention Report asks the picture's own tokens in every joint block, changes nothing."""
+    model = families.load(case, folder, monkeypatch)
+    spans = case.spans(case.text[0], case.tokens)
+    queries = [kind for kind, length, *no_query in spans for _ in range(0 if no_query else length)]
+    keys = torch.tensor([kind == "text" for kind, length, *_ in spans for _ in range(length)])
+    image = torch.tensor([i for i, kind in enumerate(queries) if kind == "image"])
+    frames, rows, columns = FRAMES.get(case.name, 1), *((4, 4) if case.tokens == 16 else (4, 3))
+    first = BEFORE.get(case.name, 0)
+    own = image[first : first + frames * rows * columns].view(frames, rows, columns)
+    if case.name == "HiDream-E1":  # side by side
+        own = image.view(1, 4, 6)[:, :, :3]
+    shares, maps = [], []
+
+    def looks(q, k, adjusted, mask):
+        eye = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+        seen = dense_attention(q, k, eye, adjusted, mask)[0].mean(0)[own.flatten()]
+        seen = seen[:, keys]
+        shares.append(seen.sum(-1).mean())
+        maps.append(seen[:, 1].view(own.shape).mean(0))
+
+    sample(dense(model, case, 1.4, looks=looks), case)
+    patched = apply_taca(model, 1.4)
     report = REPORT.Report({"word": [1]})
-    assert torch.equal(sample(REPORT.watched(model, report), case), sample(model, case))
+    assert torch.equal(sample(REPORT.watched(patched, report), case), sample(patched, case))
     table = report.table()
-    assert ((table > 0) & (table < 1)).all()
-    assert report.maps
+    close = {"atol": 1e-5, "rtol": 1e-3}
+    torch.testing.assert_close(table[1, 0].double(), torch.stack(shares), **close)
+    assert report.maps[0].shape == (1, rows, columns)
+    ours = torch.stack(report.maps)[:, 0].double()
+    torch.testing.assert_close(ours, torch.stack(maps), **close)
 
 
 @pytest.mark.parametrize("case", named("HiDream-I1", "Boogu"), ids=str, indirect=True)

@@ -2,7 +2,9 @@
 
 import sys
 
+import families
 import pytest
+import test_families
 import tiny
 import torch
 from hypothesis import given
@@ -10,6 +12,10 @@ from hypothesis import strategies as st
 from reference import dense_attention, euler
 from test_attention import factors, random, sdpa
 from test_model import KINDS, sample
+from test_prompt_tokens import FLUX as FLUX_CLIP
+from test_prompt_tokens import SD3_WITHOUT_T5, clip_of
+
+import nodes
 
 options_module = sys.modules["taca_pack.taca.options"]
 attention = sys.modules["taca_pack.taca.attention"]
@@ -150,29 +156,70 @@ def test_another_prompt_is_told(folder, limited):
         sample(limited(tiny.load(folder, "flux"), prompt=(1.0,) * 9), "flux", steps=1)
 
 
-class Clip:
-    """ComfyUI's own tokenizer of a family, without the encoder."""
-
-    def __init__(self, tokenizer):
-        self.tokenize = tokenizer().tokenize_with_weights
-
-
 def test_padding_is_told_from_prompt(pack):
-    """By core's own tokenizers: FLUX's T5; SD3's CLIP-L and -G over each other, then T5."""
-    import comfy.text_encoders.flux
-    import comfy.text_encoders.sd3_clip
-
+    """FLUX's T5; SD3's CLIP-L and -G over each other, and no T5."""
     node = pack["TACAOptions"]
-    flux = node.execute(False, "", Clip(comfy.text_encoders.flux.FluxTokenizer), "a red cat")
-    weights = flux.result[0].prompt
+    weights = node.execute(False, "", clip_of(*FLUX_CLIP), "a red cat").result[0].prompt
     assert len(weights) == 256
     assert weights == (1.0,) * int(sum(weights)) + (0.0,) * (256 - int(sum(weights)))
     assert 4 <= sum(weights) <= 6
-    sd3 = node.execute(False, "", Clip(comfy.text_encoders.sd3_clip.SD3Tokenizer), "a red cat")
-    weights = sd3.result[0].prompt
-    assert len(weights) == 154
-    assert weights[:6] == (1.0,) * 5 + (0.0,)  # start, three words, end
-    assert sum(weights[77:]) == sum(flux.result[0].prompt)
+    clip = clip_of(*SD3_WITHOUT_T5, t5=False)
+    weights = node.execute(False, "", clip, "a red cat").result[0].prompt
+    assert weights == (1.0,) * 5 + (0.0,) * 72  # start, three words, end
+
+
+@pytest.mark.parametrize("lengths", [(7, 9), (7, 7)])
+def test_a_combined_prompt_has_its_own_pattern(folder, limited, lengths):
+    """Of two prompts only the one that was given is limited to its own tokens."""
+    model = tiny.load(folder, "flux")
+    first, second = (tiny.conditioning("flux", n, seed=i) for i, n in enumerate(lengths, 1))
+    own = (1.0,) * 4 + (0.0,) * 3
+
+    def run(prompt, positive):
+        patched = limited(model, prompt=prompt)
+        empty = {"samples": torch.zeros(1, 16, 16, 16)}
+        return nodes.common_ksampler(
+            patched, 3, 1, 1.0, "euler", "simple", positive, [], empty
+        )[0]["samples"]  # fmt: skip
+
+    expected = (run(own, first) + run(None, second)) / 2
+    torch.testing.assert_close(run(own, [*first, *second]), expected, atol=1e-4, rtol=1e-4)
+
+
+AROUND = {
+    "FLUX.2": lambda own: [*[0.0] * (512 - len(own)), *own],
+    "Z-Image": lambda own: [*own, *[0.0] * (16 - len(own))],
+    "Z-Image Omni": lambda own: [*[0.0] * 16, *own, *[0.0] * (16 - len(own))],
+    "HunyuanVideo 1.5": lambda own: [*[1.0] * 5, *own],
+    "HunyuanImage 2.1": lambda own: [*own, *[1.0] * 5],
+    "HiDream-I1": lambda own: [*own, *[1.0] * 10],
+    "HiDream-O1": lambda own: own[:-1],
+    "Mochi": lambda own: own[:6],
+    "PixelDiT": lambda own: own[:7],
+    "Qwen-Image": lambda own: own,
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_the_prompts_own_tokens_in_every_family(name, tmp_path, limited, monkeypatch):
+    """What a model puts around its conditioning, or leaves out, against dense attention."""
+    [case] = [case for case in families.CASES if case.name == name]
+    if families.class_of(case) is None:
+        pytest.skip(f"this ComfyUI has no {name}")
+    model = families.load(case, tmp_path, monkeypatch)
+    own = [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    spans = case.spans(case.text[0], case.tokens)
+    weights = iter(AROUND[name](own))
+    keys = [next(weights) if kind == "text" else 0.0 for kind, n, *_ in spans for _ in range(n)]
+    assert not [*weights]
+    rows = [kind == "image" for kind, n, *more in spans if not more for _ in range(n)]
+    factor = 1.0 + 0.4 * torch.tensor(rows).double()[:, None] * torch.tensor(keys).double()
+    monkeypatch.setattr(test_families, "factors", lambda *args: factor)
+    expected = test_families.sample(test_families.dense(model, case, 1.4), case)
+    ours = test_families.sample(limited(model, 1.4, prompt=tuple(own)), case)
+    monkeypatch.undo()
+    plain = test_families.sample(model, case)
+    assert (ours - expected).abs().max() < 5e-3 * (plain - expected).abs().max()
 
 
 def test_an_unknown_clip_is_told(pack):
@@ -180,7 +227,7 @@ def test_an_unknown_clip_is_told(pack):
         def tokenize(self, text):
             return {"qwen": [[(1, 1.0)]]}
 
-    with pytest.raises(ValueError, match=r"cannot tell the tokens .*qwen.* FLUX"):
+    with pytest.raises(ValueError, match=r"cannot tell the tokens of this CLIP .Other."):
         pack["TACAOptions"].execute(False, "", Other(), "a")
     with pytest.raises(ValueError, match="both clip and prompt"):
         pack["TACAOptions"].execute(False, "", None, "a")

@@ -2,6 +2,8 @@
 
 import math
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import comfy.samplers
 import pytest
@@ -22,6 +24,7 @@ from test_model import KINDS, sample
 
 report_module = sys.modules["taca_pack.taca.report"]
 tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
+family_of = sys.modules["taca_pack.taca.families"].family_of
 advice = sys.modules["taca_pack.taca.schedule"].advice
 
 
@@ -175,43 +178,94 @@ def test_the_cost(folder, apply_taca, pack, monkeypatch):
     assert own < sum(queries) < 1.5 * own
 
 
-def test_places_lie_on_a_grid():
+def test_places_lie_on_a_grid(folder):
+    transformer = tiny.load(folder, "flux").model.diffusion_model
+    family = family_of(transformer)
+
     def places(latent, image):
-        probe = report_module.Probe(*[None] * 4, latent)
-        return probe.places(image)
+        grid = family.grid(transformer, latent)
+        own = partial(family.own_places, transformer, grid)
+        return report_module.Probe(*[None] * 4, own, False, 0).places(image)
 
-    numbers, grid = places((128, 128), 4096)
-    assert grid == (32, 32)
-    assert numbers[:3].tolist() == [0, 2, 4]
-    assert numbers[32] == 128
-    numbers, grid = places((13, 21), 77)
-    assert grid == (7, 11)
-    assert numbers.tolist() == list(range(77))
-    assert places((16, 16), 2 * 64)[1] == (8, 8)  # the picture's own, before a reference's
+    asked = places((1, 16, 128, 128), 4096)
+    assert asked.shape == (1, 32, 32)
+    assert asked[0, 0, :3].tolist() == [0, 2, 4]
+    assert asked[0, 1, 0] == 128
+    asked = places((1, 16, 13, 21), 77)
+    assert asked.shape == (1, 7, 11)
+    assert asked.flatten().tolist() == list(range(77))
+    assert places((1, 16, 16, 16), 9 * 64).shape == (1, 8, 8)  # and not the references'
+    film = places((1, 16, 49, 128, 128), 49 * 4096)
+    assert film.shape == (4, 16, 16)
+    assert film[1, 0, 0] == 13 * 4096
 
 
-def test_words_by_the_tokenizer():
-    prompt = [[[49406, 5, 6, 7, 6, 49407, 49407], [49406, 5, 6, 7, 6, 49407, 0]],
-              [[15, 16, 17, 1, 0, 0]]]  # fmt: skip
-    own = {"six": [[[6], [6]], [[16]]], "six seven": [[[6, 7], [6, 7]], [[16, 17]]],
-           "ten": [[[10], [10]], [[20]]]}  # fmt: skip
-    find = tokens_module.find_words
-    assert find("six, six seven", prompt, own.get) == {
-        "six": [2, 4, 8], "six seven": [2, 3, 8, 9]
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="does not find 'ten'"):
-        find("ten", prompt, own.get)
-    assert find("x=3, y=4-6", [], None) == {"x": [3], "y": [4, 5, 6]}
-    with pytest.raises(ValueError, match="needs clip and prompt"):
-        find("six", [], None)
-    with pytest.raises(ValueError, match="cannot read"):
-        find("six=a", [], None)
-    for half in ("\ud83d", "\ud83d=x"):  # ComfyUI's worker dies of a message it cannot write
-        with pytest.raises(ValueError, match="TACA") as error:
-            find(half, [], None)
-        str(error.value).encode()
-    assert tokens_module.without_ends([49406, 5, 49407, 49407]) == [5]
-    assert tokens_module.without_ends([15, 16, 1, 0, 0]) == [15, 16]
+@pytest.mark.parametrize("count", [1, 3])
+def test_references_are_not_the_picture(folder, apply_taca, pack, reports, count):
+    """FLUX.1 Kontext: as with CFG 1 the picture's own tokens, however many references there are."""
+    model = tiny.load(folder, "flux")
+    refs = [torch.ones(1, 16, 8, 6)] * count
+    positive = tiny.conditioning("flux", 7, reference_latents=refs)
+    guider = BasicGuider.execute(apply_taca(model, 1.5, 0.0), positive).result[0]
+    shown(pack, guider, model, "a=1", (8, 6))
+    assert {m.shape for m in reports[0].maps} == {(1, 4, 3)}
+
+
+def shown(pack, guider, model, words, size, **more):
+    return pack["TACAAttentionReport"].execute(
+        Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0],
+        sigmas_of(model, 1), {"samples": torch.zeros(1, 16, *size)}, words, **more
+    ).result  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [(7, 9), (7, 7)])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_combined_prompts_are_kept_apart(folder, apply_taca, pack, reports, lengths, cfg):
+    """A word and the share are the first prompt's, as if there were no other."""
+    model = tiny.load(folder, "flux")
+    first, second = (tiny.conditioning("flux", n, seed=i) for i, n in enumerate(lengths, 1))
+    negative = tiny.conditioning("flux", lengths[0], seed=5)
+    for positive in (first, [*first, *second]):
+        patched = apply_taca(model, 1.5, 0.0)
+        guider = CFGGuider.execute(patched, positive, negative, cfg).result[0]
+        shown(pack, guider, model, "a=1", (16, 16))
+    alone, combined = reports
+    torch.testing.assert_close(combined.table(), alone.table(), atol=1e-5, rtol=1e-4)
+    maps = [torch.stack(report.maps).mean(0) for report in (combined, alone)]
+    torch.testing.assert_close(*maps, atol=1e-5, rtol=1e-4)
+
+
+def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
+    """Of one prompt, found by what its CLIP makes of it, in two sizes: a picture for each."""
+    model = tiny.load(folder, "flux")
+    text = tiny.conditioning("flux", 7)[0]
+    other = tiny.conditioning("flux", 7, seed=4)[0]
+    area = [text[0], {**text[1], "area": (8, 8, 0, 0), "strength": 1.0}]
+    clip = SimpleNamespace(encode_from_tokens=lambda tokens: text[0], tokenize=lambda text: None)
+    prompt = tokens_module.PromptTokens(clip, "a", ((),) * 7)
+    model_ = apply_taca(model, 1.5, 0.0)
+    for positive in ([other, text, area], [other, area]):
+        report = report_module.Report({"a": [1]}, prompt)
+        guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
+        SamplerCustomAdvanced.execute(
+            Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0],
+            sigmas_of(model, 1), {"samples": torch.zeros(1, 16, 16, 16)},
+        )  # fmt: skip
+        sizes = {(1, 8, 8), (1, 4, 4)} if len(positive) == 3 else {(1, 4, 4)}
+        assert {m.shape for m in report.maps} == sizes
+        sys.modules["taca_pack.nodes.report"].heat_maps(report, None)
+    guider = BasicGuider.execute(report_module.watched(model_, report), [other, other]).result[0]
+    with pytest.raises(ValueError, match="none of the 2 combined conditionings is of this prompt"):
+        guider.sample(*[torch.zeros(1, 16, 16, 16)] * 2, None, sigmas_of(model, 1))
+
+
+def test_an_area_of_another_prompt(folder, apply_taca, pack, reports):
+    model = tiny.load(folder, "flux")
+    whole, area = (tiny.conditioning("flux", 7, seed=i) for i in (1, 2))
+    area[0][1] |= {"area": (8, 8, 0, 0), "strength": 1.0}
+    guider = BasicGuider.execute(apply_taca(model, 1.5, 0.0), [*whole, *area]).result[0]
+    shown(pack, guider, model, "a=1", (16, 16))
+    assert {m.shape for m in reports[0].maps} == {(1, 8, 8)}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -147,6 +147,7 @@ class UViT(nn.Module):
         super().__init__()
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
+        self.patch_size = config.patch
         half = config.blocks // 2
         fused = range(config.first, config.last + 1)
 

@@ -1,0 +1,245 @@
+"""ComfyUI's own tokenizers and encoders, run on a prompt to see which token goes where.
+
+The tokenizers' ids remember their characters. The encoders get numbers in place of embeddings, so
+that their own code says what is joined, filled up and cut off.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.sd1_clip import SDTokenizer
+from torch import Tensor, nn
+
+Chunks = list[list[Any]]
+"""What a tokenizer makes of a text: chunks of ``(id, weight, ...)``; an embedding is its own id."""
+
+MARK = "\ue000"  # a character for private use, as a prompt that shows the template around it
+
+
+class Id(int):
+    """A token's id that knows the characters it is made of."""
+
+    string: int  # the how manieth string that its tokenizer was given
+    start: int
+    end: int
+    is_unknown: bool
+
+
+class Noting:
+    """The tokenizer within one of ComfyUI's, whose ids are ``Id``."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.strings: list[str] = []
+        self.ids: list[Id] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Id]]:
+        ids = list(self.tokenizer(text, **kwargs)["input_ids"])
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        return {"input_ids": self.noted(text, ids, self._spans(text, ids, kwargs), unknown)}
+
+    def encode(self, text: str, **kwargs: Any) -> list[Id]:
+        """As SentencePiece's processor, inside of core's SPieceTokenizer."""
+        ids = list(self.tokenizer.encode(text, **kwargs))
+        alone = {"add_bos": False, "add_eos": False}
+        try:
+            told = self.tokenizer.encode(text, out_type="offset_mapping", **alone)
+            own, offsets = told["ids"], list(told["offsets"])
+        except ValueError:  # before SentencePiece 0.2.3
+            pieces = self.tokenizer.encode(text, out_type="immutable_proto", **alone).pieces
+            own = [piece.id for piece in pieces]
+            offsets = [(piece.begin, piece.end) for piece in pieces]
+        for i in reversed(range(len(own) - 1)):  # the last byte of a character has all of it
+            if self.tokenizer.is_byte(own[i]) and offsets[i][0] == offsets[i][1]:
+                offsets[i] = offsets[i + 1]
+        return self.noted(text, ids, _within(ids, own, offsets), self.tokenizer.unk_id())
+
+    def noted(
+        self, text: str, ids: list[int], spans: Sequence[tuple[int, int]], unknown: int | None
+    ) -> list[Id]:
+        self.ids = []
+        for each, (start, end) in zip(ids, spans, strict=True):
+            noted = Id(each)
+            noted.string, noted.start, noted.end = len(self.strings), start, end
+            noted.is_unknown = each == unknown
+            self.ids.append(noted)
+        self.strings.append(text)
+        return self.ids
+
+    def _spans(self, text: str, ids: list[int], kwargs: Any) -> Sequence[tuple[int, int]]:
+        written = [i for i, c in enumerate(text) if not c.isspace()]
+        told: Sequence[tuple[int, int]] = [(0, 0)] * len(ids)
+        if getattr(self.tokenizer, "is_fast", False):
+            told = self.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
+            if {*written} <= {i for span in told for i in range(*span)}:
+                return told
+        # It does not tell, or wrongly, as transformers 5 does for HunyuanVideo's: by decoding.
+        try:
+            own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except TypeError:  # Lens's knows no other tokens
+            own = ids
+        parts = ["".join(self.tokenizer.decode(own[:i]).split()) for i in range(len(own) + 1)]
+        if parts[-1].lower() != "".join(text.split()).lower():
+            return told
+        ends = [len(part.rstrip("\ufffd")) for part in parts]
+        spans = [(0, 0)] * (len(own) + 1)
+        for i in reversed(range(len(own))):
+            if ends[i + 1] > ends[i]:
+                spans[i] = written[ends[i]], written[ends[i + 1] - 1] + 1
+            elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
+                spans[i] = spans[i + 1]
+        return _within(ids, own, spans)
+
+
+def _within(ids: list[int], own: list[int], spans: Sequence[tuple[int, int]]) -> list[Any]:
+    """The spans of a text's own ids, among all ids with those of its start and end."""
+    start = int(ids[:1] != own[:1])
+    return [*[(0, 0)] * start, *spans[: len(own)], *[(0, 0)] * len(ids)][: len(ids)]
+
+
+def tokenized(clip: Any, text: str) -> tuple[dict[str, Chunks], dict[str, SDTokenizer]]:
+    """What the CLIP's tokenizer makes of a text, by encoder; and the tokenizers, which noted it."""
+    noting = copy.copy(clip.tokenizer)
+    within = {"": noting} if isinstance(noting, SDTokenizer) else vars(noting)
+    parts = {name: copy.copy(p) for name, p in within.items() if isinstance(p, SDTokenizer)}
+    for name, part in parts.items():
+        inner = part.tokenizer
+        if hasattr(getattr(inner, "tokenizer", None), "encode_as_ids"):
+            part.tokenizer = copy.copy(inner)
+            part.tokenizer.tokenizer = part.noting = Noting(inner.tokenizer)
+        else:
+            part.tokenizer = part.noting = Noting(inner)
+        if name:
+            setattr(noting, name, part)
+    asked = copy.copy(clip)
+    asked.tokenizer = parts.get("", noting)
+    tokens = asked.tokenize(text)
+    tokens = tokens if isinstance(tokens, dict) else {"": tokens}
+    of = {name: parts[name if name in parts else f"clip_{name}"] for name in tokens}
+    for name, part in of.items():  # Lens makes plain integers of its tokenizer's ids
+        ids = part.noting.ids
+        for chunk in tokens[name]:
+            if ids and type(chunk[0][0]) is int and [t[0] for t in chunk] == ids[: len(chunk)]:
+                chunk[:] = [(new, *rest) for new, (_, *rest) in zip(ids, chunk, strict=False)]
+    return tokens, of
+
+
+def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
+    """Which ids of a chunk fill it up. The end token may have the same id: the first one is it."""
+    plain = [type(each) is int for each in chunk]
+    filled = [p and each == tokenizer.pad_token for p, each in zip(plain, chunk, strict=True)]
+    if tokenizer.pad_token == tokenizer.end_token and any(filled):
+        last = max((i for i, fills in enumerate(filled) if not fills), default=-1)
+        filled[min(last + 1, len(chunk) - 1)] = False
+    return filled
+
+
+class Locator:
+    """Where in a prompt the strings lie that a tokenizer was given, one after the other.
+
+    A string is a piece of the prompt, or of the template with the prompt in it. Between two there
+    can be what ComfyUI reads: brackets, weights, names of embeddings, special tokens.
+    """
+
+    READ = re.compile(r"(?:[()\s\\]|:[^:()]*(?=\))|embedding:\S*|<[^<>\s]*>)*")
+
+    def __init__(self, text: str, frame: str) -> None:
+        before, _, after = frame.partition(MARK)
+        self.length = len(text)
+        self.wholes = [(before + text + after, len(before)), (text, 0)]
+        self.cursors = [0, 0]
+
+    def locate(self, string: str) -> list[int | None]:
+        """For each character of a string its place in the prompt; None where it has none."""
+        wanted = _written(string)
+        pattern = "".join(string[k] for k in wanted)
+        for i, (whole, before) in enumerate(self.wholes):
+            written = _written(whole)
+            squeezed = "".join(whole[k] for k in written)
+            for cursor in (self.cursors[i], 0):
+                found = [w for w in _finds(squeezed, pattern)
+                         if self._follows(whole, cursor, written[w])]  # fmt: skip
+                if not found:
+                    continue
+                places: list[int | None] = [None] * len(string)
+                for k, at in zip(wanted, written[found[0] :], strict=False):
+                    places[k] = at - before if 0 <= at - before < self.length else None
+                self.cursors[i] = written[found[0] + len(wanted) - 1] + 1
+                return places
+        return [None] * len(string)
+
+    def _follows(self, whole: str, cursor: int, at: int) -> bool:
+        if at < cursor:
+            return False
+        in_word = at > cursor and whole[at - 1].isalnum() and whole[at].isalnum()
+        return not in_word and bool(self.READ.fullmatch(whole, cursor, at))
+
+
+def _written(text: str) -> list[int]:
+    """The characters that ComfyUI keeps: not white space, nor a backslash before a bracket."""
+    return [
+        i
+        for i, c in enumerate(text)
+        if not (c.isspace() or (c == "\\" and text[i + 1 : i + 2] in ("(", ")")))
+    ]
+
+
+def _finds(text: str, piece: str) -> Iterator[int]:
+    at = text.find(piece) if piece else -1
+    while at >= 0:
+        yield at
+        at = text.find(piece, at + 1)
+
+
+class Numbering(nn.Module):
+    """In place of an encoder: at each token its number, which stands where its weight does."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        layer = getattr(encoder, "layer", "last")
+        self.layers = len(layer) if isinstance(layer, list) else 2 if layer == "all" else 0
+        self.cut = getattr(encoder, "txt_offset", 0)  # Lens's encoder cuts off its template itself
+        self.has_mask = getattr(encoder, "return_attention_masks", True)
+        self.width = 1
+        if hasattr(encoder.transformer, "get_input_embeddings"):
+            self.width = encoder.transformer.get_input_embeddings().weight.shape[-1]
+
+    def encode_token_weights(self, chunks: Chunks) -> tuple[Any, ...]:
+        numbers: list[int] = []
+        for chunk in chunks:
+            # An embedding for another encoder is left out, and the chunk filled up behind.
+            fit = [n for each, n in chunk if not self._is_anothers(each)]
+            numbers += [*fit, *[0] * (len(chunk) - len(fit))]
+        device = comfy.model_management.intermediate_device()
+        out = torch.tensor(numbers[self.cut :], dtype=torch.float32, device=device)[None, :, None]
+        mask, pooled = torch.ones(out.shape[:2], device=device), torch.zeros(1, 1, device=device)
+        if self.layers:
+            out = out[:, None].expand(-1, self.layers, -1, -1)
+        else:
+            out = out.expand(-1, -1, self.width)
+        return (out, pooled, {"attention_mask": mask})[: 3 if self.has_mask else 2]
+
+    def _is_anothers(self, each: Any) -> bool:
+        return isinstance(each, Tensor) and each.shape[-1] != self.width
+
+
+def encoded(encoder: nn.Module, numbered: dict[str, Chunks]) -> list[list[int]]:
+    """The numbers at each place of a conditioning that an encoder makes of numbered tokens."""
+    if "" in numbered:  # the encoder itself, without a frame
+        out = Numbering(encoder).encode_token_weights(numbered[""])[0]
+    else:
+        probe: Any = copy.copy(encoder)
+        within = encoder._modules.items()
+        numbering = {n: Numbering(m) for n, m in within if hasattr(m, "encode_token_weights")}
+        if not numbering:  # HiDream-O1's text is encoded in the model
+            return [[n] for chunks in numbered.values() for chunk in chunks for _, n in chunk]
+        probe.__dict__["_modules"] = numbering
+        out = probe.encode_token_weights(numbered)[0]
+    return [[int(n) for n in row.unique() if n] for row in out[0].cpu()]
