@@ -1,7 +1,6 @@
 """T2I-CompBench and GenEval through ComfyUI: draw the samples, then read what evaluators found.
 
-Prompt files and evaluators are yours to supply. A run that was stopped, whichever way, goes on with
-the same command. ``README.md`` tells of one machine, several, Ray and Slurm.
+A run that was stopped, whichever way, goes on with the same command. ``README.md`` has the rest.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import argparse
 import asyncio
 import math
 import sys
-import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 if not __package__:  # run as a folder: python benchmarks/compbench
@@ -80,36 +78,20 @@ def draw(options: argparse.Namespace) -> None:
     plan = Plan(workflow, options.gammas, categories)
     todo, total = plan.begin(options.out), len(plan.units())
     print(f"{total} pictures, {total - len(todo)} of them drawn before", flush=True)
-    started, again, patience = time.monotonic(), 0, 60 * options.patience
-    with ExitStack() as stack:
-        if todo and options.servers:
-            servers = [Painter(url, patience) for url in options.servers]
-            painters = list({server.name: server for server in servers}.values())
-        elif todo:
-            how = options.ray or None, options.workers, options.gpus_per_worker, options.start
-            painters = stack.enter_context(ray_workers.workers(*how, patience))
-        try:
-            if todo:
-                again = asyncio.run(Drawing(options.out, plan, todo, painters).run(patience))
-        except (Problem, OSError, KeyboardInterrupt) as stopped:
-            why = str(stopped) or "Stopped."
-            raise Problem(f"{why} What was drawn is kept: the same command goes on.") from stopped
-    took = f"{len(todo)} drawn in {time.monotonic() - started:.0f} s, {again} tries in vain"
-    print(f"All {total} pictures are there: {took}.\n\nThe evaluators (T2I_COMPBENCH and GENEVAL")
-    print("are their checkouts, GENEVAL_DETECTOR a folder):\n")
-    print("\n".join(results.commands(options.out, plan)))
-    print(f"\nThen: compbench --read --out {options.out}")
-
-
-def check(out: Path) -> None:
-    """Open every picture of a run."""
-    plan = Plan.read(out)
-    if missing := plan.missing(out):
-        raise Problem(
-            f"{len(missing)} of {len(plan.units())} pictures are missing or damaged: "
-            f"{missing[0].path} ... The command that drew them draws these again."
-        )
-    print(f"All {len(plan.units())} pictures are whole.")
+    if todo:
+        patience = 60 * options.patience
+        servers = [Painter(url, patience) for url in options.servers or ()]
+        how = options.ray or None, options.workers, options.gpus_per_worker, options.start, patience
+        with nullcontext(servers) if servers else ray_workers.workers(*how) as painters:
+            try:
+                vain = asyncio.run(Drawing(options.out, plan, todo, painters).run(patience))
+            except (Problem, OSError, KeyboardInterrupt) as stop:
+                why = str(stop) or "Stopped."
+                raise Problem(f"{why} What was drawn is kept: the same command goes on.") from stop
+            print(f"{len(todo)} drawn, {vain} tries in vain")
+    print(f"All {total} pictures are there. The evaluators (T2I_COMPBENCH and GENEVAL are their")
+    print("checkouts, GENEVAL_DETECTOR a folder):\n")
+    print("\n".join([*results.commands(options.out, plan), "\nThen: --read --out alone."]))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,7 +101,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.is_drawing:
             draw(options)
         if options.check:
-            check(options.out)
+            if missing := Plan.read(options.out).missing(options.out):
+                why = f"{len(missing)} pictures are missing or damaged: {missing[0].path} ..."
+                raise Problem(f"{why} The command that drew them draws these again.")
+            print("All pictures are whole.")
         if options.read:
             print(results.report(options.out, options.baseline))
     except Problem as problem:

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from .plan import Plan, Problem, fault, write
 from .workflow import Unit
 
-IN_FLIGHT = 2
-"""Pictures that a server has at once: one is drawn, the next waits in its queue."""
+IN_FLIGHT = 2  # pictures that a server has at once: one is drawn, the next waits in its queue
 _TRIES = 5  # that one server has at a picture, when no other has failed at it less
 _PAUSES = (0.5, 1, 2, 5, 10)  # seconds for a server that fails, longer with each time in a row
 
@@ -45,7 +44,7 @@ class Drawing:
 
     def __init__(self, out: Path, plan: Plan, todo: list[Unit], painters: list[Painter]) -> None:
         self._out, self._workflow = out, plan.workflow
-        self._painters = {painter.name: painter for painter in painters}
+        self._painters = {painter.name: painter for painter in painters}  # each once
         undrawn = set(todo)
         groups = [deque(unit for unit in group if unit in undrawn) for group in plan.groups()]
         self._groups = [group for group in groups if group]
@@ -69,14 +68,12 @@ class Drawing:
     async def _watch(self, patience: float) -> None:
         seen = time.monotonic()
         while self._left:
-            there = self._painters.keys() - self._away - self._refused.keys()
-            counts = f"{len(there)} of {len(self._painters)} servers"
-            self._bar.set_postfix_str(counts, refresh=False)
-            seen = time.monotonic() if there else seen
+            gone = self._away | self._refused
+            there = f"{len(self._painters) - len(gone)} of {len(self._painters)} servers"
+            self._bar.set_postfix_str(there, refresh=False)
+            seen = time.monotonic() if len(gone) < len(self._painters) else seen
             if time.monotonic() - seen > patience:
-                whys = [f"{name}: {why}" for name, why in (self._away | self._refused).items()]
-                why = f"No server has answered for {patience / 60:g} minutes."
-                raise Problem(f"{why} ({'; '.join(whys)})")
+                raise Problem(f"No server has answered for {patience / 60:g} minutes: {gone}.")
             await asyncio.sleep(0.1)
 
     async def _serve(self, name: str) -> None:
@@ -114,17 +111,17 @@ class Drawing:
     def _take(self, name: str) -> Unit | None:
         """The painter's next unit, of the prompt it is at if any are left."""
         if not self._own.get(name):
-            fit = (i for i, group in enumerate(self._groups) if self._may_draw(group[0], name))
-            if (first := next(fit, None)) is None:
+            # No unit at which another that works has failed less.
+            well = self._painters.keys() - {name, *self._away, *self._refused, *self._in_a_row}
+            for group in self._groups:
+                failures = self._failures[group[0], name]
+                if all(self._failures[group[0], other] >= failures for other in well):
+                    self._groups.remove(group)
+                    self._own[name] = group
+                    break
+            else:
                 return None
-            self._own[name] = self._groups.pop(first)
         return self._own[name].popleft()
-
-    def _may_draw(self, unit: Unit, name: str) -> bool:
-        """Whether no other that works has failed at this unit less often."""
-        unwell = {name, *self._away, *self._refused, *self._in_a_row}
-        well = self._painters.keys() - unwell
-        return all(self._failures[unit, other] >= self._failures[unit, name] for other in well)
 
     def _give_back(self, unit: Unit, name: str) -> None:
         """Let whoever is next have a unit, and what else the painter had taken."""

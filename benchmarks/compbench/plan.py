@@ -4,10 +4,9 @@ T2I-CompBench reads ``<setting>/<category>/samples/<prompt>_<NNNNNN>.png``: one 
 category, one underscore in the name, nothing else in the folder. GenEval reads
 ``<setting>/geneval/<NNNNN>/metadata.jsonl`` and ``.../samples/<NNNN>.png``.
 
-A picture is drawn when its file is there, whole, and its own. Each is written under another name
-and then moved to its place, so a kill leaves none half. A PNG has a checksum of each of its parts,
-and ComfyUI writes into it the graph that drew it: so the file itself says whether it is undamaged,
-and which prompt, seed and gamma it shows.
+A picture is drawn when its file is there, moved to its place as a whole. A PNG has a checksum of
+each of its parts, and ComfyUI's metadata have the graph that drew it: so the file itself says
+whether it is undamaged, and which prompt, seed and gamma it shows.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import os
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from .workflow import Problem, Unit, Workflow
 FIRST_SEED = 42
 IMAGES, GENEVAL_IMAGES = 10, 4  # per prompt, in the two protocols
 GENEVAL = "geneval"
-_LONGEST_NAME = 255  # bytes, on the usual file systems
 
 
 @dataclass
@@ -51,17 +49,17 @@ class Category:
 
     def units_of(self, index: int, gamma: float) -> list[Unit]:
         """The pictures of one prompt, one for each seed."""
-        prompt, count, found = self.prompts[index], len(self.seeds), []
-        for i, seed in enumerate(self.seeds):
-            name = f"{prompt}_{index * count + i:06}.png"
-            file = f"{index:05}/samples/{i:04}.png" if self.metadata else f"samples/{name}"
-            found.append(Unit(f"{self.folder(gamma)}/{file}", prompt, seed, gamma))
-        return found
+        prompt, count = self.prompts[index], len(self.seeds)
+        names = [f"samples/{prompt}_{index * count + i:06}.png" for i in range(count)]
+        if self.metadata:
+            names = [f"{index:05}/samples/{i:04}.png" for i in range(count)]
+        paths = [f"{self.folder(gamma)}/{name}" for name in names]
+        return [Unit(paths[i], prompt, seed, gamma) for i, seed in enumerate(self.seeds)]
 
 
 @dataclass
 class Plan:
-    """All that a run's pictures depend on; its JSON is ``run.json`` in the output folder."""
+    """All that a run's pictures depend on: ``run.json`` in the output folder."""
 
     workflow: Workflow
     gammas: list[float]
@@ -93,12 +91,11 @@ class Plan:
         if not (out / "run.json").exists():
             write(out, "run.json", json.dumps(asdict(self), indent=1).encode())
         known = Plan.read(out)
-        words = {"workflow": "workflow", "gammas": "gammas", "categories": "prompts or seeds"}
-        if other := [words[key] for key in words if getattr(self, key) != getattr(known, key)]:
-            raise Problem(
-                f"{out} holds a run with other {', '.join(other)}: pictures of two runs are not "
-                f"mixed. Name another folder."
-            )
+        if other := [
+            f.name for f in fields(self) if getattr(self, f.name) != getattr(known, f.name)
+        ]:
+            why = f"{out} holds another run, whose {' and '.join(other)} differ"
+            raise Problem(f"{why} (a category is its prompts and seeds). Name another folder.")
         for left in out.glob("partial-*"):
             left.unlink()
         for gamma in self.gammas:
@@ -114,10 +111,8 @@ class Plan:
         folders = {(out / unit.path).parent for unit in units}
         there = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
         if strange := sorted(map(str, there - {out / unit.path for unit in units})):
-            raise Problem(  # which evaluators would take for some
-                f"{len(strange)} files in {out} are not this run's pictures. Move them away: "
-                f"{', '.join(strange[:3])} ..."
-            )
+            more = f"and {len(strange) - 1} more"  # evaluators would take them for pictures
+            raise Problem(f"{strange[0]} {more} are not this run's. Move them away.")
         with ThreadPoolExecutor() as pool:
             faults = pool.map(lambda unit: fault(out / unit.path, unit, self.workflow), units)
             looks = tqdm(faults, "looking", len(units), leave=False, delay=2)
@@ -125,13 +120,6 @@ class Plan:
         if damaged := [unit.path for unit in found if out / unit.path in there]:
             print(f"{len(damaged)} are damaged: {', '.join(damaged[:3])} ...", file=sys.stderr)
         return found
-
-    def size_in(self, out: Path) -> tuple[int, int] | None:
-        """Width and height of a run's pictures, by the first."""
-        if not (first := out / self.units()[0].path).exists():
-            return None
-        with Image.open(first) as image:
-            return image.size
 
 
 def fault(picture: Path | io.BytesIO, unit: Unit, workflow: Workflow) -> str | None:
@@ -161,11 +149,7 @@ def setting(gamma: float) -> str:
 
 
 def read_category(file: Path, images: int | None = None, seed: int = FIRST_SEED) -> Category:
-    """Read a prompt file: T2I-CompBench's ``.txt``, or GenEval's ``.jsonl``.
-
-    The file's name is the category's (``color_val.txt`` is ``color``), and the seed that of each
-    prompt's first picture; the next ones count up.
-    """
+    """Read a prompt file: T2I-CompBench's ``.txt``, or GenEval's ``.jsonl``."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -176,29 +160,20 @@ def read_category(file: Path, images: int | None = None, seed: int = FIRST_SEED)
     count = images or (GENEVAL_IMAGES if is_geneval else IMAGES)
     seeds = list(range(seed, seed + count))
     if is_geneval:
-        metadata = [_metadata(line, file) for line in lines]
-        return Category(GENEVAL, [entry["prompt"] for entry in metadata], seeds, metadata)
-    for prompt in lines:
-        _check_name(prompt, f"{prompt}_{len(lines) * count - 1:06}.png", file)
+        try:
+            metadata = [dict(json.loads(line)) for line in lines]
+            prompts, _ = zip(*((entry["prompt"], entry["tag"]) for entry in metadata), strict=True)
+            return Category(GENEVAL, list(prompts), seeds, metadata)
+        except (ValueError, KeyError, TypeError) as error:
+            raise Problem(
+                f"{file} is not GenEval's evaluation_metadata.jsonl: {error!r}"
+            ) from error
+    reserved = "_/" + ('<>:"\\|?*' if os.name == "nt" else "")
+    for prompt in lines:  # the evaluators read it back from the pictures' names
+        if wrong := sorted({c for c in prompt if c in reserved or not c.isprintable()}):
+            raise Problem(f"{file}: a prompt, being a file's name, cannot have {wrong}: {prompt}")
+        if len(f"{prompt}_{len(lines) * count - 1:06}.png".encode()) > 255:  # usual file systems
+            raise Problem(f"{file}: too long for the name of a file: {prompt}")
     if (name := file.stem.removesuffix("_val")) == GENEVAL:
         raise Problem(f"{file}: this name is GenEval's own; call the file something else.")
     return Category(name, lines, seeds)
-
-
-def _metadata(line: str, file: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(line)
-        if isinstance(metadata["prompt"], str) and isinstance(metadata["tag"], str):
-            return metadata
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise Problem(f"{file}: not a line of GenEval's evaluation_metadata.jsonl: {line[:80]}")
-
-
-def _check_name(prompt: str, name: str, file: Path) -> None:
-    """Refuse a prompt that the evaluators would not read back from the file's name."""
-    reserved = "_/" + ('<>:"\\|?*' if os.name == "nt" else "")
-    if wrong := sorted({c for c in prompt if c in reserved or not c.isprintable()}):
-        raise Problem(f"{file}: a prompt, being a file's name, cannot have {wrong}: {prompt}")
-    if len(name.encode()) > _LONGEST_NAME:
-        raise Problem(f"{file}: too long for the name of a file: {prompt}")

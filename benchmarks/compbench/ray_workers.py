@@ -1,7 +1,6 @@
 """A Ray cluster's GPUs as painters: each worker starts a ComfyUI of its own.
 
-Where workers run, and what becomes of one whose process or machine is lost, is Ray's business; a
-unit that it was at is drawn by another.
+Where workers run, and what becomes of one that is lost, is Ray's business.
 """
 
 from __future__ import annotations
@@ -44,10 +43,6 @@ class Worker:
         self.pipe: Any = None
         self._checking = asyncio.Lock()
 
-    def process(self) -> int:
-        """The worker's process id."""
-        return os.getpid()
-
     async def check(self) -> None:
         """See that a ComfyUI answers: one that is not there, or hangs, is started anew."""
         async with self._checking:
@@ -67,12 +62,6 @@ class Worker:
                 for copy in Path(self.folder.name).glob(f"{prefix}_*"):
                     copy.unlink()
 
-    def runs(self) -> bool:
-        """Whether ComfyUI's process is there, and with it the shell's."""
-        with suppress(BrokenPipeError):
-            return self.pipe.write(b".") == 1
-        return False
-
     async def _started(self) -> Painter:
         if self.pipe:
             self.pipe.close()
@@ -83,16 +72,17 @@ class Worker:
         command = [part.format(port=port, folder=folder) for part in shlex.split(self._command)]
         with Path(folder, "log").open("wb") as log:
             guarded = ["sh", "-c", _GUARD, "guard", *command]
-            pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "bufsize": 0}
-            self.pipe = subprocess.Popen(guarded, start_new_session=True, **pipes).stdin
+            streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "bufsize": 0}
+            self.pipe = subprocess.Popen(guarded, start_new_session=True, **streams).stdin
         painter = Painter(f"http://127.0.0.1:{port}", self._patience)
         deadline = time.monotonic() + _START_LIMIT
-        while not await self._answers(painter):
-            if not self.runs() or time.monotonic() > deadline:
-                end = Path(folder, "log").read_text("utf-8", "replace")[-2000:]
-                raise Lost(f"ComfyUI did not start: {shlex.join(command)}\n{end}")
-            await asyncio.sleep(0.2)
-        return painter
+        with suppress(BrokenPipeError):  # the command has ended, and with it its shell
+            while time.monotonic() < deadline and self.pipe.write(b"."):
+                if await self._answers(painter):
+                    return painter
+                await asyncio.sleep(0.2)
+        end = Path(folder, "log").read_text("utf-8", "replace")[-2000:]
+        raise Lost(f"ComfyUI did not start: {shlex.join(command)}\n{end}")
 
     async def _answers(self, painter: Painter) -> bool:
         """Whether this worker's own ComfyUI answers: another may have taken the port meanwhile."""
@@ -137,9 +127,8 @@ def workers(
         import ray
     except ImportError:
         raise Problem("Ray is not installed: pip install ray. Without it, use --servers.") from None
-    environment = {"PYTHONPATH": str(ROOT / "benchmarks")}
-    if "COMFYUI_PATH" in os.environ:
-        environment["COMFYUI_PATH"] = os.environ["COMFYUI_PATH"]
+    environment = {key: os.environ[key] for key in ("COMFYUI_PATH",) if key in os.environ}
+    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
     ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=False)
     try:
         has = ray.cluster_resources().get("GPU" if gpus else "CPU", 0)

@@ -1,17 +1,14 @@
-"""The official evaluators: the commands that run them, and what they found, beside the paper's.
-
-Nothing of them is here: T2I-CompBench (github.com/Karine-Huang/T2I-CompBench) and GenEval
-(github.com/djghosh13/geneval) are the user's to install.
-"""
+"""The official evaluators: the commands that run them, and what they found, beside the paper's."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
+
+from PIL import Image
 
 from .plan import GENEVAL, Category, Plan, Problem, setting
 
@@ -30,9 +27,7 @@ _GENEVAL = [
 _OF_2D, _OF_3D = (f"labels/annotation_obj_detection_{d}d" for d in (2, 3))
 _OF_BLIP = "annotation_blip/vqa_result.json", "annotation1_blip/vqa_test.json"
 EVALUATORS: dict[str, tuple[list[str], str, str | None]] = {
-    "color": ([_BLIP], *_OF_BLIP),
-    "shape": ([_BLIP], *_OF_BLIP),
-    "texture": ([_BLIP], *_OF_BLIP),
+    **dict.fromkeys(("color", "shape", "texture"), ([_BLIP], *_OF_BLIP)),
     "spatial": ([_2D], f"{_OF_2D}/vqa_result.json", f"{_OF_2D}/mapping.json"),
     "3d_spatial": ([_3D], f"{_OF_3D}/vqa_result.json", None),
     "numeracy": ([_NUMERACY], "annotation_num/vqa_result.json", None),
@@ -41,8 +36,7 @@ EVALUATORS: dict[str, tuple[list[str], str, str | None]] = {
     GENEVAL: (_GENEVAL, "results.jsonl", None),
 }
 """Category -> commands, the file of results, and the one that names the pictures seen, if any."""
-_COMPLEX_VAL = "e23a7dfb80d4a4ee7c5aef7cfe2cfc26e061870b6f094c90441558b0281c5872"
-"""SHA-256 of complex_val.txt's prompts, by which 3_in_1.py goes whatever was drawn."""
+_NONE: tuple[list[str], str, str | None] = ([], "", None)
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PAPER_COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 PAPER = {
@@ -65,19 +59,12 @@ def commands(out: Path, plan: Plan) -> list[str]:
     for category in plan.categories:
         if category.name not in EVALUATORS:
             lines.append(f"# {category.name} is no category of T2I-CompBench.")
-            continue
         if category.name == "complex":
-            if len(category.seeds) != 10:
-                lines.append(f"# 3_in_1.py needs 10 images per prompt, not {len(category.seeds)}.")
-            if sha256("\n".join(category.prompts).encode()).hexdigest() != _COMPLEX_VAL:
-                lines.append(
-                    "# 3_in_1.py goes by its own complex_val.txt, and these are other prompts, or "
-                    "in another order: give it --data_path with yours, as complex_val.txt, beside "
-                    "copies of its complex_val_spatial.txt and complex_val_action.txt."
-                )
+            lines.append("# 3_in_1.py takes 10 images per prompt, and goes by its own prompts.")
         for gamma in plan.gammas:
             folder = shlex.quote(str((out / category.folder(gamma)).resolve()))
-            lines += [command.format(folder) for command in EVALUATORS[category.name][0]]
+            todo = EVALUATORS.get(category.name, _NONE)[0]
+            lines += [command.format(folder) for command in todo]
     return lines
 
 
@@ -96,13 +83,10 @@ def report(out: Path, baseline: Path | None = None) -> str:
         if beside := plan.workflow.differences(base.workflow):
             notes.append(f"The workflows differ in more than TACA and LoRAs: {', '.join(beside)}")
     elif nodes := plan.workflow.loras():
-        notes.append(
-            f"{setting(1)} is with the LoRA of {', '.join(nodes)}, not the plain model; for that, "
-            f"draw the workflow without it (--gammas 1) and name the folder with --baseline."
-        )
+        why = f"{setting(1)} is with the LoRA of {', '.join(nodes)}, not the plain model"
+        notes.append(f"{why}: draw that too (--gammas 1), and name its folder with --baseline.")
     if not scores:
-        todo = "\n".join(commands(out, plan))
-        raise Problem(f"No evaluator has been run; the commands:\n{todo}")
+        raise Problem("\n".join(["No evaluator has been run. They are:", *commands(out, plan)]))
     if missing:
         notes.append("Not there yet:\n" + "\n".join(missing))
     return "\n\n".join([table(scores, plan), *notes])
@@ -113,24 +97,18 @@ def _check_pairs(out: Path, plan: Plan, baseline: Path, base: Plan) -> None:
     if 1.0 not in base.gammas:
         raise Problem(f"The baseline {baseline} has no pictures at gamma 1.")
     if other := [c.name for c in plan.categories if c not in base.categories]:
-        raise Problem(
-            f"The baseline {baseline} was not drawn with the same prompts and seeds of "
-            f"{', '.join(other)}: the two cannot be paired."
-        )
-    if (mine := plan.size_in(out)) != (theirs := base.size_in(baseline)):
-        raise Problem(f"The pictures in {baseline} are of {theirs} pixels, those in {out} {mine}.")
+        raise Problem(f"{baseline} has not the same prompts and seeds of {', '.join(other)}.")
+    first = [out / plan.units()[0].path, baseline / base.units()[0].path]
+    if len(sizes := {Image.open(picture).size for picture in first if picture.exists()}) > 1:
+        raise Problem(f"The pictures in {out} and {baseline} are of other sizes: {sorted(sizes)}.")
 
 
 def read(out: Path, plan: Plan) -> tuple[Scores, list[str]]:
-    """Scores, and the result files that are not there yet.
-
-    A file that is not of this run's pictures at its setting, all of them and each once, is a
-    `Problem`.
-    """
+    """Scores, and the result files that are not there yet; wrong ones are a `Problem`."""
     scores: Scores = {}
     missing = []
     for category in plan.categories:
-        _, result, names = EVALUATORS.get(category.name, ([], None, None))
+        _, result, names = EVALUATORS.get(category.name, _NONE)
         contents: dict[bytes, Path] = {}
         for gamma in plan.gammas if result else ():
             file = out / category.folder(gamma) / result
@@ -145,20 +123,13 @@ def read(out: Path, plan: Plan) -> tuple[Scores, list[str]]:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise Problem(f"{file} is not what its evaluator writes: {error!r}") from error
             pictures = [out / unit.path for unit in category.units(gamma)]
-            drawn = max((p.stat().st_mtime for p in pictures if p.exists()), default=0)
-            if file.stat().st_mtime < drawn:
-                raise Problem(
-                    f"{file} is older than the pictures: let the evaluator run again. (If copying "
-                    f"has changed the times, and only then: touch the file.)"
-                )
+            if any(p.exists() and p.stat().st_mtime > file.stat().st_mtime for p in pictures):
+                raise Problem(f"{file} is older than the pictures: let the evaluator run again.")
             # Most of these files name no pictures. Two may be the same if all scores are alike.
             is_telling = any(len(set(values)) > 1 for values in found.values())
             if is_telling and (first := contents.setdefault(file.read_bytes(), file)) != file:
-                raise Problem(
-                    f"{file} and {first} are the same to the byte, so one is a copy: let the "
-                    f"evaluator run again. (If both are right, as can be with few pictures, a "
-                    f"space at the end of one says so.)"
-                )
+                why = f"{file} is {first} to the byte, so one is a copy: run the evaluator again."
+                raise Problem(f"{why} (If both are right, a space at the end of one says so.)")
             for column, values in found.items():
                 scores.setdefault(column, {})[setting(gamma)] = values
     return scores, missing
@@ -166,17 +137,12 @@ def read(out: Path, plan: Plan) -> tuple[Scores, list[str]]:
 
 def _check_all_once(file: Path, found: list[Any], wanted: list[Any]) -> None:
     if len(found) != len(wanted):
-        raise Problem(
-            f"{file} has {len(found)} results for {len(wanted)} pictures: let the evaluator run "
-            f"again, on the complete set."
-        )
-    if set(found) != set(wanted):
-        strange = sorted(map(str, set(found) - set(wanted)))
-        raise Problem(
-            f"{file} is not of this run's pictures at this setting: {len(strange) or 'some twice'} "
-            f"{', '.join(strange[:3])}; let the evaluator run on the folder itself, or on a copy "
-            f"whose path ends as its own."
-        )
+        why = f"{file} has {len(found)} results for {len(wanted)} pictures"
+    elif strange := set(found) - set(wanted) or set(wanted) - set(found):
+        why = f"{file} is not of this run's pictures at this setting: {min(map(str, strange))}"
+    else:
+        return
+    raise Problem(f"{why}. Let the evaluator run on this folder.")
 
 
 def _by_path(file: Path, images: list[str], category: Category, gamma: float) -> list[int]:
@@ -211,8 +177,7 @@ def _geneval(file: Path, category: Category, gamma: float) -> dict[str, list[flo
     order = _by_path(file, [entry["filename"] for entry in entries], category, gamma)
     scores: dict[str, list[float]] = {}
     for i, metadata in enumerate(category.metadata or ()):
-        images = len(category.seeds)
-        own = [entries[k] for k in order[i * images : (i + 1) * images]]
+        own = [entries[k] for k in order[i * len(category.seeds) :][: len(category.seeds)]]
         for entry in own:
             if (entry["prompt"], entry["tag"]) != (metadata["prompt"], metadata["tag"]):
                 raise Problem(f"{file}: {entry['filename']} was judged for another prompt")
@@ -223,11 +188,7 @@ def _geneval(file: Path, category: Category, gamma: float) -> dict[str, list[flo
 
 
 def table(scores: Scores, plan: Plan) -> str:
-    """Markdown: T2I-CompBench beside the paper's, and GenEval.
-
-    A difference to the baseline, or else to gamma 1, is paired, and has its 95 % confidence
-    interval over the prompts.
-    """
+    """Markdown: T2I-CompBench beside the paper's, and GenEval; differences are paired by prompt."""
     names, plain = [setting(gamma) for gamma in plan.gammas], setting(1)
     if any(BASELINE in by_setting for by_setting in scores.values()):
         names, plain = [BASELINE, *names], BASELINE

@@ -23,8 +23,7 @@ _HELP = {
     "output": "Name the node that saves the picture with --output NODE.",
 }
 Graph = dict[str, Any]
-Place = str
-"""``NODE.INPUT``, as on the command line."""
+Place = str  # NODE.INPUT, as on the command line
 
 
 class Problem(Exception):
@@ -42,11 +41,7 @@ class Unit(NamedTuple):
 
 @dataclass
 class Workflow:
-    """What draws one picture: a graph with ``{prompt}`` where the prompt goes, and its places.
-
-    A graph without TACA, which draws gamma 1 alone, has no place for gamma. ``output`` is the node
-    whose picture is taken.
-    """
+    """What draws one picture; without TACA it draws gamma 1 alone, and has no place for gamma."""
 
     graph: Graph
     prompt: list[Place]
@@ -103,10 +98,8 @@ def read_workflow(
 ) -> Workflow:
     """Read an API form and find its places, where they are not named.
 
-    The prompt goes where the workflow has ``{prompt}``, else into the one text before a sampler's
-    or guider's positive; the seed and TACA's gamma into the only ones there are, or the primitives
-    that they come from. A plain workflow, for gamma 1 alone, need not have a gamma. A place that is
-    missing or in doubt is a `Problem`.
+    One that is missing or in doubt is a `Problem`. A plain workflow, for gamma 1 alone, need not
+    have a gamma.
     """
     graph = _read(file)
     output = _output(graph, output)
@@ -178,12 +171,9 @@ def _output(graph: Graph, named: str | None) -> str:
         raise Problem(f"The workflow has no node {named}; it has {', '.join(graph)}.")
     values = [_value(graph, place) for place in _places(graph)]
     ends = graph.keys() - {value[0] for value in values if _is_link(graph, value)}
-    found = [
-        node
-        for node in graph
-        if node in ends
-        and any(_is_link(graph, graph[node]["inputs"].get(name)) for name in ("images", "image"))
-    ]
+    pictures = [p for p in _places(graph) if p.endswith((".images", ".image"))]
+    nodes = [p.partition(".")[0] for p in pictures if _is_link(graph, _value(graph, p))]
+    found = [node for node in dict.fromkeys(nodes) if node in ends]
     behind = [node for node in found if _gammas(_needed(graph, node))]
     # Of two side by side, without and with TACA, the latter.
     return _only("output", behind if len(behind) == 1 else found, graph)
@@ -223,6 +213,7 @@ def _marked(graph: Graph) -> list[Place]:
 
 
 def _prompts(graph: Graph) -> list[Place]:
+    """The text before a sampler's positive, or a guider's."""
     inputs = [content["inputs"] for content in graph.values()]
     guiders = [c["inputs"] for c in graph.values() if "Guider" in c["class_type"]]
     starts = [i["positive"] for i in inputs if "positive" in i]
