@@ -19,6 +19,37 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
+def graph_of_the_demo(steps=12):
+    """The demo's model with TACA, in API form."""
+    sampler = {"steps": steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
+    sampler |= {"positive": ["positive", 0], "negative": ["negative", 0], "denoise": 1.0}
+    unet = {"unet_name": "taca_demo_mmdit.safetensors", "weight_dtype": "default"}
+    taca = {"model": ["model", 0], "gamma": 1.2, "timestep_threshold": 970.0}
+    nodes = {
+        "model": ("UNETLoader", unet),
+        "taca": ("TACAPatchModel", taca),
+        "positive": ("TACADemoTextEncode", {"text": ""}),
+        "negative": ("TACADemoTextEncode", {"text": ""}),
+        "latent": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+        "sample": ("KSampler", {"model": ["taca", 0], "latent_image": ["latent", 0], "seed": 0}),
+        "decode": ("TACADemoDecode", {"samples": ["sample", 0], "upscale": 1}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "ComfyUI"}),
+    }
+    nodes["sample"][1].update(sampler)
+    return {node: {"class_type": kind, "inputs": inputs} for node, (kind, inputs) in nodes.items()}
+
+
+def changed(**nodes):
+    """The demo's workflow with other inputs; ``None`` takes one away."""
+    graph = graph_of_the_demo()
+    for node, inputs in nodes.items():
+        graph.setdefault(node, {"class_type": inputs.pop("class_type", ""), "inputs": {}})
+        graph[node]["inputs"] |= inputs
+        for name in [name for name, value in inputs.items() if value is None]:
+            del graph[node]["inputs"][name]
+    return graph
+
+
 def asked_for(graph):
     """What decides a picture."""
     return (
