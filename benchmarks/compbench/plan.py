@@ -91,9 +91,8 @@ class Plan:
         if not (out / "run.json").exists():
             write(out, "run.json", json.dumps(asdict(self), indent=1).encode())
         known = Plan.read(out)
-        if other := [
-            f.name for f in fields(self) if getattr(self, f.name) != getattr(known, f.name)
-        ]:
+        names = [field.name for field in fields(self)]
+        if other := [name for name in names if getattr(self, name) != getattr(known, name)]:
             why = f"{out} holds another run, whose {' and '.join(other)} differ"
             raise Problem(f"{why} (a category is its prompts and seeds). Name another folder.")
         for left in out.glob("partial-*"):

@@ -127,8 +127,9 @@ def workers(
         import ray
     except ImportError:
         raise Problem("Ray is not installed: pip install ray. Without it, use --servers.") from None
-    environment = {key: os.environ[key] for key in ("COMFYUI_PATH",) if key in os.environ}
-    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
+    environment = {k: os.environ[k] for k in ("COMFYUI_PATH", "PYTHONPATH") if k in os.environ}
+    paths = str(ROOT / "benchmarks"), environment.get("PYTHONPATH", "")
+    environment["PYTHONPATH"] = os.pathsep.join(paths).rstrip(os.pathsep)
     ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=False)
     try:
         has = ray.cluster_resources().get("GPU" if gpus else "CPU", 0)
