@@ -29,6 +29,7 @@ PACKS = {"comfyui-taca": ROOT, "comfyui-taca-demo": ROOT / "demo"}
 MODEL_FOLDERS = (
     "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras"
 )  # fmt: skip
+TIMEOUT = 60  # seconds for one request, and without a sign of life from a server at work
 Models = Iterable[tuple[str, Path]]
 
 
@@ -117,25 +118,37 @@ def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
         signal.signal(signal.SIGTERM, before)
 
 
+class Lost(RuntimeError):
+    """The server cannot be reached, or has ended."""
+
+
+class Failed(RuntimeError):
+    """The server could not run the graph this time."""
+
+
+class Refused(RuntimeError):
+    """The graph cannot run on this server."""
+
+
 class Server:
     """A running ComfyUI.
 
     Parameters
     ----------
     address : str
-        ``http://127.0.0.1:port``.
-    log : Path
+        ``http://127.0.0.1:port``, say.
+    log : Path, optional
         What it prints.
     """
 
-    def __init__(self, address: str, log: Path) -> None:
+    def __init__(self, address: str, log: Path | None = None) -> None:
         self.address = address
         self.log = log
         # No proxy leads to this machine itself.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def _read(self, path: str) -> bytes:
-        with self._opener.open(self.address + path, timeout=60) as reply:
+        with self._opener.open(self.address + path, timeout=TIMEOUT) as reply:
             return reply.read()
 
     def get(self, path: str) -> Any:
@@ -144,12 +157,13 @@ class Server:
 
     def picture(self, image: dict[str, str]) -> bytes:
         """The file of an output image."""
-        query = {key: image[key] for key in ("filename", "subfolder", "type")}
-        return self._read(f"/view?{urllib.parse.urlencode(query)}")
+        return self._read(_view(image))
 
-    def failure(self, what: str) -> RuntimeError:
+    def failure(self, what: str) -> Lost:
         """An error that ends with the end of the log."""
-        return RuntimeError(f"{what}:\n{self.log.read_text('utf-8', 'replace')[-3000:]}")
+        if not self.log:
+            return Lost(what)
+        return Lost(f"{what}:\n{self.log.read_text('utf-8', 'replace')[-3000:]}")
 
     def run(
         self,
@@ -172,45 +186,105 @@ class Server:
 
         Raises
         ------
-        RuntimeError
-            If the server refuses the graph, a node fails, or the server ends; with its reason.
+        Lost, Failed, Refused
+            If the server ends, a node fails, or the server refuses the graph; with its reason.
         """
-        try:
+        with self._reached():
             return asyncio.run(self._run(graph, on_progress))
-        except aiohttp.ClientError as error:
-            raise self.failure(f"Lost ComfyUI ({error})") from error
+
+    async def stats(self) -> dict[str, Any]:
+        """What it says of itself; `Lost` if it does not answer."""
+        with self._reached():
+            return json.loads(await self._fetch("/system_stats"))
+
+    async def draw(self, graph: dict[str, Any], node: str) -> bytes:
+        """The file of the one picture that a node saves or shows; raises as `run`."""
+        with self._reached():
+            images = (await self._run(graph)).get(node, {}).get("images", [])
+            if len(images) != 1:
+                raise Refused(
+                    f"Node {node} gives {len(images)} pictures in place of one: set the batch "
+                    f"size to 1."
+                )
+            return await self._fetch(_view(images[0]))
+
+    async def _fetch(self, path: str) -> bytes:
+        async with _session() as session, session.get(self.address + path) as reply:
+            reply.raise_for_status()
+            return await reply.read()
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, KeyError) as error:
+            why = str(error) or type(error).__name__
+            raise self.failure(f"Lost ComfyUI ({why})") from error
 
     async def _run(
-        self, graph: dict[str, Any], on_progress: Callable[[str, int, int], None]
+        self,
+        graph: dict[str, Any],
+        on_progress: Callable[[str, int, int], None] = lambda node, step, steps: None,
     ) -> dict[str, Any]:
         client = uuid.uuid4().hex
         async with (
-            aiohttp.ClientSession() as session,
-            session.ws_connect(f"{self.address}/ws?clientId={client}", max_msg_size=0) as events,
+            _session() as session,
+            session.ws_connect(
+                f"{self.address}/ws?clientId={client}", max_msg_size=0, heartbeat=TIMEOUT
+            ) as ws,
         ):
             body = {"prompt": graph, "client_id": client}
             async with session.post(f"{self.address}/prompt", json=body) as reply:
-                answer = await reply.json()
                 if reply.status != 200:
-                    raise RuntimeError(json.dumps(answer, indent=1))
-            prompt = answer["prompt_id"]
-            async for event in events:
-                if event.type is not aiohttp.WSMsgType.TEXT:
-                    continue  # preview pictures
-                message = json.loads(event.data)
-                data = message.get("data", {})
-                if data.get("prompt_id") != prompt:
-                    continue
-                if message["type"] == "progress":
-                    on_progress(data["node"], data["value"], data["max"])
-                elif message["type"] == "execution_error":
-                    raise RuntimeError(f"{data['node_type']}: {data['exception_message']}")
-                elif message["type"] == "executing" and data["node"] is None:
-                    break  # sent once the outputs are in the history
-            else:
-                raise self.failure("ComfyUI ended before it was done")
+                    kind = Refused if reply.status < 500 else Failed
+                    raise kind(f"HTTP {reply.status}: {(await reply.text())[:2000]}")
+                prompt = (await reply.json())["prompt_id"]
+            try:
+                await self._follow(ws, prompt, on_progress)
+            except asyncio.CancelledError:  # nobody waits for it now
+                soon = aiohttp.ClientTimeout(5)
+                with suppress(aiohttp.ClientError, asyncio.TimeoutError):
+                    for path, what in (
+                        ("queue", {"delete": [prompt]}),
+                        ("interrupt", {"prompt_id": prompt}),
+                    ):
+                        await session.post(f"{self.address}/{path}", json=what, timeout=soon)
+                raise
             async with session.get(f"{self.address}/history/{prompt}") as reply:
                 return (await reply.json())[prompt]["outputs"]
+
+    async def _follow(
+        self,
+        ws: aiohttp.ClientWebSocketResponse,
+        prompt: str,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Come back when a prompt is done."""
+        async for event in ws:
+            if event.type is not aiohttp.WSMsgType.TEXT:
+                continue  # preview pictures
+            message = json.loads(event.data)
+            data = message.get("data", {})
+            if data.get("prompt_id") != prompt:
+                continue
+            if message["type"] == "progress":
+                on_progress(data["node"], data["value"], data["max"])
+            elif message["type"] == "execution_error":
+                raise Failed(f"{data['node_type']}: {data['exception_message'].strip()}")
+            elif message["type"] == "execution_interrupted":
+                raise Failed("interrupted on the server")
+            elif message["type"] == "executing" and data["node"] is None:
+                return  # sent once the outputs are in the history
+        raise self.failure("ComfyUI ended before it was done")
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(TIMEOUT))
+
+
+def _view(image: dict[str, str]) -> str:
+    query = {key: image[key] for key in ("filename", "subfolder", "type")}
+    return f"/view?{urllib.parse.urlencode(query)}"
 
 
 @contextmanager

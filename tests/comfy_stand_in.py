@@ -1,22 +1,53 @@
-"""A stand-in for a ComfyUI server: its HTTP protocol, and a small picture for each graph.
+"""A stand-in for a ComfyUI server: its protocol, and a small picture for each graph.
 
 For what takes thousands of pictures, or a server that misbehaves. As a script:
 ``PORT FOLDER [FAULT]``.
 """
 
+import asyncio
 import hashlib
 import io
 import json
+import socket
 import sys
 import threading
-import time
 import uuid
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
 
+from aiohttp import web
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+
+def graph_of_the_demo(steps=12):
+    """The demo's model with TACA, in API form."""
+    sampler = {"steps": steps, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
+    sampler |= {"positive": ["positive", 0], "negative": ["negative", 0], "denoise": 1.0}
+    unet = {"unet_name": "taca_demo_mmdit.safetensors", "weight_dtype": "default"}
+    taca = {"model": ["model", 0], "gamma": 1.2, "timestep_threshold": 970.0}
+    nodes = {
+        "model": ("UNETLoader", unet),
+        "taca": ("TACAPatchModel", taca),
+        "positive": ("TACADemoTextEncode", {"text": ""}),
+        "negative": ("TACADemoTextEncode", {"text": ""}),
+        "latent": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+        "sample": ("KSampler", {"model": ["taca", 0], "latent_image": ["latent", 0], "seed": 0}),
+        "decode": ("TACADemoDecode", {"samples": ["sample", 0], "upscale": 1}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "ComfyUI"}),
+    }
+    nodes["sample"][1].update(sampler)
+    return {node: {"class_type": kind, "inputs": inputs} for node, (kind, inputs) in nodes.items()}
+
+
+def changed(**nodes):
+    """The demo's workflow with other inputs; ``None`` takes one away."""
+    graph = graph_of_the_demo()
+    for node, inputs in nodes.items():
+        graph.setdefault(node, {"class_type": inputs.pop("class_type", ""), "inputs": {}})
+        graph[node]["inputs"] |= inputs
+        for name in [name for name, value in inputs.items() if value is None]:
+            del graph[node]["inputs"][name]
+    return graph
 
 
 def asked_for(graph):
@@ -33,11 +64,12 @@ def colour_of(prompt, seed, gamma):
     return tuple(hashlib.sha256(f"{prompt}|{seed}|{float(gamma)}".encode()).digest()[:3])
 
 
-def png_of(graph, size=8):
+def png_of(graph, has_metadata=True):
     note = PngInfo()
-    note.add_text("prompt", json.dumps(graph))
+    if has_metadata:
+        note.add_text("prompt", json.dumps(graph))
     file = io.BytesIO()
-    Image.new("RGB", (size, size), colour_of(*asked_for(graph))).save(file, "PNG", pnginfo=note)
+    Image.new("RGB", (8, 8), colour_of(*asked_for(graph))).save(file, "PNG", pnginfo=note)
     return file.getvalue()
 
 
@@ -47,93 +79,94 @@ class StandIn:
     Attributes
     ----------
     fault : callable
-        Graph -> None, or what goes wrong with it: a word of `_run` and `_reply`.
+        Graph -> None, or what goes wrong with it: a word of `_prompt`.
     asked : Counter
         How often each picture was drawn.
     """
 
     def __init__(self, fault=lambda graph: None, port=0):
         self.fault, self.asked = fault, Counter()
-        self._history, self._queue, self._pictures = {}, {}, {}
-        stand_in = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_GET(self):
-                stand_in._reply(self, None)
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                stand_in._reply(self, json.loads(body))
-
-            def log_message(self, *_):
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._outputs, self._pictures, self._events = {}, {}, {}
+        self._socket = socket.create_server(("127.0.0.1", port))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self):
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        self._loop, self._end = asyncio.new_event_loop(), asyncio.Event()
+        whole = self._loop.run_until_complete
+        self._thread = threading.Thread(target=whole, args=(self.serve(self._end),), daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_):
-        self._http.shutdown()
-        self._http.server_close()
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
 
-    def _run(self, number, graph, fault):
-        if fault == "forget":
-            return
-        if fault == "wait":
-            self._queue[number] = graph
-            return
+    async def serve(self, end):
+        app = web.Application()
+        app.add_routes([
+            web.get("/ws", self._listen),
+            web.post("/prompt", self._prompt),
+            web.get("/history/{number}", self._history),
+            web.get("/view", self._view),
+            web.get("/system_stats", self._stats),
+        ])  # fmt: skip
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        await web.SockSite(runner, self._socket).start()
+        await end.wait()
+        for events in list(self._events.values()):
+            await events.close()
+        await runner.cleanup()
+
+    async def _listen(self, request):
+        events = self._events[request.query["clientId"]] = web.WebSocketResponse()
+        await events.prepare(request)
+        async for _ in events:
+            pass
+        return events
+
+    async def _prompt(self, request):
+        body = await request.json()
+        graph, events = body["prompt"], self._events[body["client_id"]]
+        fault = await asyncio.to_thread(self.fault, graph)
+        if fault in ("refuse", "500"):
+            return web.Response(status=400 if fault == "refuse" else 500, text="no such node")
+        number = str(uuid.uuid4())
+        if fault == "restart":
+            asyncio.get_running_loop().call_soon(asyncio.ensure_future, events.close())
+        elif fault != "wait":
+            asyncio.ensure_future(self._draw(number, graph, events, fault))  # noqa: RUF006
+        return web.json_response({"prompt_id": number})
+
+    async def _draw(self, number, graph, events, fault):
         self.asked[asked_for(graph)] += 1
-        status = {"status_str": "success", "messages": []}
         if fault == "error":
             about = {"node_type": "KSampler", "exception_message": "no memory\n"}
-            status = {"status_str": "error", "messages": [["execution_error", about]]}
+            await self._tell(events, "execution_error", prompt_id=number, **about)
+            return
         other = json.loads(json.dumps(graph))
         other["sample"]["inputs"]["seed"] += fault == "other"
-        picture = png_of(other, 16 if fault == "size" else 8)
+        picture = png_of(other, has_metadata=fault != "bare")
         self._pictures[number] = picture[:-20] if fault == "cut" else picture
         image = {"filename": number, "subfolder": "", "type": "output"}
-        images = [image] * (2 if fault == "batch" else 1)
-        self._history[number] = {"outputs": {"save": {"images": images}}, "status": status}
+        self._outputs[number] = {"save": {"images": [image] * (2 if fault == "batch" else 1)}}
+        await self._tell(events, "executing", prompt_id=number, node=None)
 
-    def _reply(self, handler, body):
-        url = urlsplit(handler.path)
-        code, reply = 200, b"{}"
-        if url.path == "/prompt":
-            fault = self.fault(body["prompt"])
-            if fault in ("refuse", "500"):
-                code, reply = (
-                    (400, b'{"error": "no such node"}') if fault == "refuse" else (500, b"")
-                )
-            else:
-                number = str(uuid.uuid4())
-                self._run(number, body["prompt"], fault)
-                reply = json.dumps({"prompt_id": number}).encode()
-        elif url.path.startswith("/history/"):
-            number = url.path.rpartition("/")[2]
-            known = {number: self._history[number]} if number in self._history else {}
-            reply = json.dumps(known).encode()
-        elif url.path == "/queue":
-            running = [[0, number, graph] for number, graph in self._queue.items()]
-            reply = json.dumps({"queue_running": running, "queue_pending": []}).encode()
-        elif url.path == "/system_stats":
-            reply = json.dumps({"system": {"argv": sys.argv}}).encode()
-        elif url.path == "/view":
-            reply = self._pictures[parse_qs(url.query)["filename"][0]]
-        handler.send_response(code)
-        handler.send_header("Content-Length", str(len(reply)))
-        handler.end_headers()
-        handler.wfile.write(reply)
+    async def _tell(self, events, kind, **data):
+        if not events.closed:
+            await events.send_str(json.dumps({"type": kind, "data": data}))
+
+    async def _history(self, request):
+        number = request.match_info["number"]
+        return web.json_response({number: {"outputs": self._outputs[number]}})
+
+    async def _view(self, request):
+        return web.Response(body=self._pictures[request.query["filename"]])
+
+    async def _stats(self, request):
+        return web.json_response({"system": {"argv": sys.argv}})
 
 
 if __name__ == "__main__":
     fault = (sys.argv[3:] or [None])[0]
-    with StandIn(lambda graph: fault, int(sys.argv[1])):
-        while True:
-            time.sleep(60)
+    asyncio.run(StandIn(lambda graph: fault, int(sys.argv[1])).serve(asyncio.Event()))
