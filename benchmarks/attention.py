@@ -214,15 +214,16 @@ class Stream(nn.Module):
 
     def __init__(self, shape: Shape, attentions: int) -> None:
         super().__init__()
-        width, self.heads = shape.hidden, shape.heads
-        norms = [nn.RMSNorm(width // shape.heads, eps=1e-6) for _ in range(2 * attentions)]
-        modulation = [nn.SiLU(), nn.Linear(width, 3 * (attentions + 1) * width)]
-        self.modulation = nn.Sequential(*modulation) if shape.modulated else nn.Identity()
-        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(attentions))
-        self.norms = nn.ModuleList(norms)
-        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(attentions))
-        mlp = [nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)]
-        self.mlp = nn.Sequential(*mlp)
+        w, self.heads, each = shape.hidden, shape.heads, range(attentions)
+        norms = [nn.RMSNorm(w // shape.heads, eps=1e-6) for _ in range(2 * attentions)]
+        modulation = [nn.SiLU(), nn.Linear(w, 3 * (attentions + 1) * w)]
+        self.modulation = nn.Sequential(*modulation if shape.modulated else ())
+        self.qkv, self.norms = (
+            nn.ModuleList(nn.Linear(w, 3 * w) for _ in each),
+            nn.ModuleList(norms),
+        )
+        self.out = nn.ModuleList(nn.Linear(w, w) for _ in each)
+        self.mlp = nn.Sequential(nn.Linear(w, 4 * w), nn.GELU("tanh"), nn.Linear(4 * w, w))
 
     def project(self, x: Tensor, mod: tuple[Tensor, ...], i: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of its i-th attention."""
@@ -317,10 +318,9 @@ class Case:
     def measure(self, kind: str, names: list[str], rounds: int, label: str) -> tuple[Any, Any]:
         """``summary`` of each method's ``call`` or ``step``, and its peak MiB."""
         run = {name: partial(getattr(self, kind), name) for name in names}
-        times = timing.interleaved(
-            lambda name: timing.seconds(run[name], self.device),
-            names, rounds, f"{label}, {kind}", SLOW, warm_up=rounds > 1,
-        )  # fmt: skip
+        measured = lambda name: timing.seconds(run[name], self.device)  # noqa: E731
+        label, warm_up = f"{label}, {kind}", rounds > 1
+        times = timing.interleaved(measured, names, rounds, label, SLOW, warm_up)
         names = [name for name in names if name != "plain again"]
         peaks = {name: timing.peak_mib(run[name], self.device) for name in names}
         return timing.summaries(times), peaks
@@ -404,21 +404,14 @@ def main() -> None:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    add("--sizes", type=int, nargs="+", help="512 to 2048; 1024 on a GPU, 512 on a CPU")
-    add("--batches", type=int, nargs="+", default=[1])
-    add("--dtypes", nargs="+", choices=TOLERANCE, help="bfloat16 on a GPU, float32 on a CPU")
     add("--kinds", nargs="+", choices=KINDS, help="attention alone (3 times the rounds), block")
     add("--tried", action="store_true", help="other ways to scale the text keys")
-    options = timing.parse(parser, "50 on a GPU, 7 on a CPU")
+    options = timing.parse_cases(parser, TOLERANCE)
     warnings.filterwarnings("ignore", message=".*flex_attention")
     device, tried = torch.device(options.device), options.tried
-    methods, on_gpu = TRIED if tried else METHODS, device.type == "cuda"
-    sizes = options.sizes or [1024 if on_gpu else 512]
-    dtypes = options.dtypes or ["bfloat16" if on_gpu else "float32"]
-    kinds = options.kinds or (["call"] if tried else list(KINDS))
-    rounds = options.rounds or (50 if on_gpu else 7)
+    methods, kinds = TRIED if tried else METHODS, options.kinds or list(KINDS)[: 2 - tried]
     results = timing.Results("tried" if tried else "attention", options.out, device)
-    cases = itertools.product(options.shapes, sizes, dtypes, options.batches)
+    cases = itertools.product(options.shapes, options.sizes, options.dtypes, options.batches)
     for name, size, dtype, batch in cases:
         shape, image = SHAPES[name], (size // 16) ** 2
         label = f"{name}, {size}², {dtype}, batch {batch}"
@@ -428,7 +421,7 @@ def main() -> None:
         result |= {"image_tokens": image, "text_tokens": shape.text, "peak_mib": {}}
         result |= {"max_abs_error": found, "skipped": skipped}
         for kind in kinds:
-            often = rounds * (3 if kind == "call" else 1)
+            often = options.rounds * (3 if kind == "call" else 1)
             result[kind], peaks = case.measure(kind, list(found), often, label)
             result["peak_mib"][kind] = peaks
         results.add(label, result | {"environment": timing.environment(device, options.clock)})

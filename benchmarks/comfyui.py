@@ -18,15 +18,12 @@ import comfy.options
 comfy.options.enable_args_parsing(False)
 from comfy.cli_args import args  # noqa: E402
 
-PACKAGES = {"pytorch": "torch", "sage": "sageattention", "flash": "flash_attn"}
-PACKAGES |= {"xformers": "xformers"}
-
-# Core chooses its attention while it is imported, so this option is read before.
+# Core chooses its attention while it is imported, so this option is read before. Core itself says
+# which package one needs.
 parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-parser.add_argument("--attention", choices=PACKAGES, default="pytorch")
+choices = ("pytorch", "sage", "flash", "xformers")
+parser.add_argument("--attention", choices=choices, default="pytorch")
 asked = parser.parse_known_args()[0].attention
-if importlib.util.find_spec(PACKAGES[asked]) is None:
-    raise SystemExit(f"--attention {asked} needs the package {PACKAGES[asked]}: install it.")
 args.cpu = not torch.cuda.is_available()
 if args.cpu and asked != "pytorch":
     raise SystemExit(f"--attention {asked} needs a GPU, and torch finds none: take pytorch.")

@@ -191,11 +191,10 @@ def summary(times: dict[str, list[list[list[float]]]], host: Host) -> dict[str, 
 
 def table(case: dict[str, Any]) -> str:
     """What TACA adds, as Markdown."""
-    rows = [
-        [row["label"], *("{:.0f}|{:.0f} to {:.0f}|{:.0f} to {:.0f}".format(*found).split("|"))]
-        for row in case["rows"].values()
-        for found in [[row[key] for key in ("us", "low", "high", "p10", "p90")]]
-    ]
+    rows = []
+    for row in case["rows"].values():
+        us, low, high, p10, p90 = (f"{row[key]:.0f}" for key in ("us", "low", "high", "p10", "p90"))
+        rows.append([row["label"], us, f"{low} to {high}", f"{p10} to {p90}"])
     head = ["", "median", "its 95 % interval", "10-90 % of rounds"]
     return (
         f"Microseconds of a call, beside the plain call's {case['plain_ms']} ms: of the medians of "

@@ -12,7 +12,7 @@ import itertools
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from logging.handlers import BufferingHandler
@@ -34,7 +34,6 @@ import comfy.supported_models
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-Overrides, Ranks = Mapping[str, Callable[..., Tensor]], Sequence[int]
 RANKS = (16, 64)
 PAPER = {"two full": blocks.Joint.two_full, "dense": blocks.Joint.dense}
 METHODS = {
@@ -156,7 +155,7 @@ class Methods:
     """
 
     def __init__(
-        self, plain: Any, model: Model, size: int, batch: int, overrides: Overrides, ranks: Ranks
+        self, plain: Any, model: Model, size: int, batch: int, overrides: Any, ranks: Any
     ) -> None:
         patch, schedule, lora = comfyui.load_pack()
         taca = patch.patch_model(plain, schedule.Schedule())
@@ -351,13 +350,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, parents=[comfyui.parser])
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["flux"])
-    add("--sizes", type=int, nargs="+", help="1024 on a GPU, 512 on a CPU")
-    add("--batches", type=int, nargs="+", default=[1])
-    add("--dtypes", nargs="+", choices=DTYPES, help="of the weights")
     add("--methods", nargs="+", choices=list(METHODS)[1:], help="beside plain")
     add("--compile", action="store_true", help="by torch's inductor")
     add("--full", action="store_true", help="all blocks, as on a GPU")
-    options = timing.parse(parser, "50 on a GPU, 7 on a CPU")
+    options = timing.parse_cases(parser, DTYPES)
     attention = comfy.ldm.modules.attention.optimized_attention.__name__.partition("_")[2]
     if attention != comfyui.asked:
         raise SystemExit(
@@ -365,16 +361,12 @@ def main() -> None:
             f"run here (core's log says why)."
         )
     device = comfy.model_management.get_torch_device()
-    on_gpu = device.type == "cuda"
-    options.rounds = options.rounds or (50 if on_gpu else 7)
     results = timing.Results("model", options.out, device)
-    dtypes = options.dtypes or ["bfloat16" if on_gpu else "float32"]
-    for name, dtype in itertools.product(options.models, dtypes):
+    for name, dtype in itertools.product(options.models, options.dtypes):
         model = MODELS[name]
-        depth = model.depth if options.full or on_gpu else model.reduced
+        depth = model.depth if options.full or device.type == "cuda" else model.reduced
         plain = load(model, depth, getattr(torch, dtype), device)
-        sizes = options.sizes or [1024 if on_gpu else 512]
-        for size, batch in itertools.product(sizes, options.batches):
+        for size, batch in itertools.product(options.sizes, options.batches):
             case = {"model": name, "dtype": dtype, "size": size, "batch": batch, "depth": depth}
             case |= {"compiled": options.compile, "attention": attention, "mask": model.mask}
             case |= {"text_tokens": model.text[0]}

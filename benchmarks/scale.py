@@ -86,7 +86,7 @@ def solve(columns: list[list[float]], y: list[float], error: list[float]) -> np.
     """Weighted least squares with no constant below zero: values and standard errors."""
     weights = 1 / np.array(error)
     matrix, right = np.array(columns) * weights[:, None], np.array(y) * weights
-    scale = np.linalg.norm(matrix, axis=0)
+    scale = np.linalg.norm(matrix, axis=0).clip(1e-300)  # with no steps a has no column
     values, rest = nnls(matrix / scale, right)
     kept, spread = values > 0, np.zeros_like(values)
     # Larger where the points scatter more than their spread explains.

@@ -6,10 +6,10 @@ these tables between the marks of ``README.md``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from typing import Any
 
-import attention
 import timing
 
 README = timing.RESULTS.parent / "README.md"
@@ -28,18 +28,16 @@ def read(kind: str) -> dict[str, dict[str, Any]]:
     return {name: case for file in files for name, case in timing.read(file).items()}
 
 
-def row(
-    target: str, case: str, limit: float, found: Sequence[float], plain: Sequence[float],
-    reason: str, digits: int = 3,
-) -> list[str]:  # fmt: skip
-    """A measurement beside its target; ``found`` and ``plain`` (against itself) are three each."""
+def row(target: str, case: str, limit: float, spreads: Any, why: str, digits: int = 3) -> list[str]:
+    """A measurement beside its target; its spread, and that of plain against plain."""
+    found, plain = spreads
     distance = found[1] - limit
     verdict = "met" if distance <= 0 else f"missed by {distance:.{digits}f}"
     if distance > 0 and plain and plain[2] >= found[1]:
         verdict += ", within plain's own spread"
     said = [timing.ranged(each, digits, " to ") if each else "" for each in (found, plain)]
     unit = "×" if digits else " µs"
-    return [target, case, f"{limit:g}{unit}", *said, verdict, reason if distance > 0 else ""]
+    return [target, case, f"{limit:g}{unit}", *said, verdict, why if distance > 0 else ""]
 
 
 def rows() -> Iterator[list[str]]:
@@ -54,32 +52,33 @@ def rows() -> Iterator[list[str]]:
     for name, case in models.items():
         device, compiled = case["environment"]["device"], ", compiled" * case["compiled"]
         if (device, case["model"], case["size"], case["dtype"]) == asked:
-            steps.append(row(gpu + compiled, name, 1.01, *of("inside", case["step"]), STEP))
+            steps.append(row(gpu + compiled, name, 1.01, of("inside", case["step"]), STEP))
         elif device == "cpu":
-            steps.append(row(cpu + compiled, name, 1.02, *of("inside", case["step"]), STEP))
+            steps.append(row(cpu + compiled, name, 1.02, of("inside", case["step"]), STEP))
     if not any(step[0].startswith(gpu) for step in steps):
         yield [gpu, "FLUX.1 at 1024², bfloat16", "1.01×", NO_GPU, "", "", ""]
     yield from steps
     for name, case in read("attention").items():
         if "call" in case:
             found = of("inside", case["call"])
-            yield row("attention call alone", name, 1.05, *found, TWO_CALLS)
+            yield row("attention call alone", name, 1.05, found, TWO_CALLS)
     for name, case in models.items():
         peak = case["peak_mib"]
         if "inside" in peak:
-            yield row("peak memory", name, 1.01, [peak["inside"] / peak["plain"]] * 3, [], MEMORY)
+            found = [peak["inside"] / peak["plain"]] * 3
+            yield row("peak memory", name, 1.01, (found, []), MEMORY)
     for name, case in models.items():
-        pair = (timing.picture(case["step"][method]) for method in ("inside", "plain again"))
-        yield row("30-step picture", name, 1.002, *pair, PICTURE, 4)
+        pair = [timing.picture(case["step"][key]) for key in ("inside", "plain again")]
+        yield row("30-step picture", name, 1.002, pair, PICTURE, 4)
     for name, case in models.items():
         if "lora 64" in case["step"]:
             found = of("lora 64", case["step"])
-            yield row("step inside with a LoRA r = 64", name, 1.10, *found, LORA)
+            yield row("step inside with a LoRA r = 64", name, 1.10, found, LORA)
     for name, case in read("host").items():
         us = {key: [each[k] for k in ("p10", "us", "p90")] for key, each in case["rows"].items()}
         for key, what in (("inside", "57 blocks"), ("inside lora", "and a LoRA on 304 layers")):
             label, pair = f"{what} ({name})", (us[key], us["plain again"])
-            yield row("host's overhead a call", label, 200, *pair, HOST, 0)
+            yield row("host's overhead a call", label, 200, pair, HOST, 0)
     counted = "0 more, by `tests/test_performance.py`"
     what = "FLUX.1, SD3.5-Medium, without and with a LoRA"
     yield ["operations outside the window", what, "0 more", counted, "", "met", ""]
@@ -105,34 +104,11 @@ def memory() -> str:
     return timing.markdown(["peak MiB of a step", *names.values()], found)
 
 
-def tried() -> str:
-    """Ways to scale the text keys as Markdown: a column for each case."""
-    cases = read("tried").values()
-    found = [
-        [label, *(timing.cell(case["call"][name]) for case in cases)]
-        for name, label in attention.TRIED.items()
-        if name != "plain"
-    ]
-    head = ["one attention call", *map(attention.heading, cases)]
-    said = sorted({timing.said(case["environment"]) for case in cases})
-    return "\n".join([timing.markdown(head, found), "", *said])
-
-
-def host() -> str:
-    """The host's work as Markdown: a column for each result, in microseconds a call."""
-    cases, found = read("host"), []
-    for key, first in next(iter(cases.values()), {"rows": {}})["rows"].items():
-        each = [[case["rows"][key][k] for k in ("low", "us", "high")] for case in cases.values()]
-        found.append([first["label"], *(timing.ranged(three, 0, " to ") for three in each)])
-    parts = [timing.markdown(["µs a call", *cases], found)]
-    for name, case in cases.items():
-        parts.append(
-            f"{name}: {case['calls']} calls of each kind in each of {case['rounds']} rounds, "
-            f"beside the plain call's {case['plain_ms']} ms; medians and their 95 % intervals. "
-            f"`torch.compiler.disable` made and called for {case['blocks']} blocks: "
-            f"{case['disable_us']:.0f}. {timing.said(case['environment'])}."
-        )
-    return "\n\n".join(parts)
+def quoted(kind: str) -> str:
+    """What a script wrote as Markdown, of all machines; its headings in bold."""
+    files = sorted(timing.RESULTS.glob(f"{kind}-*.md"))
+    texts = [file.read_text("utf-8").partition("\n")[2].strip() for file in files]
+    return re.sub("^## (.+)$", r"**\1**", "\n\n".join(texts), flags=re.MULTILINE)
 
 
 def write(readme: str, name: str, text: str) -> str:
@@ -147,7 +123,8 @@ def write(readme: str, name: str, text: str) -> str:
 
 def main() -> None:
     readme = README.read_text(encoding="utf-8")
-    parts = {"targets": f"{table()}\n\n{memory()}", "tried": tried(), "host": host()}
+    parts = {"targets": f"{table()}\n\n{memory()}", "tried": quoted("tried")}
+    parts["host"] = quoted("host")
     for name, text in parts.items():
         print(f"\n{text}")
         readme = write(readme, name, text)

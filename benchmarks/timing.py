@@ -43,6 +43,20 @@ def parse(parser: argparse.ArgumentParser, rounds: str, usual: str = "wall") -> 
     return options
 
 
+def parse_cases(parser: argparse.ArgumentParser, dtypes: Iterable[str]) -> Any:
+    """Of scripts whose cases have a size, a batch and a dtype; with what these are by default."""
+    parser.add_argument("--sizes", type=int, nargs="+", help="1024 on a GPU, 512 on a CPU")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    usual, on_gpu = "bfloat16 on a GPU, float32 on a CPU", torch.cuda.is_available()
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help=usual)
+    options = parse(parser, "50 on a GPU, 7 on a CPU")
+    on_gpu = getattr(options, "device", "cuda" if on_gpu else "cpu").startswith("cuda")
+    options.sizes = options.sizes or [1024 if on_gpu else 512]
+    options.dtypes = options.dtypes or ["bfloat16" if on_gpu else "float32"]
+    options.rounds = options.rounds or (50 if on_gpu else 7)
+    return options
+
+
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
     """How long one call takes; on a GPU of three in a row, which keep it busy as sampling does."""
     if device.type == "cuda":  # torch's timer warms up with two calls, and waits for the GPU
@@ -227,10 +241,13 @@ class Results:
         """Draw the ratios of each case's steps and calls; ``labels`` has the methods' order."""
         figure, axes = subplots(len(self.cases), 1)
         for axis, (name, case) in zip(axes.flat, self.cases.items(), strict=True):
-            for kind in {"step", "call"} & case.keys():
-                rows = {label: case[kind][m] for m, label in labels.items() if m in case[kind]}
+            for kind in [kind for kind in ("step", "call") if kind in case]:
+                rows = {labels[m].strip("*"): row for m, row in case[kind].items() if m in labels}
                 errorbar(axis, list(rows), list(rows.values()), "x", label=f"one {kind}")
-            axis.set_xscale("log")
+            if axis.get_xlim()[1] > 2:
+                axis.set_xscale("log")
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("{x:.2g}")
             axis.axvline(1, color="black", lw=0.8)
             axis.set_title(textwrap.fill(name, 90), fontsize=9)
             axis.legend(fontsize=8, frameon=False)
