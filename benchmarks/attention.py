@@ -29,6 +29,7 @@ sys.path.append(str(timing.RESULTS.parent.parent))
 from taca.attention import Span, temperature_adjusted_attention
 
 GAMMA = 1.2
+compile_once = cache(torch.compile)
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 KINDS = {"call": "attention call", "step": "one step"}
 
@@ -92,7 +93,6 @@ class Joint(NamedTuple):
     attend: Callable[..., Tensor] = plain
 
     def rows(self, keys: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Plain attention of some queries, by default all."""
         mask = self.mask
         if mask is not None and mask.shape[-2] != 1:
             mask = mask[..., rows, :]
@@ -137,7 +137,7 @@ class Joint(NamedTuple):
         return function(q, k, v, score_mod=score).transpose(1, 2).flatten(2)
 
     def flex_compiled(self) -> Tensor:
-        return self.flex(compiled_flex())
+        return self.flex(compile_once(flex_attention, dynamic=False))
 
     def two_calls(self, image_keys: Tensor | None = None) -> list[Tensor]:
         keys = self.k if image_keys is None else image_keys
@@ -201,11 +201,6 @@ NO_TACA = ("plain", "plain again", "two calls", "joined")
 SLOW = ("flex", "dense")
 
 
-@cache
-def compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
-
-
 # Blocks
 
 
@@ -218,10 +213,8 @@ class Stream(nn.Module):
         norms = [nn.RMSNorm(w // shape.heads, eps=1e-6) for _ in range(2 * attentions)]
         modulation = [nn.SiLU(), nn.Linear(w, 3 * (attentions + 1) * w)]
         self.modulation = nn.Sequential(*modulation if shape.modulated else ())
-        self.qkv, self.norms = (
-            nn.ModuleList(nn.Linear(w, 3 * w) for _ in each),
-            nn.ModuleList(norms),
-        )
+        self.qkv = nn.ModuleList(nn.Linear(w, 3 * w) for _ in each)
+        self.norms = nn.ModuleList(norms)
         self.out = nn.ModuleList(nn.Linear(w, w) for _ in each)
         self.mlp = nn.Sequential(nn.Linear(w, 4 * w), nn.GELU("tanh"), nn.Linear(4 * w, w))
 
@@ -232,7 +225,6 @@ class Stream(nn.Module):
         return self.norms[2 * i](q), self.norms[2 * i + 1](k), v
 
     def finish(self, x: Tensor, attended: list[Tensor], mods: list[tuple[Tensor, ...]]) -> Tensor:
-        """Do what follows the attention."""
         for out, rows, mod in zip(self.out, attended, mods, strict=False):
             x = x + mod[2] * out(rows)
         return x + mods[-1][2] * self.mlp(adjusted(x, mods[-1]))
@@ -304,11 +296,9 @@ class Case:
         self.joint = Joint(*qkv, *self.rest)
 
     def call(self, method: str) -> Any:
-        """Call the attention alone."""
         return getattr(self.joint, method.replace(" ", "_"))()
 
     def step(self, method: str) -> list[Tensor]:
-        """Run the whole block, as often as there are blocks."""
         x, name = self.inputs, method.replace(" ", "_")
         for _ in range(self.depth):
             way = lambda *qkv: getattr(Joint(*qkv, *self.rest), name)()  # noqa: E731
@@ -369,13 +359,6 @@ class Case:
 # Reporting
 
 
-def heading(case: dict[str, Any]) -> str:
-    return (
-        f"{case['shape']}, {case['size']}², {case['dtype']}, batch {case['batch']}: "
-        f"{case['text_tokens']} text + {case['image_tokens']} image tokens{MASKED[case['mask']]}"
-    )
-
-
 def table(result: dict[str, Any], methods: dict[str, str]) -> str:
     """One case as Markdown."""
     kinds = {kind: label for kind, label in KINDS.items() if kind in result}
@@ -395,7 +378,8 @@ def table(result: dict[str, Any], methods: dict[str, str]) -> str:
             whole = timing.picture(result["step"][name])
             cells.append("" if name in NO_TACA else timing.ranged(whole, 4))
         rows.append([*cells, f"{result['max_abs_error'][name]:.0e}"])
-    return timing.markdown(head, rows)
+    tokens = f"{result['text_tokens']} text + {result['image_tokens']} image tokens"
+    return f"{tokens}{MASKED[result['mask']]}.\n\n{timing.markdown(head, rows)}"
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
@@ -425,9 +409,9 @@ def main() -> None:
             result[kind], peaks = case.measure(kind, list(found), often, label)
             result["peak_mib"][kind] = peaks
         results.add(label, result | {"environment": timing.environment(device, options.clock)})
-        print(f"\n### {heading(result)}\n\n{table(result, methods)}", flush=True)
+        print(f"\n### {label}\n\n{table(result, methods)}", flush=True)
     title = "Ways to scale the text keys" if tried else "One joint block, and its attention"
-    results.report(title, lambda each: table(each, methods), heading)
+    results.report(title, partial(table, methods=methods))
     results.plot(methods)
 
 

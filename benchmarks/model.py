@@ -242,20 +242,20 @@ def hot_spots(methods: Methods, device: torch.device) -> list[dict[str, Any]]:
 
     def profiled(call: Callable[[], Any]) -> dict[str, Any]:
         with torch.profiler.profile() as profile:
-            for _ in range(PROFILED):
-                call()
+            call()
             if device.type == "cuda":
                 torch.cuda.synchronize()
         times: dict[str, Any] = defaultdict(lambda: np.zeros(2))
         for event in profile.key_averages():
             key = re.sub(r"(CompiledFxGraph|Region:) \S+", r"\1", event.key)  # a name of its own
-            times[key] += np.array([getattr(event, own) / 1000, event.count]) / PROFILED
+            times[key] += np.array([getattr(event, own) / 1000, event.count])
         return times
 
-    plain, inside = (methods.run(method, profiled) for method in ("plain", "inside"))
-    rows = []
-    for key in {**plain, **inside}:
-        (ms, calls), before = (inside[key] - plain[key]).round(3).tolist(), plain[key][0].round(3)
+    kinds, rows = ("plain", "inside"), []
+    runs = [[methods.run(kind, profiled) for kind in kinds] for _ in range(PROFILED)]
+    for key in {key for pair in runs for times in pair for key in times}:
+        plain, inside = np.median([[times[key] for times in pair] for pair in runs], axis=0)
+        (ms, calls), before = (inside - plain).round(3).tolist(), float(plain[0].round(3))
         rows.append({"operation": key, "ms": ms, "plain_ms": before, "calls": int(calls)})
     # What runs more often first: the rest differs by the machine's spread alone.
     return sorted(rows, key=lambda row: (not row["calls"], -abs(row["ms"])))[:10]
@@ -290,8 +290,8 @@ def table(case: dict[str, Any]) -> str:
         hot.append([f"`{row['operation']}`", ms, plain, calls])
     head = ["", "one step", "seconds", "30 steps", "30 steps, outside as measured", "peak MiB"]
     where = (
-        f"Where the time goes that a step inside the window takes more ({PROFILED} profiled calls; "
-        f"with no call more it is the machine's spread):"
+        f"Where the time goes that a step inside the window takes more (medians of {PROFILED} "
+        f"profiled calls; with no call more it is the machine's spread):"
     )
     notes = [f"TACA says: {note}" for note in case["notes"]]
     hottest = timing.markdown(["operation", "ms more", "plain, ms", "calls more"], hot)

@@ -225,15 +225,11 @@ class Results:
         text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found.group()), text)
         self.file.write_text(text + "\n")
 
-    def report(self, title: str, table: Callable[..., str], heading: Any = None) -> None:
-        """Write all cases as Markdown, beside the JSON; each under its name, or a heading."""
+    def report(self, title: str, table: Callable[[dict[str, Any]], str]) -> None:
+        """Write all cases as Markdown, beside the JSON."""
         parts = [f"# {title}\n"]
         for name, case in self.cases.items():
-            parts += [
-                f"## {heading(case) if heading else name}\n",
-                f"{said(case['environment'])}\n",
-            ]
-            parts.append(f"{table(case)}\n")
+            parts.append(f"## {name}\n\n{said(case['environment'])}\n\n{table(case)}\n")
         self.file.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
         print(f"\nSaved {self.file.name} and the rest of that name in {self.file.parent}")
 
