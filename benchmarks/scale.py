@@ -140,6 +140,9 @@ def plot(report: dict[str, Any], results: timing.Results) -> None:
             row for row in report["points"] if all(row[k] == base[k] for k in BASE.keys() - free)
         ]
         rows.sort(key=lambda row: row[key])
+        axis.set_visible(bool(rows))
+        if not rows:
+            continue
         for kind, colour in (("call", "C0"), ("step", "C1")):
             some = [row for row in rows if kind in row]
             if some:
