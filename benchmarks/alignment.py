@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from model import load_pack  # also ComfyUI's own set-up
+from comfyui import load_pack  # also ComfyUI's own set-up
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"

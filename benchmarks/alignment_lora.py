@@ -18,7 +18,7 @@ import alignment
 import numpy as np
 import torch
 import world
-from model import load_pack
+from comfyui import load_pack
 from safetensors.torch import save_file
 
 

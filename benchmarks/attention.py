@@ -9,95 +9,42 @@ steps are spent in such blocks. ``--tried`` times other ways to scale the text k
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import itertools
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import timing
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
+sys.path.append(str(timing.RESULTS.parent.parent))
+
+from taca.attention import Span, temperature_adjusted_attention
+
 GAMMA = 1.2
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-DTYPES = [timing.short(dtype) for dtype in TOLERANCE]
-
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-"""q, k, v as ``(B, heads, N, D)``, and a mask that is added to the logits."""
-
-METHODS = {
-    "plain": "plain",
-    "plain again": "plain, again",
-    "inside": "TACA, inside the window",
-    "two full": "paper: two full attentions",
-    "flex compiled": "paper: flex, compiled",
-    "flex": "paper: flex, uncompiled",
-    "dense": "paper: dense matrix",
-}
-PLAIN = ("plain", "plain again")
-SLOW = ("flex", "dense")
-TRIED = {
-    "plain": "plain",
-    "plain again": "plain, again",
-    "two calls": "two calls, nothing else (no TACA)",
-    "joined": "and their outputs joined by `cat` (no TACA)",
-    "inside": "**TACA: text keys scaled where they lie, and put back**",
-    "one buffer": "the same, both outputs copied into one buffer instead of `cat`",
-    "written once": "K written once (`mul(out=)` and `copy_`)",
-    "cloned": "K cloned, its text keys scaled (without inference mode, and traced)",
-    "cat": "text keys scaled, then `cat` with the rest",
-    "rows again": "all queries with scaled K, text queries again with K",
-}
-
-
-@cache
-def load_pack() -> Any:
-    """Import the pack's ``taca.attention`` by its path, without ComfyUI or ``sys.path``."""
-    folder = timing.RESULTS.parent.parent / "taca"
-    spec = importlib.util.spec_from_file_location(
-        "taca", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["taca"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["taca"])
-    return importlib.import_module("taca.attention")
-
-
-# Blocks
+compile_once = cache(torch.compile)
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+KINDS = {"call": "attention call", "step": "one step"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A joint transformer block; text comes first in the joint sequence.
-
-    Parameters
-    ----------
-    hidden, heads, text : int
-        Width, heads and text tokens.
-    rope : bool
-        Whether queries and keys are rotated.
-    attn2 : bool
-        Whether a second attention is among the image tokens alone.
-    modulated : bool
-        Whether the block computes its modulation; else it is given.
-    mask : str
-        ``"keys"``: the last text tokens are padding, for all queries. ``"regions"``: one half of
-        the prompt is for each half of the picture.
-    """
+    """A joint transformer block; text comes first in the joint sequence."""
 
     hidden: int
     heads: int
     text: int
-    rope: bool = False
-    attn2: bool = False
-    modulated: bool = True
-    mask: str = ""
+    rope: bool = False  # queries and keys are rotated
+    attn2: bool = False  # the image tokens have a second attention, among them alone
+    modulated: bool = True  # the block computes its modulation; else it is given
+    mask: str = ""  # of MASKED
 
 
 SHAPES = {
@@ -109,71 +56,178 @@ SHAPES = {
     # with regional prompts; alone ComfyUI masks nothing there
     "chroma": Shape(hidden=3072, heads=24, text=512, rope=True, modulated=False, mask="regions"),
 }
+MASKED = {"": "", "keys": ", padding masked", "regions": ", regions masked"}
 
 
-def mask_of(kind: str, text: int, image: int, dtype: torch.dtype,
-            device: torch.device) -> Tensor | None:  # fmt: skip
-    """Zero where a query may attend to a key, as ComfyUI hands it to attention."""
-    if not kind:
-        return None
-    length = text + image
+def mask_of(kind: str, text: int, image: int, dtype: torch.dtype) -> Tensor | None:
+    """Zero where a query may attend to a key, as ComfyUI hands it to attention.
+
+    Of "keys" the last text tokens are padding, for all queries; of "regions" one half of the prompt
+    is for each half of the picture.
+    """
+    length, low, half = text + image, torch.finfo(dtype).min, text + image // 2
+    mask = torch.zeros(1, length if kind == "regions" else 1, length, dtype=dtype)
     if kind == "keys":
-        mask = torch.zeros(1, 1, length, dtype=dtype, device=device)
-        mask[:, :, text - text // 4 : text] = torch.finfo(dtype).min
-        return mask
-    mask = torch.zeros(1, length, length, dtype=dtype, device=device)
-    halves = [slice(0, text // 2), slice(text // 2, text)]
-    pictures = [slice(text, text + image // 2), slice(text + image // 2, length)]
-    for queries, keys in zip(pictures, halves[::-1], strict=True):
-        mask[:, queries, keys] = torch.finfo(dtype).min
-    return mask
+        mask[:, :, text - text // 4 : text] = low
+    elif kind == "regions":
+        mask[:, text:half, text // 2 : text] = low
+        mask[:, half:, : text // 2] = low
+    return mask if kind else None
 
 
-class Projections(nn.Module):
-    """The projections around one attention."""
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Plain attention as ComfyUI's backends return it: ``(B, N, heads * D)``."""
+    mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.q_norm = nn.RMSNorm(hidden // heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(hidden // heads, eps=1e-6)
-        self.out = nn.Linear(hidden, hidden)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as ``(B, heads, N, D)``."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q), self.k_norm(k), v
+class Joint(NamedTuple):
+    """A joint attention, and every way to do it, by its name in ``METHODS`` or ``TRIED``."""
+
+    q: Tensor  # as k and v (B, heads, N, D)
+    k: Tensor
+    v: Tensor
+    text: int
+    mask: Tensor | None  # added to the logits
+    gamma: Tensor
+    attend: Callable[..., Tensor] = plain
+
+    def rows(self, keys: Tensor, rows: slice = slice(None)) -> Tensor:
+        mask = self.mask
+        if mask is not None and mask.shape[-2] != 1:
+            mask = mask[..., rows, :]
+        return self.attend(self.q[:, :, rows], keys, self.v, mask)
+
+    def scaled(self) -> Tensor:
+        """K, its text keys times gamma."""
+        keys = self.k.clone()
+        keys[:, :, : self.text].mul_(self.gamma)
+        return keys
+
+    def plain(self) -> Tensor:
+        return self.rows(self.k)
+
+    def inside(self) -> Tensor:
+        layout = (Span("text", self.text), Span("image", self.k.shape[2] - self.text))
+        joint = (self.attend, self.q, self.k, self.v, self.gamma, layout, self.mask)
+        return temperature_adjusted_attention(*joint, out_dim=1)
+
+    plain_again, cloned = plain, inside
+
+    def two_full(self) -> Tensor:  # the paper's "selective recomposition": rows picked
+        adjusted = self.rows(self.scaled())[:, self.text :]
+        return torch.cat([self.rows(self.k)[:, : self.text], adjusted], 1)
+
+    def dense(self) -> Tensor:
+        logits = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
+        logits[:, :, self.text :, : self.text] *= self.gamma
+        if self.mask is not None:
+            logits += self.mask[:, None]
+        return (logits.softmax(-1) @ self.v).transpose(1, 2).flatten(2)
+
+    def flex(self, function: Callable[..., Tensor] = flex_attention) -> Tensor:
+        q, k, v, text, mask, gamma, _ = self
+
+        def score(logit: Tensor, _b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            logit = torch.where((query >= text) & (key < text), logit * gamma[0], logit)
+            if mask is None:
+                return logit
+            return logit + (mask[0, 0, key] if mask.shape[1] == 1 else mask[0, query, key])
+
+        return function(q, k, v, score_mod=score).transpose(1, 2).flatten(2)
+
+    def flex_compiled(self) -> Tensor:
+        return self.flex(compile_once(flex_attention, dynamic=False))
+
+    def two_calls(self, image_keys: Tensor | None = None) -> list[Tensor]:
+        keys = self.k if image_keys is None else image_keys
+        image = self.rows(keys, slice(self.text, None))
+        return [self.rows(self.k, slice(self.text)), image]
+
+    def joined(self, image_keys: Tensor | None = None) -> Tensor:
+        return torch.cat(self.two_calls(image_keys), 1)
+
+    def in_place(self, join: Callable[..., Tensor] = torch.cat) -> Tensor:
+        first = self.k[:, :, : self.text]
+        own = first.clone()
+        first.mul_(self.gamma)
+        image = self.rows(self.k, slice(self.text, None))
+        first.copy_(own)
+        return join([self.rows(self.k, slice(self.text)), image], 1)
+
+    def one_buffer(self) -> Tensor:
+        def join(parts: list[Tensor], _: int) -> Tensor:
+            output = parts[0].new_empty(len(self.q), self.q.shape[2], parts[0].shape[2])
+            output[:, : self.text], output[:, self.text :] = parts
+            return output
+
+        return self.in_place(join)
+
+    def written_once(self) -> Tensor:
+        keys, text = torch.empty_like(self.k), self.text
+        torch.mul(self.k[:, :, :text], self.gamma.to(keys.dtype), out=keys[:, :, :text])
+        keys[:, :, text:].copy_(self.k[:, :, text:])
+        return self.joined(keys)
+
+    def cat(self) -> Tensor:
+        first = (self.k[:, :, : self.text] * self.gamma).to(self.k.dtype)
+        return self.joined(torch.cat([first, self.k[:, :, self.text :]], 2))
+
+    def rows_again(self) -> Tensor:
+        output = self.rows(self.scaled())
+        output[:, : self.text] = self.rows(self.k, slice(self.text))
+        return output
+
+
+PLAIN = {"plain": "plain", "plain again": "plain, again"}
+METHODS = PLAIN | {
+    "inside": "TACA, inside the window",
+    "two full": "paper: two full attentions",
+    "flex compiled": "paper: flex, compiled",
+    "flex": "paper: flex, uncompiled",
+    "dense": "paper: dense matrix",
+}
+TRIED = PLAIN | {
+    "two calls": "two calls, nothing else (no TACA)",
+    "joined": "and their outputs joined by `cat` (no TACA)",
+    "in place": "text keys scaled where they lie, and put back",
+    "one buffer": "the same, both outputs copied into one buffer instead of `cat`",
+    "written once": "K written once (`mul(out=)` and `copy_`)",
+    "cloned": "**TACA: K cloned, its text keys scaled**",
+    "cat": "text keys scaled, then `cat` with the rest",
+    "rows again": "all queries with scaled K, text queries again with K",
+}
+NO_TACA = ("plain", "plain again", "two calls", "joined")
+SLOW = ("flex", "dense")
+
+
+# Blocks
 
 
 class Stream(nn.Module):
-    """One kind of token's weights: modulation, attention and MLP."""
+    """One kind of token's weights: modulation, one attention or two, and MLP."""
 
-    def __init__(self, shape: Shape, attn2: bool) -> None:
+    def __init__(self, shape: Shape, attentions: int) -> None:
         super().__init__()
-        hidden, heads = shape.hidden, shape.heads
-        self.parts = 9 if attn2 else 6
-        self.attn = Projections(hidden, heads)
-        self.attn2 = Projections(hidden, heads) if attn2 else None
-        self.modulation = nn.Linear(hidden, self.parts * hidden) if shape.modulated else None
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden)
-        )
+        w, self.heads, each = shape.hidden, shape.heads, range(attentions)
+        norms = [nn.RMSNorm(w // shape.heads, eps=1e-6) for _ in range(2 * attentions)]
+        modulation = [nn.SiLU(), nn.Linear(w, 3 * (attentions + 1) * w)]
+        self.modulation = nn.Sequential(*modulation if shape.modulated else ())
+        self.qkv = nn.ModuleList(nn.Linear(w, 3 * w) for _ in each)
+        self.norms = nn.ModuleList(norms)
+        self.out = nn.ModuleList(nn.Linear(w, w) for _ in each)
+        self.mlp = nn.Sequential(nn.Linear(w, 4 * w), nn.GELU("tanh"), nn.Linear(4 * w, w))
 
-    def modulate(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """(shift, scale, gate) for attention, MLP and, where there is one, attn2."""
-        if self.modulation is not None:
-            vector = self.modulation(F.silu(vector))
-        return vector.unsqueeze(1).chunk(self.parts, -1)
+    def project(self, x: Tensor, mod: tuple[Tensor, ...], i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of its i-th attention."""
+        qkv = self.qkv[i](adjusted(x, mod)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return self.norms[2 * i](q), self.norms[2 * i + 1](k), v
 
-    def finish(
-        self, x: Tensor, attended: Tensor, attended2: Tensor | None, mod: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Do what follows the attention."""
-        attended_x = x + mod[2] * self.attn.out(attended)
-        if self.attn2 is not None:
-            attended_x = attended_x + mod[8] * self.attn2.out(attended2)
-        return attended_x + mod[5] * self.mlp(_norm(attended_x, mod[3], mod[4]))
+    def finish(self, x: Tensor, attended: list[Tensor], mods: list[tuple[Tensor, ...]]) -> Tensor:
+        for out, rows, mod in zip(self.out, attended, mods, strict=False):
+            x = x + mod[2] * out(rows)
+        return x + mods[-1][2] * self.mlp(adjusted(x, mods[-1]))
 
 
 class Block(nn.Module):
@@ -181,412 +235,184 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.text = Stream(shape, attn2=False)
-        self.image = Stream(shape, shape.attn2)
+        self.streams = nn.ModuleList([Stream(shape, 1), Stream(shape, 1 + shape.attn2)])
 
     def forward(
-        self,
-        text: Tensor,
-        image: Tensor,
-        vector: Tensor,
-        rope: Tensor | None,
-        joint: Callable[..., Tensor],
-    ) -> tuple[Tensor, Tensor]:
+        self, x: list[Tensor], vector: Tensor, rope: Tensor | None, joint: Callable[..., Tensor]
+    ) -> list[Tensor]:
         """Text and image tokens after the block."""
-        text_mod, image_mod = self.text.modulate(vector), self.image.modulate(vector)
-        text_qkv = self.text.attn.project(_norm(text, *text_mod[:2]))
-        image_qkv = self.image.attn.project(_norm(image, *image_mod[:2]))
-        q, k, v = (torch.cat(pair, 2) for pair in zip(text_qkv, image_qkv, strict=True))
+        mods = []
+        for stream in self.streams:  # (shift, scale, gate) for each attention and for the MLP
+            parts = stream.modulation(vector)[:, None].unflatten(-1, (-1, 3, x[0].shape[-1]))
+            mods.append([part.unbind(2) for part in parts.unbind(2)])
+        each = list(zip(self.streams, x, mods, strict=True))
+        qkv = [stream.project(tokens, mod[0], 0) for stream, tokens, mod in each]
+        q, k, v = (torch.cat(pair, 2) for pair in zip(*qkv, strict=True))
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
-        text_out, image_out = joint(q, k, v).split([text.shape[1], image.shape[1]], 1)
-        image_out2 = None
-        if self.image.attn2 is not None:
-            image_out2 = plain(*self.image.attn2.project(_norm(image, *image_mod[6:8])))
-        return (
-            self.text.finish(text, text_out, None, text_mod),
-            self.image.finish(image, image_out, image_out2, image_mod),
-        )
+            q, k = rotated(q, rope), rotated(k, rope)
+        attended = [[rows] for rows in joint(q, k, v).split([y.shape[1] for y in x], 1)]
+        if len(self.streams[1].qkv) > 1:
+            attended[1].append(plain(*self.streams[1].project(x[1], mods[1][1], 1)))
+        return [s.finish(y, rows, mod) for (s, y, mod), rows in zip(each, attended, strict=True)]
 
 
-def _norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+def adjusted(x: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + mod[1]) + mod[0]
 
 
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn x's pairs by the angles whose (cos, sin) is ``rope``, in float32."""
+def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """x, its pairs turned by the angles whose (cos, sin) is ``rope``, in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x)
 
 
-# Methods
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Plain attention as ComfyUI's backends return it: ``(B, N, heads * D)``."""
-    if mask is not None and mask.ndim == 3:
-        mask = mask[:, None]
-    return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-
-
-def _merge(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
-def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """The mask of these queries."""
-    return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
-
-
-def two_full(attend: Attend, text: int, gamma: Tensor) -> Attend:
-    """The paper's "selective recomposition": two whole attentions, rows picked."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scaled = k.clone()
-        scaled[:, :, :text] *= gamma
-        adjusted = attend(q, scaled, v, mask)
-        return torch.cat([attend(q, k, v, mask)[:, :text], adjusted[:, text:]], 1)
-
-    return run
-
-
-def dense(text: int, gamma: Tensor) -> Attend:
-    """All logits as a matrix."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-        logits[:, :, text:, :text] *= gamma
-        if mask is not None:
-            logits += mask[:, None]
-        return _merge(logits.softmax(-1) @ v)
-
-    return run
-
-
-def flex(text: int, gamma: Tensor, compiled: bool) -> Attend:
-    """Flex attention, whose score function multiplies by gamma."""
-    function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        def score(logit: Tensor, _b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            logit = torch.where((query >= text) & (key < text), logit * gamma[0], logit)
-            if mask is None:
-                return logit
-            return logit + (mask[0, 0, key] if mask.shape[1] == 1 else mask[0, query, key])
-
-        return _merge(function(q, k, v, score_mod=score))
-
-    return run
-
-
-def taca(attend: Attend, text: int, image: int, gamma: Tensor) -> Attend:
-    """The pack's."""
-    pack = load_pack()
-    tokens = (pack.Span("text", text), pack.Span("image", image))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return pack.temperature_adjusted_attention(attend, q, k, v, gamma, tokens, mask, out_dim=1)
-
-    return run
-
-
-def methods(text: int, image: int, device: torch.device) -> dict[str, Attend]:
-    """Every method of ``METHODS``, for these numbers of tokens."""
-    gamma = torch.full((1,), GAMMA, device=device)
-    return {
-        **dict.fromkeys(PLAIN, plain),
-        "inside": taca(plain, text, image, gamma),
-        "two full": two_full(plain, text, gamma),
-        "flex compiled": flex(text, gamma, compiled=True),
-        "flex": flex(text, gamma, compiled=False),
-        "dense": dense(text, gamma),
-    }
-
-
-def tried(text: int, image: int, device: torch.device) -> dict[str, Attend]:
-    """Every method of ``TRIED``: ways to give image queries other text keys."""
-    gamma = torch.full((1,), GAMMA, device=device)
-    first, last = slice(text), slice(text, None)
-
-    def both(q: Tensor, k: Tensor, scaled: Tensor, v: Tensor,
-             mask: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        image_rows = plain(q[:, :, last], scaled, v, _rows(mask, last))
-        return plain(q[:, :, first], k, v, _rows(mask, first)), image_rows
-
-    def in_place(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        own = k[:, :, first].clone()
-        k[:, :, first].mul_(gamma)
-        image_rows = plain(q[:, :, last], k, v, _rows(mask, last))
-        k[:, :, first].copy_(own)
-        return plain(q[:, :, first], k, v, _rows(mask, first)), image_rows
-
-    def one_buffer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        pieces = in_place(q, k, v, mask)
-        output = torch.empty(q.shape[0], text + image, pieces[0].shape[2], dtype=q.dtype,
-                             device=q.device)  # fmt: skip
-        for rows, piece in zip((first, last), pieces, strict=True):
-            output[:, rows] = piece
-        return output
-
-    def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scaled = torch.empty_like(k)
-        torch.mul(k[:, :, first], gamma.to(k.dtype), out=scaled[:, :, first])
-        scaled[:, :, last].copy_(k[:, :, last])
-        return torch.cat(both(q, k, scaled, v, mask), 1)
-
-    def cloned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scaled = k.clone()
-        scaled[:, :, first].mul_(gamma)
-        return torch.cat(both(q, k, scaled, v, mask), 1)
-
-    def by_cat(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scaled = torch.cat([(k[:, :, first] * gamma).to(k.dtype), k[:, :, last]], 2)
-        return torch.cat(both(q, k, scaled, v, mask), 1)
-
-    def again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scaled = k.clone()
-        scaled[:, :, first].mul_(gamma)
-        output = plain(q, scaled, v, mask)
-        output[:, first] = plain(q[:, :, first], k, v, _rows(mask, first))
-        return output
-
-    return {
-        **dict.fromkeys(PLAIN, plain),
-        "two calls": lambda q, k, v, mask: both(q, k, k, v, mask),
-        "joined": lambda q, k, v, mask: torch.cat(both(q, k, k, v, mask), 1),
-        "inside": taca(plain, text, image, gamma),
-        "one buffer": one_buffer,
-        "written once": written,
-        "cloned": cloned,
-        "cat": by_cat,
-        "rows again": again,
-    }
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, text: int, gamma: float,
-              rows: list[int]) -> Tensor:  # fmt: skip
-    """Eq. 10 in float64 for some queries, of the first of the batch, head by head."""
-    heads = []
-    is_image = torch.tensor(rows, device=q.device) >= text
-    for one_q, one_k, one_v in zip(*(x[0].double() for x in (q, k, v)), strict=True):
-        logits = one_q[rows] @ one_k.T * q.shape[-1] ** -0.5
-        logits[is_image, :text] *= gamma
-        if mask is not None:
-            logits += mask[0] if mask.shape[1] == 1 else mask[0, rows]
-        heads.append(logits.softmax(-1) @ one_v)
-    return torch.cat(heads, -1)
-
-
 # Measuring
 
 
-@dataclass
 class Case:
-    """What one measurement needs: seeded inputs, and the two things that are timed."""
+    """What one measurement needs: seeded inputs, and the two things that are timed.
 
-    name: str
-    size: int
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
-    tried: bool = False
+    A step is ``depth`` blocks; with none, the attention alone is measured.
+    """
 
-    def __post_init__(self) -> None:
-        shape = SHAPES[self.name]
-        image = (self.size // 16) ** 2
+    def __init__(
+        self, shape: Shape, image: int, batch: int, device: torch.device, dtype: str, depth: int = 1
+    ) -> None:
+        self.device, self.dtype, self.depth = device, dtype, depth
         torch.manual_seed(0)
-        options = {"device": self.device, "dtype": self.dtype}
-        head_dim = shape.hidden // shape.heads
-        self.text, self.image = shape.text, image
-        joint = (self.batch, shape.heads, shape.text + image, head_dim)
-        self.qkv = [torch.randn(joint, **options) for _ in range(3)]
-        vector = shape.hidden if shape.modulated else 6 * shape.hidden
-        self.inputs = [
-            torch.randn(self.batch, shape.text, shape.hidden, **options),
-            torch.randn(self.batch, image, shape.hidden, **options),
-            torch.randn(self.batch, vector, **options),
-        ]
-        self.rope = None
-        if shape.rope:
-            angles = torch.randn(shape.text + image, head_dim // 2, device=self.device)
-            self.rope = torch.stack([angles.cos(), angles.sin()])
-        self.mask = mask_of(shape.mask, shape.text, image, self.dtype, self.device)
-        with self.device:
-            self.block = Block(shape).to(self.dtype)
-        self.methods = (tried if self.tried else methods)(shape.text, image, self.device)
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, {self.size}², {timing.short(self.dtype)}, batch {self.batch}"
+        kind = getattr(torch, dtype)
+        random = partial(torch.randn, device=device, dtype=kind)
+        head, length = shape.hidden // shape.heads, shape.text + image
+        qkv = [random(batch, shape.heads, length, head) for _ in range(3)]
+        self.inputs = [random(batch, n, shape.hidden) for n in (shape.text, image)]
+        self.vector = random(batch, shape.hidden * (1 if shape.modulated else 6))
+        angles = torch.randn(length, head // 2, device=device)
+        self.rope = torch.stack([angles.cos(), angles.sin()]) if shape.rope else None
+        with device:
+            mask = mask_of(shape.mask, shape.text, image, kind)
+            self.rest = (shape.text, mask, torch.full((1,), GAMMA))
+            self.block = Block(shape).to(kind) if depth else None
+        self.joint = Joint(*qkv, *self.rest)
 
     def call(self, method: str) -> Any:
-        """Call the attention alone."""
-        return self.methods[method](*self.qkv, self.mask)
+        return getattr(self.joint, method.replace(" ", "_"))()
 
-    def step(self, method: str) -> Any:
-        """Run the whole block."""
-        attend = self.methods[method]
-        return self.block(*self.inputs, self.rope, partial(attend, mask=self.mask))
+    def step(self, method: str) -> list[Tensor]:
+        x, name = self.inputs, method.replace(" ", "_")
+        for _ in range(self.depth):
+            way = lambda *qkv: getattr(Joint(*qkv, *self.rest), name)()  # noqa: E731
+            x = self.block(x, self.vector, self.rope, way)
+        return x
 
-    def seconds(self, kind: str, method: str) -> float:
-        """Of a ``call`` or a ``step``."""
-        return timing.seconds(partial(getattr(self, kind), method), self.device)
+    def measure(self, kind: str, names: list[str], rounds: int, label: str) -> tuple[Any, Any]:
+        """``summary`` of each method's ``call`` or ``step``, and its peak MiB."""
+        run = {name: partial(getattr(self, kind), name) for name in names}
+        measured = lambda name: timing.seconds(run[name], self.device)  # noqa: E731
+        label, warm_up = f"{label}, {kind}", rounds > 1
+        times = timing.interleaved(measured, names, rounds, label, SLOW, warm_up)
+        names = [name for name in names if name != "plain again"]
+        peaks = {name: timing.peak_mib(run[name], self.device) for name in names}
+        return timing.summaries(times), peaks
+
+    def reference(self, rows: list[int], gamma: float) -> Tensor:
+        """Eq. 10 in float64 for some queries, of the first of the batch, head by head."""
+        heads, (*qkv, text, mask, _, _) = [], self.joint
+        is_image = torch.tensor(rows, device=self.device) >= text
+        for q, k, v in zip(*(x[0].double() for x in qkv), strict=True):
+            logits = q[rows] @ k.T * q.shape[-1] ** -0.5
+            logits[is_image, :text] *= gamma
+            if mask is not None:
+                logits += mask[0] if mask.shape[1] == 1 else mask[0, rows]
+            heads.append(logits.softmax(-1) @ v)
+        return torch.cat(heads, -1)
 
     def check(self, names: list[str]) -> tuple[dict[str, float], dict[str, str]]:
         """Each method's largest difference from float64; the reasons of those that cannot run.
 
-        Raises
-        ------
-        ValueError
-            If a method computes something else.
+        Raises ValueError if a method computes something else.
         """
-        length = self.text + self.image
+        batch, heads, length, _ = self.joint.q.shape
         rows = sorted({int(i) for i in torch.linspace(0, length - 1, 64).tolist()})
-        matrix = 4 * self.qkv[0].shape[0] * self.qkv[0].shape[1] * length**2
-        # gamma as float32 holds it
-        right = {
-            gamma: reference(*self.qkv, self.mask, self.text, gamma, rows)
-            for gamma in (1.0, torch.tensor(GAMMA).item())
-        }
+        gamma = torch.tensor(GAMMA).item()  # as float32 holds it
+        right = [self.reference(rows, each) for each in (1.0, gamma)]
+        need, free = 12 * batch * heads * length**2, psutil.virtual_memory().available
+        if self.device.type == "cuda":  # a CPU would end the process, instead of raising
+            free = torch.cuda.mem_get_info()[0]
         found, skipped = {}, {}
         for name in names:
-            if name in SLOW and 3 * matrix > timing.free_bytes(self.device):
-                skipped[name] = f"its matrices, {3 * matrix / 2**30:.0f} GiB, do not fit"
-                continue
             try:
+                if name in SLOW and need > free:
+                    raise MemoryError(f"its matrices, {need / 2**30:.0f} GiB, do not fit")
                 output = self.call(name)
             except Exception as error:
                 skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 continue
-            if name == "two calls":
-                output = torch.cat(output, 1)
-            wanted = [*right.values()][name not in (*PLAIN, "two calls", "joined")]
+            output = torch.cat(output, 1) if isinstance(output, list) else output
+            wanted = right[name not in NO_TACA]
             found[name] = (output[0, rows].double() - wanted).abs().max().item()
             if not found[name] <= TOLERANCE[self.dtype]:
-                raise ValueError(f"{self.label}, {name}: off by {found[name]:.1e}")
+                raise ValueError(f"{name}: off by {found[name]:.1e}")
         return found, skipped
-
-
-def measure(case: Case, rounds: int, kinds: list[str]) -> dict[str, Any]:
-    """Everything about one case."""
-    labels = TRIED if case.tried else METHODS
-    errors, skipped = case.check(list(labels))
-    names = list(errors)
-    result: dict[str, Any] = {
-        "shape": case.name, "size": case.size, "batch": case.batch,
-        "dtype": timing.short(case.dtype), "image_tokens": case.image, "text_tokens": case.text,
-        "mask": SHAPES[case.name].mask, "max_abs_error": errors, "skipped": skipped,
-    }  # fmt: skip
-    for kind in kinds:
-        result[kind] = timing.interleaved(
-            partial(case.seconds, kind), names, rounds * (3 if kind == "call" else 1),
-            f"{case.label}, {kind}", SLOW,
-        )  # fmt: skip
-    result["peak_mib"] = {
-        kind: {
-            name: timing.peak_mib(partial(getattr(case, kind), name), case.device)
-            for name in names
-            if name != "plain again"
-        }
-        for kind in kinds
-    }
-    return result
 
 
 # Reporting
 
 
-def table(result: dict[str, Any], labels: dict[str, str]) -> str:
+def table(result: dict[str, Any], methods: dict[str, str]) -> str:
     """One case as Markdown."""
-    kinds = [kind for kind in ("call", "step") if kind in result]
-    names = {"call": "attention call", "step": "one step"}
-    head = [names[kind] for kind in kinds] + [f"{names[kind]} (ms)" for kind in kinds]
-    head += [f"{names[kind]}, peak MiB" for kind in kinds]
-    head += ["30 steps"] * ("step" in result) + ["max error"]
-    lines = [f"| method | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
-    for name, label in labels.items():
+    kinds = {kind: label for kind, label in KINDS.items() if kind in result}
+    units = itertools.product(("", " (ms)", ", peak MiB"), kinds.values())
+    head = ["method", *(label + unit for unit, label in units)]
+    head += ["30 steps"] * ("step" in kinds) + ["max error"]
+    rows = []
+    for name, label in methods.items():
         if name not in result["max_abs_error"]:
             reason = result["skipped"].get(name, "not measured")
-            lines.append(f"| {label} | skipped: {reason} |" + " |" * (len(head) - 1))
+            rows.append([label, f"skipped: {reason}", *[""] * (len(head) - 2)])
             continue
-        cells = [timing.cell(result[kind][name]) for kind in kinds]
-        cells += [f"{1000 * result[kind][name]['median_s']:.4g}" for kind in kinds]
-        for kind in kinds:
-            peak, plain = (result["peak_mib"][kind].get(n) for n in (name, "plain"))
-            cells.append("" if peak is None else f"{peak:.0f} ({peak / plain:.3f}×)")
-        if "step" in result:
-            low, middle, high = timing.picture(result["step"][name])
-            show = name not in PLAIN
-            cells.append(f"{middle:.4f} ({low:.4f}-{high:.4f})" if show else "")
-        cells.append(f"{result['max_abs_error'][name]:.0e}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def heading(case: dict[str, Any]) -> str:
-    masked = {"": "", "keys": ", padding masked", "regions": ", regions masked"}[case["mask"]]
-    return (
-        f"{case['shape']}, {case['size']}², {case['dtype']}, batch {case['batch']}: "
-        f"{case['text_tokens']} text + {case['image_tokens']} image tokens{masked}"
-    )
-
-
-def report(results: timing.Results, labels: dict[str, str], title: str) -> None:
-    """Table and plot of all cases."""
-    parts = [f"# {title}\n"]
-    panels = {}
-    for case in results.cases.values():
-        environment = timing.said(case["environment"])
-        parts.append(f"## {heading(case)}\n\n{environment}\n\n{table(case, labels)}\n")
-        kinds = {"one step": "step", "attention call": "call"}
-        panels[heading(case)] = {
-            kind: {m: row for m, row in case[key].items() if m != "plain"}
-            for kind, key in kinds.items()
-            if key in case
-        }
-    timing.bars(panels, labels, results.file.with_suffix(".png"), environment)
-    results.write("\n".join(parts))
+        found = [result[kind][name] for kind in kinds]
+        cells = [label, *map(timing.cell, found), *(f"{1000 * x['median_s']:.4g}" for x in found)]
+        cells += [timing.peak_cell(result["peak_mib"][kind], name) for kind in kinds]
+        if "step" in kinds:
+            whole = timing.picture(result["step"][name])
+            cells.append("" if name in NO_TACA else timing.ranged(whole, 4))
+        rows.append([*cells, f"{result['max_abs_error'][name]:.0e}"])
+    tokens = f"{result['text_tokens']} text + {result['image_tokens']} image tokens"
+    return f"{tokens}{MASKED[result['mask']]}.\n\n{timing.markdown(head, rows)}"
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--sizes", type=int, nargs="+",
-                        help="512 to 2048; 1024 on a GPU, 512 on a CPU")  # fmt: skip
-    parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES,
-                        help="bfloat16 on a GPU, float32 on a CPU")  # fmt: skip
-    parser.add_argument("--kinds", nargs="+", choices=("call", "step"),
-                        help="attention alone (3 times the rounds), whole block")  # fmt: skip
-    parser.add_argument("--tried", action="store_true", help="other ways to scale the text keys")
-    parser.add_argument("--rounds", type=int, help="50 on a GPU, 7 on a CPU")
-    parser.add_argument("--out", type=timing.Path, default=timing.RESULTS, help="folder")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="wall")
-    options = parser.parse_args()
-    timing.set_clock(options.clock)
-
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--kinds", nargs="+", choices=KINDS, help="attention alone (3 times the rounds), block")
+    add("--tried", action="store_true", help="other ways to scale the text keys")
+    options = timing.parse_cases(parser, TOLERANCE)
     warnings.filterwarnings("ignore", message=".*flex_attention")
-    device = torch.device(options.device)
-    on_gpu = device.type == "cuda"
-    kinds = options.kinds or (["call"] if options.tried else ["call", "step"])
-    labels = TRIED if options.tried else METHODS
-    results = timing.Results("tried" if options.tried else "attention", options.out, device)
-    for name, size, dtype, batch in itertools.product(
-        options.shapes,
-        options.sizes or [1024 if on_gpu else 512],
-        options.dtypes or ["bfloat16" if on_gpu else "float32"],
-        options.batches,
-    ):
-        case = Case(name, size, batch, device, getattr(torch, dtype), options.tried)
-        result = measure(case, options.rounds or (50 if on_gpu else 7), kinds)
-        result["environment"] = timing.environment(device, options.clock)
-        results.add(case.label, result)
-        print(f"\n### {heading(result)}\n\n{table(result, labels)}", flush=True)
-    title = "Ways to scale the text keys" if options.tried else "One joint block, and its attention"
-    report(results, labels, title)
+    device, tried = torch.device(options.device), options.tried
+    methods, kinds = TRIED if tried else METHODS, options.kinds or list(KINDS)[: 2 - tried]
+    results = timing.Results("tried" if tried else "attention", options.out, device)
+    cases = itertools.product(options.shapes, options.sizes, options.dtypes, options.batches)
+    for name, size, dtype, batch in cases:
+        shape, image = SHAPES[name], (size // 16) ** 2
+        label = f"{name}, {size}², {dtype}, batch {batch}"
+        case = Case(shape, image, batch, device, dtype, int("step" in kinds))
+        found, skipped = case.check(list(methods))
+        result = {"shape": name, "size": size, "batch": batch, "dtype": dtype, "mask": shape.mask}
+        result |= {"image_tokens": image, "text_tokens": shape.text, "peak_mib": {}}
+        result |= {"max_abs_error": found, "skipped": skipped}
+        for kind in kinds:
+            often = options.rounds * (3 if kind == "call" else 1)
+            result[kind], peaks = case.measure(kind, list(found), often, label)
+            result["peak_mib"][kind] = peaks
+        results.add(label, result | {"environment": timing.environment(device, options.clock)})
+        print(f"\n### {label}\n\n{table(result, methods)}", flush=True)
+    title = "Ways to scale the text keys" if tried else "One joint block, and its attention"
+    results.report(title, partial(table, methods=methods))
+    results.plot(methods)
 
 
 if __name__ == "__main__":

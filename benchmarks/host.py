@@ -13,56 +13,37 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import model as models
+import numpy as np
 import timing
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 from comfy.patcher_extension import WrappersMP  # isort: skip
 import comfy.sd  # isort: skip
 
-METHODS = {
-    "plain": "plain",
-    "plain again": "plain, again",
-    "outside": "TACA, outside the window",
-    "outside lora": "TACA and LoRA, outside",
-    "bare": "the added operations by hand",
-    "inside": "TACA, inside",
-    "bare lora": "those of a LoRA too, by hand",
-    "inside lora": "TACA and LoRA, inside",
-}
+METHODS = ["plain", "plain again", "outside", "outside lora", "bare", "inside", "bare lora"]
+METHODS += ["inside lora"]
+FLUX = models.MODELS["flux"]
 TINY = {"hidden_size": 128, "num_heads": 1, "context_in_dim": 64, "vec_in_dim": 32}
-TEXT, IMAGE, RANK = 16, 16, 4
-T_INSIDE, T_OUTSIDE = models.T_INSIDE, models.T_OUTSIDE
-PROBES = ("bench_outer", "bench_inner")
+TEXT, RANK = 16, 4
+MODEL = replace(FLUX, sizes=FLUX.sizes | TINY, text=(TEXT, 64), pooled=32)
+CPU = torch.device("cpu")
 
 
-def tiny_flux() -> Any:
-    """A FLUX.1-dev with all its blocks, as core's loader reads it from a file's tensors."""
-    flux = models.MODELS["flux"]
-    narrow = models.Model(flux.config, flux.sizes | TINY, flux.depth, {}, flux.latent, flux.text)
-    device = torch.device("cpu")
-    made = models.load(narrow, flux.depth, torch.float32, device)
-    return comfy.sd.load_diffusion_model_state_dict(made.model.diffusion_model.state_dict())
-
-
-def bare_override(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int,
-                  **kwargs: Any) -> Tensor:  # fmt: skip
+def bare_override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) -> Tensor:
     """The operations of Eq. 10 where the text is known, and nothing else."""
-    first = k.narrow(2, 0, TEXT)
-    own = first.clone()
-    first.mul_(1.2)
-    image = func(q.narrow(2, TEXT, IMAGE), k, v, heads, **kwargs)
-    first.copy_(own)
+    scaled = k.clone()
+    scaled.narrow(2, 0, TEXT).mul_(1.2)
+    image = func(q.narrow(2, TEXT, q.shape[2] - TEXT), scaled, v, heads, **kwargs)
     text = func(q.narrow(2, 0, TEXT), k, v, heads, **kwargs)
     return torch.cat([text, image], 1)
 
@@ -79,81 +60,49 @@ def bare_lora(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
 
         return run
 
-    changed: list[nn.Module] = []
-    for key, up in state.items():
-        name, is_up, _ = key.partition(".lora_up.")
-        if is_up:
-            module = model.model.get_submodule(name)
-            down = state[f"{name}.lora_down.weight"]
-            module.__dict__["forward"] = adding(module.forward, up.T, down)
-            changed.append(module)
+    names = [key.removesuffix(".lora_up.weight") for key in state if "lora_up" in key]
+    modules = {name: model.model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        up, down = (state[f"{name}.lora_{part}.weight"] for part in ("up", "down"))
+        module.__dict__["forward"] = adding(module.forward, up.T, down)
     try:
         yield
     finally:
-        for module in changed:
+        for module in modules.values():
             del module.__dict__["forward"]
 
 
-class Probe:
+class Probe(list[float]):
     """When a call of the model passes a wrapper of core's: on its way in and out."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        self.times.append(timing.clock())
+        self.append(timing.clock())
         result = executor(*args, **kwargs)
-        self.times.append(timing.clock())
+        self.append(timing.clock())
         return result
 
 
-class Host:
-    """The model with every method, and probes before and behind what TACA wraps it in."""
+class Host(models.Methods):
+    """FLUX.1-dev with every method, and probes before and behind what TACA wraps it in."""
 
     def __init__(self) -> None:
-        self.plain = plain = tiny_flux()
-        self.blocks = sum(len(getattr(plain.model.diffusion_model, name))
-                          for name in ("double_blocks", "single_blocks"))  # fmt: skip
-        patch, schedule, lora = models.PACK
+        made = models.load(MODEL, FLUX.depth, torch.float32, CPU).model.diffusion_model
+        self.plain = plain = comfy.sd.load_diffusion_model_state_dict(made.state_dict())
+        self.blocks = len(made.double_blocks) + len(made.single_blocks)
         self.state = models.random_lora(plain, RANK)
-        fitted = lora.fit_lora(self.state, plain.model, "LoRA", 1.0)
         self.layers = len(self.state) // 2
         self.outer, self.inner = Probe(), Probe()
+        probed = plain.clone()
+        probed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench_outer", self.outer)
+        super().__init__(probed, MODEL, 64, 1, {"bare": bare_override}, [RANK])
+        for patcher in {id(each): each for each in self.models.values()}.values():
+            patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench_inner", self.inner)
+        self.models |= {
+            "bare lora": self.models["bare"],
+            "inside lora": self.models[f"lora {RANK}"],
+        }
 
-        def probed(add: Callable[[Any], Any]) -> Any:
-            first = plain.clone()
-            first.add_wrapper_with_key(WrappersMP.APPLY_MODEL, PROBES[0], self.outer)
-            last = add(first).clone()
-            last.add_wrapper_with_key(WrappersMP.APPLY_MODEL, PROBES[1], self.inner)
-            return last
-
-        def with_override(patcher: Any) -> Any:
-            options = patcher.model_options.setdefault("transformer_options", {})
-            options["optimized_attention_override"] = bare_override
-            return patcher
-
-        def with_taca(patcher: Any) -> Any:
-            return patch.patch_model(patcher, schedule.Schedule())
-
-        def with_lora(patcher: Any) -> Any:
-            return patch.patch_lora(with_taca(patcher), fitted)
-
-        untouched, taca, taca_lora, bare = map(
-            probed, (lambda patcher: patcher, with_taca, with_lora, with_override)
-        )
-        self.models = {
-            "plain": untouched, "plain again": untouched, "outside": taca,
-            "outside lora": taca_lora, "bare": bare, "inside": taca, "bare lora": bare,
-            "inside lora": taca_lora,
-        }  # fmt: skip
-        generator = torch.Generator().manual_seed(0)
-        side = 2 * int(IMAGE**0.5)
-        self.noise = torch.randn(1, 16, side, side, generator=generator)
-        text = torch.randn(1, TEXT, TINY["context_in_dim"], generator=generator)
-        pooled = torch.randn(1, TINY["vec_in_dim"], generator=generator)
-        self.conditioning = [[text, {"pooled_output": pooled, "guidance": 3.5}]]
-
-    def run(self, method: str, count: int) -> tuple[Tensor, list[list[float]]]:
+    def calls(self, method: str, count: int) -> tuple[Tensor, list[list[float]]]:
         """One sampling run: its first call's output, and of ``count`` calls after it the times.
 
         Those are of the whole call, before the model, in the model, and after it.
@@ -162,182 +111,120 @@ class Host:
         def timed(call: Callable[[], Tensor]) -> tuple[Tensor, list[list[float]]]:
             output, rows = call().clone(), []  # the first call of a run looks things up
             for _ in range(count):
-                self.outer.times.clear()
-                self.inner.times.clear()
+                self.outer.clear()
+                self.inner.clear()
                 start = timing.clock()
                 call()
                 whole = timing.clock() - start
-                came, left = self.outer.times
-                entered, done = self.inner.times
+                (came, left), (entered, done) = self.outer, self.inner
                 rows.append([whole, entered - came, done - entered, left - done])
             return output, rows
 
-        t = T_INSIDE if "inside" in method or "bare" in method else T_OUTSIDE
-        one = partial(models.one_call, self.models[method], self.conditioning, self.noise, t, timed)
-        if method != "bare lora":
-            return one()
-        with bare_lora(self.plain, self.state):
-            return one()
+        by_hand = bare_lora(self.plain, self.state) if method == "bare lora" else nullcontext()
+        with by_hand:
+            return self.run(method, timed, "inside" in method or "bare" in method)
 
     def check(self) -> None:
-        """Make sure that every method computes what its name says.
+        """Raise ValueError if a method does not compute what its name says.
 
-        Raises
-        ------
-        ValueError
-            If not, or if nothing has loaded torch's compiler, as ComfyUI does.
+        Also if nothing has loaded torch's compiler, as ComfyUI does.
         """
         if "torch._dynamo" not in sys.modules:
             raise ValueError("torch._dynamo is not loaded: in a ComfyUI it is")
-        found = {method: self.run(method, 0)[0] for method in METHODS}
+        found = {method: self.calls(method, 0)[0] for method in METHODS}
+
+        def alike(one: str, other: str) -> bool:  # a LoRA's bias of rounding aside
+            return torch.allclose(found[one], found[other], rtol=1e-3, atol=1e-4)
+
         for method in ("plain again", "outside", "outside lora"):
             if not torch.equal(found[method], found["plain"]):
                 raise ValueError(f"{method}: not the plain model")
         for one, other in (("inside", "bare"), ("inside lora", "bare lora")):
-            # A LoRA's bias of rounding aside, they compute the same.
-            if not torch.allclose(found[one], found[other], rtol=1e-3, atol=1e-4):
+            if not alike(one, other):
                 raise ValueError(f"{one} and {other} are not the same")
-        if torch.allclose(found["inside"], found["inside lora"], rtol=1e-3, atol=1e-4):
+        if alike("inside", "inside lora"):
             raise ValueError("the LoRA does nothing")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Microseconds: median and its 95 % interval, by the ranks of the rounds, and 10-90 % range."""
-    ordered = sorted(1e6 * each for each in values)
-    low, middle, high = timing.quantiles(ordered)
-    reach = 0.98 * len(ordered) ** 0.5
-    ends = (round(len(ordered) / 2 - reach - 0.5), round(len(ordered) / 2 + reach - 0.5))
-    first, last = (ordered[min(max(i, 0), len(ordered) - 1)] for i in ends)
-    named = {"us": middle, "low": first, "high": last, "p10": low, "p90": high}
-    return {name: round(each, 1) for name, each in named.items()}
-
-
-def disable_us(blocks: int, repeats: int = 200) -> float:
-    """Microseconds of ``torch.compiler.disable`` made and called once a block, beyond the call."""
-
-    def nothing(x: int) -> int:
-        return x
-
-    def timed(function: Callable[[], Any]) -> float:
-        start = timing.clock()
-        for _ in range(blocks):
-            function()
-        return timing.clock() - start
-
-    pairs = [
-        timed(lambda: torch.compiler.disable(nothing)(1)) - timed(lambda: nothing(1))
-        for _ in range(repeats)
-    ]
-    return round(1e6 * statistics.median(pairs), 1)
-
-
-WHOLE, BEFORE, INSIDE, AFTER = range(4)
 
 
 def summary(times: dict[str, list[list[list[float]]]], host: Host) -> dict[str, Any]:
     """What TACA adds, whole and by part.
 
-    Parameters
-    ----------
-    times : dict
-        Of each method, round by round, call by call, the four times of ``Host.run``.
-    host : Host
-        What was measured.
+    ``times`` are of each method, round by round, call by call, the four of ``Host.calls``.
     """
+    # whole, before the model, in it, after it: medians of each round
+    parts = {method: np.median(found, axis=1).T for method, found in times.items()}
 
-    def column(method: str, part: int) -> list[float]:
-        """Medians of the rounds."""
-        return [statistics.median(call[part] for call in calls) for calls in times[method]]
+    def more(method: str, than: str = "plain") -> Any:
+        """The whole call, what is around the model, and the model."""
+        whole, before, inside, after = parts[method] - parts[than]
+        return whole, before + after, inside
 
-    def more(method: str, than: str, part: int = WHOLE) -> list[float]:
-        pairs = zip(column(method, part), column(than, part), strict=True)
-        return [a - b for a, b in pairs]
-
-    def less(one: list[float], *others: list[float]) -> list[float]:
-        return [a - sum(rest) for a, *rest in zip(one, *others, strict=True)]
-
-    both = {name: [a + b for a, b in zip(more(name, "plain", BEFORE),
-                                         more(name, "plain", AFTER), strict=True)]
-            for name in ("inside", "inside lora")}  # fmt: skip
-    deciding = [a + b for a, b in zip(more("outside", "plain", BEFORE),
-                                      more("outside", "plain", AFTER), strict=True)]  # fmt: skip
-    in_blocks = more("inside", "bare", INSIDE)
-    in_layers = less(more("inside lora", "bare lora", INSIDE), in_blocks)
+    deciding, in_blocks = more("outside")[1], more("inside", "bare")[2]
+    in_both = more("inside lora", "bare lora")[2]
+    adds, lora = "the operations that", "**inside with a LoRA, the host's overhead**"
     rows = {
-        "plain again": ("plain against plain", more("plain again", "plain")),
-        "outside": ("outside the window", more("outside", "plain")),
-        "outside lora": ("outside the window, with the LoRA", more("outside lora", "plain")),
-        "inside operations": ("inside, the operations that Eq. 10 adds", more("bare", "plain")),
-        "inside": ("**inside, the host's overhead**", more("inside", "bare")),
+        "plain again": ("plain against plain", more("plain again")[0]),
+        "outside": ("outside the window", more("outside")[0]),
+        "outside lora": ("outside the window, with the LoRA", more("outside lora")[0]),
+        "inside operations": (f"inside, {adds} Eq. 10 adds", more("bare")[0]),
+        "inside": ("**inside, the host's overhead**", more("inside", "bare")[0]),
         "deciding": ("- deciding", deciding),
-        "installing": ("- installing and restoring forwards", less(both["inside"], deciding)),
+        "installing": ("- installing and restoring forwards", more("inside")[1] - deciding),
         "blocks": (f"- in the {host.blocks} blocks' forwards", in_blocks),
-        "lora operations": ("with a LoRA, the operations that it adds",
-                            more("bare lora", "bare")),
-        "inside lora": ("**inside with a LoRA, the host's overhead**",
-                        more("inside lora", "bare lora")),
-        "lora installing": ("- deciding, installing and restoring", both["inside lora"]),
-        "lora layers": (f"- in the {host.layers} layers' forwards", in_layers),
-    }  # fmt: skip
-    return {
-        "blocks": host.blocks, "layers": host.layers,
-        "plain_ms": round(1e3 * statistics.median(column("plain", WHOLE)), 3),
-        "disable_us": disable_us(host.blocks),
-        "rows": {key: {"label": label, **spread(values)} for key, (label, values) in rows.items()},
-    }  # fmt: skip
+        "lora operations": (f"with a LoRA, {adds} it adds", more("bare lora", "bare")[0]),
+        "inside lora": (lora, more("inside lora", "bare lora")[0]),
+        "lora installing": ("- deciding, installing and restoring", more("inside lora")[1]),
+        "lora layers": (f"- in the {host.layers} layers' forwards", in_both - in_blocks),
+    }
+    found: dict[str, Any] = {"blocks": host.blocks, "layers": host.layers, "rows": {}}
+    found["plain_ms"] = round(1e3 * float(np.median(parts["plain"][0])), 3)
+    disabled, called = (
+        Timer(f"{call}(1)", "def nothing(x): return x", timer=timing.clock).timeit(10000).mean
+        for call in ("torch.compiler.disable(nothing)", "nothing")
+    )
+    found["disable_us"] = round(1e6 * host.blocks * (disabled - called), 1)
+    for key, (label, values) in rows.items():
+        us = {name: round(each, 1) for name, each in timing.spread(1e6 * values).items()}
+        found["rows"][key] = {"label": label, "us": us["median"], **us}
+    return found
 
 
 def table(case: dict[str, Any]) -> str:
     """What TACA adds, as Markdown."""
-    lines = [
-        f"Microseconds of a call, beside the plain call's {case['plain_ms']} ms: of the medians of "
-        f"{case['calls']} calls of each kind in {case['rounds']} rounds.", "",
-        "| | median | its 95 % interval | 10-90 % of rounds |", "|---|---|---|---|",
-    ]  # fmt: skip
+    rows = []
     for row in case["rows"].values():
         us, low, high, p10, p90 = (f"{row[key]:.0f}" for key in ("us", "low", "high", "p10", "p90"))
-        lines.append(f"| {row['label']} | {us} | {low} to {high} | {p10} to {p90} |")
-    price = f"`torch.compiler.disable`, made and called once for each of {case['blocks']} blocks"
-    return "\n".join([*lines, "", f"{price}, costs {case['disable_us']:.0f} here."])
+        rows.append([row["label"], us, f"{low} to {high}", f"{p10} to {p90}"])
+    head = ["", "median", "its 95 % interval", "10-90 % of rounds"]
+    return (
+        f"Microseconds of a call, beside the plain call's {case['plain_ms']} ms: of the medians of "
+        f"{case['calls']} calls of each kind in {case['rounds']} rounds.\n\n"
+        f"{timing.markdown(head, rows)}\n\n`torch.compiler.disable`, made and called once for each "
+        f"of {case['blocks']} blocks, costs {case['disable_us']:.0f} here."
+    )
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--calls", type=int, default=5, help="of each kind, in a round")
     parser.add_argument("--name", default="now", help="of the result; one of that name is replaced")
-    parser.add_argument("--clock", choices=timing.CLOCKS, default="cpu")
-    parser.add_argument("--out", type=timing.Path, default=timing.RESULTS, help="folder")
-    options = parser.parse_args()
-    timing.set_clock(options.clock)
+    options = timing.parse(parser, "100", "cpu")
+    rounds = options.rounds or 100
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    results = timing.Results("host", options.out, device)
+    results = timing.Results("host", options.out, CPU)
     logging.getLogger("taca").setLevel(logging.ERROR)
     host = Host()
     host.check()
     gc.collect()
     gc.freeze()  # what was there before is not looked through again while calls are timed
-    times: dict[str, list[list[list[float]]]] = {method: [] for method in METHODS}
-    shuffle = torch.Generator().manual_seed(0)
-    started = time.monotonic()
-    for index in range(options.rounds):
-        for i in torch.randperm(len(METHODS), generator=shuffle).tolist():
-            method = list(METHODS)[i]
-            times[method].append(host.run(method, options.calls)[1])
-        print(f"\rround {index + 1}/{options.rounds}, {time.monotonic() - started:.0f} s ",
-              end="", file=sys.stderr, flush=True)  # fmt: skip
-    case = {
-        "rounds": options.rounds, "calls": options.calls, **summary(times, host),
-        "environment": timing.environment(device, options.clock),
-    }  # fmt: skip
-    results.add(options.name, case)
+    times = timing.interleaved(
+        lambda method: host.calls(method, options.calls)[1], METHODS, rounds, "host", (), False
+    )
+    case = {"rounds": rounds, "calls": options.calls, **summary(times, host)}
+    results.add(options.name, case | {"environment": timing.environment(CPU, options.clock)})
     print(f"\n\n{table(case)}")
-    parts = ["# The host's work for one call\n"]
-    for name, each in results.cases.items():
-        parts.append(f"## {name}\n\n{timing.said(each['environment'])}\n\n{table(each)}\n")
-    results.write("\n".join(parts))
+    results.report("The host's work for one call", table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import world
 from alignment import JUDGED, Setting, Subject, store
-from model import load_pack
+from comfyui import load_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "suppression.json"

@@ -1,7 +1,8 @@
-"""Clocks, memory and files of the benchmarks: interleaved rounds, ratios with their spread."""
+"""The benchmarks' harness: interleaved rounds, their spread, memory, results, tables and plots."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -9,11 +10,15 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Collection
+import timeit
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import bootstrap
+from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 2  # of the files in RESULTS
@@ -24,96 +29,101 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """On a CPU that is shared with other work, the process's own time says more: ``--clock cpu``."""
 clock = CLOCKS["wall"]
 
+# Measuring
 
-def set_clock(name: str) -> None:
+
+def parse(parser: argparse.ArgumentParser, rounds: str, usual: str = "wall") -> Any:
+    """The command line, with the options that all scripts have; sets the clock."""
     global clock
-    clock = CLOCKS[name]
+    parser.add_argument("--rounds", type=int, help=rounds)
+    parser.add_argument("--clock", choices=CLOCKS, default=usual)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
+    options = parser.parse_args()
+    clock = CLOCKS[options.clock]
+    return options
+
+
+def parse_cases(parser: argparse.ArgumentParser, dtypes: Iterable[str]) -> Any:
+    """Of scripts whose cases have a size, a batch and a dtype; with what these are by default."""
+    parser.add_argument("--sizes", type=int, nargs="+", help="1024 on a GPU, 512 on a CPU")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    usual, on_gpu = "bfloat16 on a GPU, float32 on a CPU", torch.cuda.is_available()
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help=usual)
+    options = parse(parser, "50 on a GPU, 7 on a CPU")
+    on_gpu = getattr(options, "device", "cuda" if on_gpu else "cpu").startswith("cuda")
+    options.sizes = options.sizes or [1024 if on_gpu else 512]
+    options.dtypes = options.dtypes or ["bfloat16" if on_gpu else "float32"]
+    options.rounds = options.rounds or (50 if on_gpu else 7)
+    return options
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long one call takes."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        function()  # keeps the GPU busy while the timed call is queued, as in sampling
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    start = clock()
-    function()
-    return clock() - start
+    """How long one call takes; on a GPU of three in a row, which keep it busy as sampling does."""
+    if device.type == "cuda":  # torch's timer warms up with two calls, and waits for the GPU
+        return Timer("call()", globals={"call": function}).timeit(3).mean
+    return timeit.Timer(function, timer=clock).timeit(1)
 
 
-def interleaved(measure: Callable[[str], float], names: list[str], rounds: int, label: str,
-                slow: Collection[str] = (), warm_up: bool = True,
-                ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Time every method once per round, in a new order each.
+def interleaved(
+    measure: Callable[[str], Any], names: Sequence[str], rounds: int, label: str,
+    slow: Collection[str] = (), warm_up: bool = True,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """What ``measure`` gives for each name once a round, in a new order each.
 
-    Parameters
-    ----------
-    measure : callable
-        Name of a method -> seconds.
-    names : list of str
-        ``"plain"`` among them.
-    slow : collection of str
-        Those that run in the first ``SLOW_ROUNDS`` rounds only.
-    warm_up : bool
-        Whether every method runs once before.
-
-    Returns
-    -------
-    dict
-        ``summary`` of each method.
+    Those that are slow run in the first ``SLOW_ROUNDS`` rounds only; to warm up, each runs once.
     """
-    times: dict[str, list[float]] = {name: [] for name in names}
-    shuffle = torch.Generator().manual_seed(0)
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    shuffle = np.random.default_rng(0)
     for name in names if warm_up else ():
         measure(name)
     for index in range(rounds):
         print(f"\r{label}: round {index + 1}/{rounds} ", end="", file=sys.stderr, flush=True)
-        for i in torch.randperm(len(names), generator=shuffle).tolist():
-            if names[i] not in slow or index < SLOW_ROUNDS:
-                times[names[i]].append(measure(names[i]))
+        for name in shuffle.permutation(names).tolist():
+            if name not in slow or index < SLOW_ROUNDS:
+                found[name].append(measure(name))
     print(file=sys.stderr)
-    return {name: summary(own, times["plain"]) for name, own in times.items()}
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and 10-90 % range; the median's 95 % interval and standard error, by bootstrap."""
+    p10, median, p90 = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+    found = {"median": median, "p10": p10, "p90": p90, "low": median, "high": median, "error": 0.0}
+    if len(values) > 1:
+        drawn = bootstrap((values,), np.median, n_resamples=2000, method="percentile", rng=0)
+        low, high = map(float, drawn.confidence_interval)
+        found |= {"low": low, "high": high, "error": float(drawn.standard_error)}
+    return found
 
 
 def summary(own: list[float], plain: list[float]) -> dict[str, Any]:
-    """Times of one method beside plain's of the same rounds: medians and 10-90 % ranges."""
+    """Times of one method beside plain's of the same rounds."""
     pairs = list(zip(own, plain, strict=False))
-    low, ratio, high = quantiles([a / b for a, b in pairs])
-    extra_low, extra, extra_high = quantiles([a - b for a, b in pairs])
-    return {
-        "rounds": len(own), "median_s": quantiles(own)[1],
-        "ratio": ratio, "ratio_p10": low, "ratio_p90": high,
-        "extra_s": extra, "extra_p10_s": extra_low, "extra_p90_s": extra_high,
-        "times_s": [float(f"{each:.5g}") for each in own],
-    }  # fmt: skip
+    ratio, extra = spread([a / b for a, b in pairs]), spread([a - b for a, b in pairs])
+    found = {"rounds": len(own), "median_s": float(np.median(own)), "ratio": ratio["median"]}
+    found |= {"ratio_p10": ratio["p10"], "ratio_p90": ratio["p90"], "extra_s": extra["median"]}
+    times = [float(f"{each:.5g}") for each in own]
+    return found | {"extra_error_s": extra["error"], "times_s": times}
 
 
-def quantiles(values: list[float]) -> list[float]:
-    """10 %, 50 % and 90 %."""
-    return torch.tensor(values).double().quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+def summaries(times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """``summary`` of each method; ``"plain"`` is among them."""
+    return {name: summary(own, times["plain"]) for name, own in times.items()}
+
+
+def ratios(row: dict[str, Any]) -> list[float]:
+    """10 %, 50 % and 90 % of a ``summary``'s ratio."""
+    return [row[key] for key in ("ratio_p10", "ratio", "ratio_p90")]
 
 
 def picture(inside: dict[str, Any], outside: dict[str, Any] | None = None) -> list[float]:
-    """Ratio of a whole picture: 10 %, 50 % and 90 %.
+    """``ratios`` of a whole picture, of those of a step inside the window and one outside.
 
-    Parameters
-    ----------
-    inside : dict
-        ``summary`` of a step inside the window.
-    outside : dict, optional
-        That of a step outside; by default as long as a plain step, for not one operation differs
-        there (``tests/test_performance.py``), and a measured one only adds the machine's noise.
+    Outside a step is by default as long as a plain one, for not one operation differs there
+    (``tests/test_performance.py``), and a measured one only adds the machine's noise.
     """
-    wanted = ("ratio_p10", "ratio", "ratio_p90")
-    rest = STEPS - STEPS_INSIDE
-    return [
-        (STEPS_INSIDE * inside[key] + rest * (outside[key] if outside else 1)) / STEPS
-        for key in wanted
-    ]
+    steps = zip(ratios(inside), ratios(outside) if outside else [1.0] * 3, strict=True)
+    return [(STEPS_INSIDE * one + (STEPS - STEPS_INSIDE) * rest) / STEPS for one, rest in steps]
 
 
 def peak_mib(function: Callable[[], Any], device: torch.device) -> float:
@@ -130,23 +140,11 @@ def peak_mib(function: Callable[[], Any], device: torch.device) -> float:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         function()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    return peak / 2**20
+    used = np.cumsum([0, *(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))])
+    return float(used.max()) / 2**20
 
 
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free; on a CPU asking for more ends the process, instead of raising."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
-    return 1024 * int(found.group(1)) if found else float("inf")
-
-
-# Files
+# What a result depends on
 
 
 def machine(device: torch.device) -> str:
@@ -163,17 +161,12 @@ def slug_of(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine(device).lower()).strip("-")
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def environment(device: torch.device, clock_name: str) -> dict[str, Any]:
-    """What a result depends on."""
     return {
         "machine": machine(device),
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "clock": "CUDA events" if device.type == "cuda" else clock_name,
+        "clock": "wall" if device.type == "cuda" else clock_name,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -181,120 +174,113 @@ def environment(device: torch.device, clock_name: str) -> dict[str, Any]:
     }
 
 
+def said(environment: dict[str, Any]) -> str:
+    """An environment, in a line."""
+    name, threads, clock_name, load, version = (
+        environment[key] for key in ("machine", "threads", "clock", "load", "torch")
+    )
+    plural = "s" * (threads > 1)
+    return f"{name}, {threads} thread{plural}, {clock_name} clock, torch {version}, load {load}"
+
+
+# Tables and plots
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table."""
+    first, *rest = (f"| {' | '.join(map(str, row))} |" for row in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *rest])
+
+
+def ranged(values: Sequence[float], digits: int = 3, dash: str = "-") -> str:
+    """Three numbers in their order, the middle one first."""
+    low, middle, high = (f"{value:.{digits}f}" for value in values)
+    return f"{middle} ({low}{dash}{high})"
+
+
+def cell(row: dict[str, Any]) -> str:
+    """A ratio and its spread."""
+    return ranged(ratios(row))
+
+
+def peak_cell(peaks: dict[str, float], name: str, digits: int = 0) -> str:
+    """Peak memory of a method, and its ratio to plain's."""
+    found = peaks.get(name)
+    return "" if found is None else f"{found:.{digits}f} ({found / peaks['plain']:.3f}×)"
+
+
 class Results:
-    """One script's results on one machine: a JSON of cases that later runs add to.
-
-    Parameters
-    ----------
-    kind : str
-        First part of the file's name.
-    folder : Path
-        Of the file.
-    device : torch.device
-        Whose machine it is.
-
-    Raises
-    ------
-    SystemExit
-        If the file is of another schema.
-    """
+    """One script's results on one machine: a JSON of cases that later runs add to."""
 
     def __init__(self, kind: str, folder: Path, device: torch.device) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"{kind}-{slug_of(device)}.json"
-        self.cases: dict[str, Any] = {}
-        if self.file.exists():
-            held = json.loads(self.file.read_text())
-            if held.get("schema") != SCHEMA:
-                raise SystemExit(
-                    f"{self.file} is of schema {held.get('schema')}, and this script writes "
-                    f"{SCHEMA}: move it away or delete it, so that no file holds both."
-                )
-            self.cases = held["cases"]
+        self.cases = read(self.file) if self.file.exists() else {}
 
     def add(self, name: str, case: dict[str, Any]) -> None:
         """Keep a case; one of that name is replaced."""
         self.cases[name] = case
-        report = {"schema": SCHEMA, "cases": self.cases}
+        text = json.dumps({"schema": SCHEMA, "cases": self.cases}, indent=1)
         # A line for each list of times; else thousands of lines would hold one number each.
-        text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found.group()),
-                      json.dumps(report, indent=1))  # fmt: skip
+        text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found.group()), text)
         self.file.write_text(text + "\n")
 
-    def write(self, text: str) -> None:
-        """Keep the cases as Markdown, beside the JSON."""
-        self.file.with_suffix(".md").write_text(text, encoding="utf-8")
+    def report(self, title: str, table: Callable[[dict[str, Any]], str]) -> None:
+        """Write all cases as Markdown, beside the JSON."""
+        parts = [f"# {title}\n"]
+        for name, case in self.cases.items():
+            parts.append(f"## {name}\n\n{said(case['environment'])}\n\n{table(case)}\n")
+        self.file.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
         print(f"\nSaved {self.file.name} and the rest of that name in {self.file.parent}")
 
+    def plot(self, labels: dict[str, str]) -> None:
+        """Draw the ratios of each case's steps and calls; ``labels`` has the methods' order."""
+        figure, axes = subplots(len(self.cases), 1)
+        for axis, (name, case) in zip(axes.flat, self.cases.items(), strict=True):
+            for kind in [kind for kind in ("step", "call") if kind in case]:
+                rows = {labels[m].strip("*"): row for m, row in case[kind].items() if m in labels}
+                errorbar(axis, list(rows), list(rows.values()), "x", label=f"one {kind}")
+            if axis.get_xlim()[1] > 2:
+                axis.set_xscale("log")
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("{x:.2g}")
+            axis.axvline(1, color="black", lw=0.8)
+            axis.set_title(textwrap.fill(name, 90), fontsize=9)
+            axis.legend(fontsize=8, frameon=False)
+            axis.invert_yaxis()
+        self.save(figure, said(case["environment"]))
 
-def cell(row: dict[str, Any], digits: int = 3) -> str:
-    """A ratio and its spread, for a table."""
-    low, middle, high = (row[key] for key in ("ratio_p10", "ratio", "ratio_p90"))
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    def save(self, figure: Any, title: str) -> None:
+        """Write a plot beside the JSON."""
+        figure.suptitle(f"time / plain (median, 10-90 %). {title}", fontsize=10)
+        figure.savefig(self.file.with_suffix(".png"), dpi=90)
 
 
-def said(environment: dict[str, Any]) -> str:
-    """An environment, in a line."""
-    threads = environment["threads"]
-    return (
-        f"{environment['machine']}, {threads} thread{'s' * (threads > 1)}, "
-        f"{environment['clock']} clock, torch {environment['torch']}, load {environment['load']}"
-    )
+def read(file: Path) -> dict[str, Any]:
+    """The cases of a script's file; raises SystemExit if it is of another schema."""
+    held = json.loads(file.read_text())
+    if held.get("schema") != SCHEMA:
+        raise SystemExit(
+            f"{file} is of schema {held.get('schema')}, and this script writes {SCHEMA}: "
+            f"move it away or delete it, so that no file holds both."
+        )
+    return held["cases"]
 
 
-def bars(panels: dict[str, dict[str, dict[str, Any]]], labels: dict[str, str], file: Path,
-         title: str) -> None:  # fmt: skip
-    """Ratios as bars with their spread, log.
-
-    Parameters
-    ----------
-    panels : dict
-        Title -> kind of time (the first is the darker) -> method -> ``summary``.
-    labels : dict
-        Of the methods, in their order.
-    """
+def subplots(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """A figure that needs no window, and its axes."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 3.8 * rows), squeeze=False)
-    shades = ("#2a6f97", "#a9d6e5")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (name, kinds) in zip(axes.flat, panels.items(), strict=False):
-        methods = [m for m in labels if m != "plain" and any(m in each for each in kinds.values())]
-        height = 0.76 / len(kinds)
-        top = 1.0
-        for i, (kind, found) in enumerate(kinds.items()):
-            places = [j + (i - (len(kinds) - 1) / 2) * height for j in range(len(methods))]
-            for place, method in zip(places, methods, strict=True):
-                if method not in found:
-                    continue
-                row = found[method]
-                low, high = row["ratio"] - row["ratio_p10"], row["ratio_p90"] - row["ratio"]
-                axis.barh(place, row["ratio"] - 1, height, left=1, xerr=[[low], [high]],
-                          error_kw={"lw": 0.8, "capsize": 2}, color=shades[i],
-                          label=kind if method == methods[0] else None)  # fmt: skip
-                axis.annotate(f"{row['ratio']:.3f}", (max(row["ratio_p90"], 1), place), (4, 0),
-                              textcoords="offset points", va="center", fontsize=8)  # fmt: skip
-                top = max(top, row["ratio_p90"])
-        axis.set_xscale("log")
-        axis.set_xlim(0.9, max(1.3, 1.3 * top))
-        ticks = [t for t in (1, 1.1, 1.2, 1.5, 2, 5, 10, 20, 50) if t <= max(1.2, 1.2 * top)]
-        ticks = ticks if top < 2 else [t for t in ticks if t == int(t)]
-        axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
-        axis.minorticks_off()
-        axis.axvline(1, color="black", lw=0.8)
-        axis.set_yticks(range(len(methods)), [labels[method] for method in methods])
-        axis.set_title(textwrap.fill(name, 56), fontsize=9)
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(kinds) > 1:
-            axis.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"time / plain (median, 10–90 %; log). {title}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    options |= {"figsize": (8 if columns == 1 else 4 * columns, 4 * rows), "squeeze": False}
+    return pyplot.subplots(rows, columns, layout="constrained", **options)
+
+
+def errorbar(axis: Any, places: list[Any], rows: list[Any], ratio: str, **style: Any) -> None:
+    """Ratios and their spread, on one of the axis' two directions."""
+    low, middle, high = np.array([ratios(row) for row in rows]).T
+    place = {"x": "y", "y": "x"}[ratio]
+    values = {ratio: middle, place: places, f"{ratio}err": [middle - low, high - middle]}
+    axis.errorbar(**values, marker="o", ls="", capsize=2, **style)
