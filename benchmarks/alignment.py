@@ -216,12 +216,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         settings = [s for s in result["settings"] if s["cfg"] == cfg and not s["lora"]]
         for shift, window in enumerate(WINDOWS):
             chosen = [s for s in settings if s["window"] == window and s["gamma"] != 1]
+            gains = {
+                s["gamma"] + 0.012 * (shift - 1): gain(s, plain_of(result, cfg), result["captions"])
+                for s in sorted(chosen, key=lambda s: s["gamma"])
+            }
             if chosen:
-                chosen.sort(key=lambda s: s["gamma"])
-                places = [s["gamma"] + 0.012 * (shift - 1) for s in chosen]
-                pairs = [gain(s, plain_of(result, cfg), result["captions"]) for s in chosen]
                 label = f"{window}: t >= {chosen[0]['threshold']:g}"
-                errorbars(axis, places, pairs, label, marker="o")
+                errorbars(axis, gains, marker="o", label=label)
         image, text = result["image_tokens"], result["text_tokens"]
         axis.set_title(f"{result['model']}: {image} image, {text} text")
         axis.set_xlabel("gamma")
@@ -231,10 +232,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def errorbars(axis: Any, places: list[float], pairs: list[Any], label: str, **how: Any) -> None:
-    """Gains with their intervals, beside the line of no gain."""
-    means, halves = zip(*pairs, strict=True)
-    axis.errorbar(places, means, yerr=halves, capsize=3, label=label, **how)
+def errorbars(axis: Any, gains: dict[float, tuple[float, float]], **how: Any) -> None:
+    """Gains with their intervals over what they depend on, beside the line of no gain."""
+    means, halves = np.array([*gains.values()]).reshape(-1, 2).T
+    axis.errorbar(list(gains), means, yerr=halves, capsize=3, **how)
     axis.axhline(0, color="black", linewidth=0.8)
 
 
