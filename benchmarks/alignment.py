@@ -28,13 +28,9 @@ sys.path.append(str(DEMO))
 import world
 from subject import Subject
 
-SERIES = sorted((ROOT / "benchmarks" / "series").glob("*_mmdit.safetensors"))
+SERIES = ROOT / "benchmarks" / "series"
 MODELS = {"demo": (DEMO / "models" / "taca_demo", DEMO / "taca_demo")}
-MODELS |= {
-    name: (path.with_name(name),) * 2
-    for path in SERIES
-    for name in [path.name.removesuffix("_mmdit.safetensors")]
-}
+MODELS |= {path.stem: (path.with_suffix(""),) * 2 for path in sorted(SERIES.glob("*.json"))}
 """Where the files of a model and of its codec are, up to the ends of their names."""
 WINDOWS = ("paper", "snr", "all")
 GAMMAS = (0.8, 1.1, 1.2, 1.3, 1.5, 2.0)
@@ -115,13 +111,10 @@ class Pictures(Subject):
 
 
 def paired(judged: np.ndarray, plain: np.ndarray) -> tuple[float, float]:
-    """Mean paired difference and half its 95 % interval, in points.
+    """Mean paired difference of ``(seeds, captions)`` and half its 95 % interval, in points.
 
-    Parameters
-    ----------
-    judged, plain : numpy.ndarray
-        Bool, ``(seeds, captions)``: right or wrong, with TACA and without. A scene's pictures are
-        a cluster: all seeds and, where all captions are there, the two that tell it.
+    A scene's pictures are a cluster: all seeds and, where all captions are there, the two that
+    tell it.
     """
     difference = 100 * (judged.astype(float) - plain.astype(float)).mean(0)
     if len(difference) == len(world.captions("held-out")):
@@ -250,15 +243,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     wanted += [Setting(gamma, window, cfg) for cfg, window in every for gamma in gammas]
     if options.lora:
         wanted += [Setting(g, window, cfg, lora=True) for cfg, window in every for g in (1.0, 1.2)]
-    asked = {
-        "model": name,
-        "captions": len(captions),
-        "seeds": options.seeds,
-        "sampler": "euler, simple, 28 steps, bfloat16",
-        "image_tokens": subject.tokens,
-        "text_tokens": world.TEXTS[subject.text],
-        "weights": sha256(subject.path),
-    }
+    asked = {"model": name, "captions": len(captions), "seeds": options.seeds}
+    asked |= {"sampler": "euler, simple, 28 steps, bfloat16", "image_tokens": subject.tokens}
+    asked |= {"text_tokens": world.TEXTS[subject.text], "weights": sha256(subject.path)}
     result: dict[str, Any] = {**asked, "settings": []}
     if path.exists():
         result = json.loads(path.read_text())

@@ -22,13 +22,11 @@ from model import load_pack
 from safetensors.torch import save_file
 from subject import Subject
 
-DEFAULTS = {
-    "batch_size": 1, "grad_accumulation_steps": 4, "steps": 400, "learning_rate": 1e-4,
-    "rank": 16, "optimizer": "AdamW", "loss_function": "MSE", "training_dtype": "fp32",
-    "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA",
-    "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False,
-    "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
-}  # fmt: skip
+OFF = ("quantized_backward", "gradient_checkpointing", "offloading", "bucket_mode", "bypass_mode")
+DEFAULTS = dict.fromkeys(OFF, False) | dict.fromkeys(("training_dtype", "lora_dtype"), "fp32")
+DEFAULTS |= {"batch_size": 1, "grad_accumulation_steps": 4, "steps": 400, "learning_rate": 1e-4}
+DEFAULTS |= {"rank": 16, "algorithm": "LoRA", "optimizer": "AdamW", "loss_function": "MSE"}
+DEFAULTS |= {"checkpoint_depth": 1, "existing_lora": "[None]"}
 
 
 def train(

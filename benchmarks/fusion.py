@@ -136,12 +136,8 @@ def wrong(caption: str) -> list[str]:
         items = (i._replace(**{what: v}) for i, v in zip(scene[::2], (first, second), strict=True))
         return str(world.Scene(next(items), scene.relation, next(items)))
 
-    turned = scene._replace(relation=scene.mirrored().relation)
-    return [
-        exchanged("colour", list(world.COLOURS)),
-        exchanged("shape", world.SHAPES),
-        str(turned),
-    ]
+    turned = str(scene._replace(relation=scene.mirrored().relation))
+    return [exchanged("colour", list(world.COLOURS)), exchanged("shape", world.SHAPES), turned]
 
 
 @torch.no_grad()
@@ -177,15 +173,10 @@ def load(path: Path) -> tuple[UViT, dict[str, Any]]:
 def score(options: argparse.Namespace) -> None:
     """Judge networks on the captions that were held out, and compare them with the first."""
     codec, captions = Codec.load(CODEC), world.captions("held-out")
-    report: dict[str, Any] = {
-        "captions": len(captions),
-        **{key: getattr(options, key) for key in ("noises", "ddim_steps", "cfg")},
-        "networks": {},
-        "differences": {},
-    }
+    asked = {key: getattr(options, key) for key in ("noises", "ddim_steps", "cfg")}
+    report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
     criteria = {"right": world.CRITERIA, "tells": TOLD}
-    # kind -> name -> training seed -> (noises, captions, criteria)
-    judged: dict[str, dict[str, dict[int, np.ndarray]]] = {kind: {} for kind in criteria}
+    judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
     for path in options.files:
         network, said = load(path)
         name = "early" if said["shared"] == BLOCKS else f"central {said['shared']}"
@@ -214,12 +205,11 @@ def score(options: argparse.Namespace) -> None:
         store(options.out, report)
 
 
+BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
+
+
 def paired(
-    criteria: Sequence[str],
-    ours: dict[int, np.ndarray],
-    theirs: dict[int, np.ndarray],
-    seeds: list[int],
-    draws: int = 10_000,
+    criteria: Sequence[str], ours: BySeed, theirs: BySeed, seeds: list[int], draws: int = 10_000
 ) -> dict[str, dict[str, Any]]:
     """Differences in points, by criterion: mean, 95 % interval, by training seed.
 
@@ -227,14 +217,10 @@ def paired(
     """
     difference = 100 * np.stack([(ours[seed] - theirs[seed]).mean(0) for seed in seeds])
     scenes = difference.reshape(len(seeds), -1, 2, len(criteria)).mean(2)
-    rows = bootstrap(scenes, draws).T.round(2), scenes.mean((0, 1)), scenes.mean(1).T
+    rows = bootstrap(scenes, draws).T.round(2), scenes.mean((0, 1)), scenes.mean(1).T.round(2)
     return {
-        what: {
-            "mean": round(float(mean), 2),
-            "interval": interval.tolist(),
-            "by_seed": by_seed.round(2).tolist(),
-        }
-        for what, interval, mean, by_seed in zip(criteria, *rows, strict=True)
+        what: {"mean": round(float(mean), 2), "interval": ends.tolist(), "by_seed": each.tolist()}
+        for what, ends, mean, each in zip(criteria, *rows, strict=True)
     }
 
 
@@ -307,34 +293,25 @@ def cost(options: argparse.Namespace) -> None:
     """FLOPs and throughput."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timing.set_clock("cpu")
-    report: dict[str, Any] = {
-        "environment": timing.environment(device, "cpu"),
-        "note": options.note,
-        "rounds": options.rounds,
-        "compiled": options.compile,
-        "flops": {},
-        "throughput": {},
-    }
+    report: dict[str, Any] = {"environment": timing.environment(device, "cpu")}
+    report |= {"note": options.note, "rounds": options.rounds, "compiled": options.compile}
+    report |= {"flops": {}, "throughput": {}}
     for name, conditioning in itertools.product(options.networks, options.conditionings):
         counted = {}
         for fusion, shared in fusions_of(name).items():
             config = published_config(PUBLISHED[name], shared, conditioning)
             counted[fusion] = gflops_of(config, False), gflops_of(config, True)
         found = report["flops"][f"{name}, {conditioning}"] = {
-            fusion: {
-                "inference_gflops": round(forward, 2),
-                "training_gflops": round(both, 2),
-                "saved_percent": round(100 * (1 - both / counted["early"][1]), 1),
-            }
+            fusion: {"inference_gflops": round(forward, 2), "training_gflops": round(both, 2)}
+            | {"saved_percent": round(100 * (1 - both / counted["early"][1]), 1)}
             for fusion, (forward, both) in counted.items()
         }
         print(name, conditioning, json.dumps(found, indent=1))
     settings = options.networks, options.conditionings, options.batches, options.what
     for setting in itertools.product(*settings) if options.rounds else ():
         label = "{}, {}, batch {}, {}".format(*setting)
-        report["throughput"][label] = throughput(
-            *setting, setting[0] in options.compile, options.rounds
-        )
+        more = setting[0] in options.compile, options.rounds
+        report["throughput"][label] = throughput(*setting, *more)
         print(label, json.dumps(report["throughput"][label], indent=1), flush=True)
     file = options.out
     if file is None and options.rounds:
@@ -371,38 +348,22 @@ def throughput(
     def ratios(slow: str, fast: str) -> dict[str, list[float]]:
         """Of one method to another, where both were timed; ``{}`` in a name is each fusion."""
         found = {fusion: (slow.format(fusion), fast.format(fusion)) for fusion in fusions}
-        return {
-            fusion: np.quantile(np.divide(times[one], times[other]), (0.5, 0.1, 0.9))
-            .round(3)
-            .tolist()
-            for fusion, (one, other) in found.items()
-            if one in times and other in times and one != other
-        }
+        timed = {f: pair for f, pair in found.items() if {*pair} <= {*times} and len({*pair}) == 2}
+        quotients = {f: np.divide(times[one], times[other]) for f, (one, other) in timed.items()}
+        return {f: np.quantile(q, (0.5, 0.1, 0.9)).round(3).tolist() for f, q in quotients.items()}
 
-    each_compiled = "{}, compiled"
-    both, both_compiled = ratios(published, "{}"), ratios(published, each_compiled)
-    return {
-        "rounds": rounds,
-        "pictures_per_second": {m: round(batch / float(np.median(v)), 3) for m, v in times.items()},
-        "fusion_at_equal_implementation": ratios("early", "{}"),
-        "fusion_at_equal_implementation, compiled": ratios("early, compiled", each_compiled),
-        "implementation_at_equal_fusion": {
-            "ours": both.get("early"),
-            "ours, compiled": both_compiled.get("early"),
-        },
-        "compiled_at_equal_fusion": ratios("{}", each_compiled),
-        "both": both,
-        "both, compiled": both_compiled,
-    }
+    alone, same = ratios("early", "{}"), ratios("early, compiled", "{}, compiled")
+    both, both_compiled = ratios(published, "{}"), ratios(published, "{}, compiled")
+    ours = {"ours": both.get("early"), "ours, compiled": both_compiled.get("early")}
+    speed = {method: round(batch / float(np.median(own)), 3) for method, own in times.items()}
+    values = alone, both, same, both_compiled, ratios("{}", "{}, compiled")
+    found = {"rounds": rounds, "pictures_per_second": speed, "implementation_at_equal_fusion": ours}
+    return found | dict(zip(COLUMNS.values(), values, strict=True))
 
 
-COLUMNS = {
-    "fusion alone": "fusion_at_equal_implementation",
-    "both": "both",
-    "fusion alone, compiled": "fusion_at_equal_implementation, compiled",
-    "both, compiled": "both, compiled",
-    "compiled": "compiled_at_equal_fusion",
-}
+ALONE = "fusion_at_equal_implementation"
+COLUMNS = {"fusion alone": ALONE, "both": "both", "fusion alone, compiled": f"{ALONE}, compiled"}
+COLUMNS |= {"both, compiled": "both, compiled", "compiled": "compiled_at_equal_fusion"}
 
 
 def cost_table(report: dict[str, Any]) -> str:
@@ -412,9 +373,8 @@ def cost_table(report: dict[str, Any]) -> str:
         for fusion, flops in report["flops"][setting.partition(", batch")[0]].items():
             cells = (found[kind].get(fusion) for kind in COLUMNS.values())
             told = ["{:.3f} ({:.3f}-{:.3f})".format(*cell) if cell else "" for cell in cells]
-            rows.append(
-                [setting, fusion, f"{flops['saved_percent']} %", str(found["rounds"]), *told]
-            )
+            saved = f"{flops['saved_percent']} %"
+            rows.append([setting, fusion, saved, str(found["rounds"]), *told])
     head = ("setting", "text in", "FLOPs saved", "rounds", *COLUMNS)
     return f"""# Early against intermediate fusion: cost
 
