@@ -107,9 +107,9 @@ def trainings(options: argparse.Namespace) -> Iterator[Trained]:
             yield later(0, 0.35, options, leave_out=True)
         if kind == "scratch":
             yield scratch(options)
-        if kind == "lora":  # as many pictures and steps as the other later trainings
-            how = {"steps": 1500, "batch_size": 64, "grad_accumulation_steps": 1}
-            how |= {"learning_rate": 4e-4, "pictures": 20_400, "dose": 0.35, "seed": 100}
+        if kind == "lora":  # a batch of more than one would mix its captions in core's trainer
+            how = {"steps": 1500, "grad_accumulation_steps": 16, "learning_rate": 4e-4}
+            how |= {"pictures": 4000, "dose": 0.35, "seed": 100}
             yield with_lora("base0-lora0.35", CLEAN, options, **how)
         if kind == "taca-lora":
             for gamma in (1.2, 1.0):
