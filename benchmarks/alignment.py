@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,31 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from comfyui import load_pack  # also ComfyUI's own set-up
+from judging import DEMO, RESULTS, ROOT, interval, markdown, pyplot, store
 
-HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent / "demo"
 sys.path.append(str(DEMO))
 
-import comfy.sd  # noqa: E402
-import world  # noqa: E402
-from codec import CHANNELS, PATCH, Codec  # noqa: E402
+import world
+from subject import Subject
 
-sys.path.insert(0, os.environ["COMFYUI_PATH"])
-import nodes as core  # noqa: E402
-
-MODELS = {
-    "demo": (DEMO / "models" / "taca_demo", DEMO / "taca_demo"),
-    **{
-        path.name.removesuffix("_mmdit.safetensors"): (HERE / "series" / name,) * 2
-        for path in sorted((HERE / "series").glob("*_mmdit.safetensors"))
-        for name in [path.name.removesuffix("_mmdit.safetensors")]
-    },
-}
+SERIES = ROOT / "benchmarks" / "series"
+MODELS = {"demo": (DEMO / "models" / "taca_demo", DEMO / "taca_demo")}
+MODELS |= {path.stem: (path.with_suffix(""),) * 2 for path in sorted(SERIES.glob("*.json"))}
+"""Where the files of a model and of its codec are, up to the ends of their names."""
 WINDOWS = ("paper", "snr", "all")
 GAMMAS = (0.8, 1.1, 1.2, 1.3, 1.5, 2.0)
 FLUX_TOKENS = 4096  # of the paper's 1024 x 1024 pictures
 JUDGED = ("everything", "colour", "shape", "relation")
-TOKEN = 2 * PATCH  # pixels to the side of an image token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,35 +63,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class Subject:
-    """A model of the series, its codec and how it reads a caption."""
-
-    def __init__(self, name: str) -> None:
-        files, codec = MODELS[name]
-        self.card = json.loads(files.with_name(f"{files.name}.json").read_text())
-        training = self.card["training"]
-        self.text, self.size = training.get("text", "words"), training.get("size", world.SIZE)
-        self.tokens = (self.size // TOKEN) ** 2
-        self.codec = Codec.load(codec.with_name(f"{codec.name}_codec.safetensors"))
-        path = files.with_name(f"{files.name}_mmdit.safetensors")
-        self.sha256 = sha256(path)
-        self.model = comfy.sd.load_diffusion_model(str(path))
-        self.model.set_model_compute_dtype(torch.bfloat16)  # as in training
-
-    def condition(self, captions: list[str]) -> list[Any]:
-        """ComfyUI's conditioning of some captions."""
-        ids = torch.from_numpy(np.stack([world.encode(one, self.text) for one in captions]))
-        return [[self.codec.embed(ids), {"pooled_output": torch.zeros(len(captions), 1)}]]
-
-    def sample(self, model: Any, captions: list[str], seed: int, cfg: float) -> torch.Tensor:
-        """Latents of the captions, by the demo's sampler."""
-        side = self.size // PATCH
-        latent = {"samples": torch.zeros(len(captions), CHANNELS, side, side)}
-        (latent,) = core.common_ksampler(
-            model, seed, 28, cfg, "euler", "simple", self.condition(captions),
-            self.condition([""]), latent,
-        )  # fmt: skip
-        return latent["samples"].float().cpu()
+class Pictures(Subject):
+    """A model of the demo's world, whose pictures are judged with TACA and without."""
 
     def patched(self, setting: Setting, lora: Path | None) -> Any:
         """The model as the nodes make it."""
@@ -117,24 +79,22 @@ class Subject:
             model = patch.patch_lora(model, fitted)
         return model
 
-    def judge(self, setting: Setting, seed: int, captions: list[str],
-              lora: Path | None) -> list[dict[str, bool]]:  # fmt: skip
-        """Sample and check the captions once."""
-        pictures = self.draw(setting, seed, captions, lora)
-        return [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
-
-    def draw(self, setting: Setting, seed: int, captions: list[str],
-             lora: Path | None) -> np.ndarray:  # fmt: skip
-        """Pictures of the captions."""
-        latents = self.sample(self.patched(setting, lora), captions, seed, setting.cfg)
-        return self.codec.decode(latents).numpy()
+    def judge(
+        self, setting: Setting, seeds: list[int], captions: list[str], lora: Path | None = None
+    ) -> dict[str, str]:
+        """Draw the captions with each seed: by criterion, a digit a picture that is 1 if right."""
+        model, judged = self.patched(setting, lora), []
+        for seed in seeds:
+            pictures = self.draw(model, captions, seed, setting.cfg)
+            judged += [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
+        return {what: "".join(str(int(one[what])) for one in judged) for what in JUDGED}
 
     def chance(self, captions: list[str], cfg: float) -> dict[str, float]:
         """What pictures at gamma 1 get right of captions that are not theirs, in percent.
 
         The checker takes the better of two ways to match the objects, so this is far from 0.
         """
-        pictures = self.draw(Setting(cfg=cfg), 0, captions, None)
+        pictures = self.draw(self.model, captions, 0, cfg)
         judged = [
             world.check(picture, other)
             for shift in (51, 102, 153)
@@ -142,141 +102,122 @@ class Subject:
         ]
         return {what: round(100 * float(np.mean([j[what] for j in judged])), 1) for what in JUDGED}
 
-    def text_share(self, captions: list[str]) -> list[float]:
-        """Share of the image queries' attention on text, by block, averaged over a run at CFG 1."""
+    def text_share(self, captions: list[str]) -> torch.Tensor:
+        """Share of the image queries' attention on text at CFG 1, ``(steps, blocks)``."""
         report_module = sys.modules["taca_pack.taca.report"]
         report = report_module.Report({})
         self.sample(report_module.watched(self.model, report), captions, 0, 1.0)
-        return report.table()[0].nanmean(0).tolist()
+        return report.table()[0]
 
 
 def paired(judged: np.ndarray, plain: np.ndarray) -> tuple[float, float]:
-    """Mean paired difference and half its 95 % interval, in points.
+    """Mean paired difference of ``(seeds, captions)`` and half its 95 % interval, in points.
 
-    Parameters
-    ----------
-    judged, plain : numpy.ndarray
-        Bool, ``(seeds, captions)``: right or wrong, with TACA and without. A scene's pictures are
-        a cluster: all seeds and, where all captions are there, the two that tell it.
+    A scene's pictures are a cluster: all seeds and, where all captions are there, the two that
+    tell it.
     """
     difference = 100 * (judged.astype(float) - plain.astype(float)).mean(0)
     if len(difference) == len(world.captions("held-out")):
         difference = difference.reshape(-1, 2).mean(1)
-    return difference.mean(), 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
+    return interval(difference)
 
 
 def best_gamma(rows: dict[float, np.ndarray], rounds: int = 2000) -> tuple[float, float, float]:
     """The gamma with the most right, and its 95 % interval by bootstrap over captions."""
-    gammas = sorted(rows)
+    gammas = sorted(rows, key=lambda gamma: abs(gamma - 1))  # of equals the nearest to 1
     by_caption = np.stack([rows[gamma].mean(0) for gamma in gammas])
     drawn = np.random.default_rng(0).integers(0, by_caption.shape[1], (rounds, by_caption.shape[1]))
     best = np.array(gammas)[by_caption[:, drawn].mean(2).argmax(0)]
-    means = by_caption.mean(1)
-    whole = min((g for g, m in zip(gammas, means, strict=True) if m == means.max()),
-                key=lambda gamma: abs(gamma - 1))  # fmt: skip
-    return whole, *np.quantile(best, (0.025, 0.975), method="nearest").tolist()
+    interval = np.quantile(best, (0.025, 0.975), method="nearest").tolist()
+    return gammas[by_caption.mean(1).argmax()], *interval
 
 
-def outcomes(result: dict[str, Any], setting: dict[str, Any], what: str) -> np.ndarray:
-    """``(seeds, captions)`` of what is stored as text."""
-    flat = np.array([digit == "1" for digit in setting["judged"][what]])
-    return flat.reshape(-1, result["captions"])
+def outcomes(setting: dict[str, Any], what: str, captions: int) -> np.ndarray:
+    """Bool ``(seeds, captions)`` of what is stored as text."""
+    return np.array([digit == "1" for digit in setting["judged"][what]]).reshape(-1, captions)
 
 
-def plain_of(result: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
-    """The same sampling at gamma 1 and without LoRA."""
-    return next(
-        s for s in result["settings"]
-        if s["gamma"] == 1 and not s["lora"] and s["cfg"] == setting["cfg"]
-    )  # fmt: skip
+def gain(
+    setting: dict[str, Any], plain: dict[str, Any], captions: int, what: str = "everything"
+) -> tuple[float, float]:
+    """Points gained over gamma 1, and half their interval."""
+    return paired(*(outcomes(each, what, captions) for each in (setting, plain)))
+
+
+def cells(setting: dict[str, Any], plain: dict[str, Any], captions: int) -> list[str]:
+    """The share that is right at gamma 1, else the points gained over that."""
+    if setting is plain:
+        return [f"{100 * outcomes(plain, what, captions).mean():.1f} %" for what in JUDGED]
+    return ["{:+.1f} ± {:.1f}".format(*gain(setting, plain, captions, what)) for what in JUDGED]
+
+
+def plain_of(result: dict[str, Any], cfg: float) -> dict[str, Any]:
+    """The setting at gamma 1 and without LoRA."""
+    settings = (s for s in result["settings"] if s["gamma"] == 1 and not s["lora"])
+    return next(s for s in settings if s["cfg"] == cfg)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [
-        "| CFG | window | gamma | " + " | ".join(JUDGED) + " |", "|---" * (3 + len(JUDGED)) + "|",
-    ]  # fmt: skip
-    key = lambda s: (-s["cfg"], WINDOWS.index(s["window"]), s["lora"], s["gamma"])  # noqa: E731
-    plain_first = sorted(result["settings"], key=lambda s: (s is not plain_of(result, s), key(s)))
-    for s in plain_first:
-        plain, cells = plain_of(result, s), []
-        for what in JUDGED:
-            own = outcomes(result, s, what)
-            if s is plain:
-                cells.append(f"{100 * own.mean():.1f} %")
-            else:
-                mean, half = paired(own, outcomes(result, plain, what))
-                cells.append(f"{mean:+.1f} ± {half:.1f}")
+
+    def order(s: dict[str, Any]) -> tuple[Any, ...]:
+        plain = s is plain_of(result, s["cfg"])
+        return not plain, -s["cfg"], WINDOWS.index(s["window"]), s["lora"], s["gamma"]
+
+    rows = []
+    for s in sorted(result["settings"], key=order):
+        plain = plain_of(result, s["cfg"])
         window = "-" if s is plain else f"t >= {s['threshold']:g}"
         label = f"{s['gamma']:g}" + (" and LoRA" if s["lora"] else "")
-        lines.append(f"| {s['cfg']:g} | {window} | {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"{s['cfg']:g}", window, label, *cells(s, plain, result["captions"])])
+    return markdown(("CFG", "window", "gamma", *JUDGED), rows)
 
 
 def summary(result: dict[str, Any]) -> str:
     """What the table is of, and the best gamma of each window."""
     share = ", ".join(f"{100 * s:.1f}" for s in result["text_share"])
-    count = len(result["settings"][0]["judged"][JUDGED[0]])
-    by_chance = ""
+    text, image = result["text_tokens"], result["image_tokens"]
+    told = (
+        f"{result['model']}: {image} image tokens to {text} of text; {share} % of the image's "
+        f"attention on text in blocks 0.. (even: {100 * text / (text + image):.1f} %); "
+        f"{len(result['settings'][0]['judged']['everything'])} pictures a setting."
+    )
     if "chance" in result:  # results of before have none
         chance = ", ".join(f"{what} {result['chance'][what]:g} %" for what in JUDGED)
-        by_chance = f" Of captions that are not theirs those at gamma 1 get right: {chance}."
-    lines = [
-        f"{result['model']}: {result['image_tokens']} image tokens to {result['text_tokens']} of "
-        f"text; {share} % of the image's attention on text in blocks 0.. (even: "
-        f"{100 * result['text_tokens'] / (result['text_tokens'] + result['image_tokens']):.1f} %); "
-        f"{count} pictures a setting.{by_chance}"
-    ]
+        told += f" Of captions that are not theirs those at gamma 1 get right: {chance}."
     for cfg in sorted({s["cfg"] for s in result["settings"]}, reverse=True):
         for window in WINDOWS:
             rows = {
-                s["gamma"]: outcomes(result, s, "everything")
+                s["gamma"]: outcomes(s, "everything", result["captions"])
                 for s in result["settings"]
                 if s["cfg"] == cfg and not s["lora"] and (s["window"] == window or s["gamma"] == 1)
             }
             if len(rows) > 2:
                 best, low, high = best_gamma(rows)
-                lines.append(
-                    f"Best gamma at CFG {cfg:g}, window {window}: {best:g} ({low:g} to {high:g}, "
-                    f"of {', '.join(f'{gamma:g}' for gamma in sorted(rows))})."
-                )
-    return "\n".join(lines)
+                tried = ", ".join(f"{gamma:g}" for gamma in sorted(rows))
+                told += f"\nBest gamma at CFG {cfg:g}, window {window}: {best:g} "
+                told += f"({low:g} to {high:g}, of {tried})."
+    return told
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Difference to gamma 1 in everything right, over gamma, for each model and window."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(results), figsize=(4.2 * len(results), 3.6), sharey=True, squeeze=False
-    )
+    size = (4.2 * len(results), 3.6)
+    figure, axes = pyplot().subplots(1, len(results), figsize=size, sharey=True, squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         cfg = max(s["cfg"] for s in result["settings"])
+        settings = [s for s in result["settings"] if s["cfg"] == cfg and not s["lora"]]
         for shift, window in enumerate(WINDOWS):
-            chosen = [
-                s for s in result["settings"]
-                if (s["cfg"], s["window"], s["lora"]) == (cfg, window, False) and s["gamma"] != 1
-            ]  # fmt: skip
-            chosen.sort(key=lambda s: s["gamma"])
-            if not chosen:
-                continue
-            pairs = [
-                paired(outcomes(result, s, "everything"),
-                       outcomes(result, plain_of(result, s), "everything"))
-                for s in chosen
-            ]  # fmt: skip
-            axis.errorbar(
-                [s["gamma"] + 0.012 * (shift - 1) for s in chosen], [p[0] for p in pairs],
-                yerr=[p[1] for p in pairs], marker="o", capsize=3,
-                label=f"{window}: t >= {chosen[0]['threshold']:g}",
-            )  # fmt: skip
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_title(
-            f"{result['model']}: {result['image_tokens']} image, {result['text_tokens']} text"
-        )
+            chosen = [s for s in settings if s["window"] == window and s["gamma"] != 1]
+            gains = {
+                s["gamma"] + 0.012 * (shift - 1): gain(s, plain_of(result, cfg), result["captions"])
+                for s in sorted(chosen, key=lambda s: s["gamma"])
+            }
+            if chosen:
+                label = f"{window}: t >= {chosen[0]['threshold']:g}"
+                errorbars(axis, gains, marker="o", label=label)
+        image, text = result["image_tokens"], result["text_tokens"]
+        axis.set_title(f"{result['model']}: {image} image, {text} text")
         axis.set_xlabel("gamma")
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("everything right, points to gamma 1")
@@ -284,33 +225,27 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def store(path: Path, result: dict[str, Any]) -> None:
-    """Write the result, whole or not at all."""
-    path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".new").replace(path)
+def errorbars(axis: Any, gains: dict[float, tuple[float, float]], **how: Any) -> None:
+    """Gains with their intervals over what they depend on, beside the line of no gain."""
+    means, halves = np.array([*gains.values()]).reshape(-1, 2).T
+    axis.errorbar(list(gains), means, yerr=halves, capsize=3, **how)
+    axis.axhline(0, color="black", linewidth=0.8)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Sample what the results lack and store after every setting."""
     path = options.out / f"alignment-{name}.json"
     captions = world.captions("held-out")[:: options.every]
-    subject = Subject(name)
+    subject = Pictures(*MODELS[name], torch.bfloat16)  # as in training
     wanted = [Setting(cfg=cfg) for cfg in options.cfg]
-    wanted += [
-        Setting(gamma, window, cfg)
-        for cfg in options.cfg for window in options.windows for gamma in options.gammas
-        if gamma != 1
-    ]  # fmt: skip
+    every = [(cfg, window) for cfg in options.cfg for window in options.windows]
+    gammas = [gamma for gamma in options.gammas if gamma != 1]
+    wanted += [Setting(gamma, window, cfg) for cfg, window in every for gamma in gammas]
     if options.lora:
-        wanted += [
-            Setting(gamma, window, cfg, lora=True)
-            for cfg in options.cfg for window in options.windows for gamma in (1.0, 1.2)
-        ]  # fmt: skip
-    asked = {
-        "model": name, "captions": len(captions), "seeds": options.seeds,
-        "sampler": "euler, simple, 28 steps, bfloat16", "image_tokens": subject.tokens,
-        "text_tokens": world.TEXTS[subject.text], "weights": subject.sha256,
-    }  # fmt: skip
+        wanted += [Setting(g, window, cfg, lora=True) for cfg, window in every for g in (1.0, 1.2)]
+    asked = {"model": name, "captions": len(captions), "seeds": options.seeds}
+    asked |= {"sampler": "euler, simple, 28 steps, bfloat16", "image_tokens": subject.tokens}
+    asked |= {"text_tokens": world.TEXTS[subject.text], "weights": sha256(subject.path)}
     result: dict[str, Any] = {**asked, "settings": []}
     if path.exists():
         result = json.loads(path.read_text())
@@ -321,7 +256,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         sys.exit(f"{path} is of another LoRA: move it away, or use --out.")
     load_pack()
     if "text_share" not in result:
-        result["text_share"] = subject.text_share(captions[::6])
+        result["text_share"] = subject.text_share(captions[::6]).nanmean(0).tolist()
     if "chance" not in result:
         result["chance"] = subject.chance(captions, options.cfg[0])
     store(path, result)
@@ -329,19 +264,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     todo = [setting for setting in wanted if setting not in done]
     for number, setting in enumerate(todo, 1):
         start = time.monotonic()
-        judged = [
-            one for seed in options.seeds
-            for one in subject.judge(setting, seed, captions, options.lora)
-        ]  # fmt: skip
-        stored = dataclasses.asdict(setting) | {"threshold": setting.threshold(subject.tokens)}
-        stored["judged"] = {
-            what: "".join(str(int(one[what])) for one in judged) for what in JUDGED
-        }  # fmt: skip
-        result["settings"].append(stored)
+        judged = subject.judge(setting, options.seeds, captions, options.lora)
+        about = dataclasses.asdict(setting) | {"threshold": setting.threshold(subject.tokens)}
+        result["settings"].append({**about, "judged": judged})
         store(path, result)
-        right = sum(one["everything"] for one in judged)
-        print(f"{name} {number}/{len(todo)} {setting}: {right} of {len(judged)} right, "
-              f"{time.monotonic() - start:.0f} s", flush=True)  # fmt: skip
+        right = f"{judged['everything'].count('1')} of {len(judged['everything'])} right"
+        seconds = f"{time.monotonic() - start:.0f} s"
+        print(f"{name} {number}/{len(todo)} {setting}: {right}, {seconds}", flush=True)
     return result
 
 
@@ -354,7 +283,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--every", type=int, default=1, help="every n-th caption only")
     parser.add_argument("--lora", type=Path, help="a TACA LoRA: alone, and with gamma 1.2")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     parser.add_argument("--table", action="store_true", help="of what there is; sample nothing")
     options = parser.parse_args()
     unknown = set(options.models) - set(MODELS)

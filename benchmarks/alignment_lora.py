@@ -1,4 +1,4 @@
-"""Train a TACA LoRA for a model of the alignment series: core's trainer, this pack's window.
+"""Train a LoRA for a model of the demo's world, by core's trainer; with TACA, inside its window.
 
 ``python dev.py run benchmarks/alignment_lora.py MODEL --window snr --out FILE`` writes a LoRA that
 ``alignment.py MODEL --lora FILE`` tries: gamma alone, LoRA alone, both (the paper's Table 4, in
@@ -10,9 +10,9 @@ pictures of the demo's world, hundreds of steps and not 10,000.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
-from typing import Any
 
 import alignment
 import numpy as np
@@ -20,36 +20,52 @@ import torch
 import world
 from comfyui import load_pack
 from safetensors.torch import save_file
+from subject import Subject
+
+OFF = ("quantized_backward", "gradient_checkpointing", "offloading", "bucket_mode", "bypass_mode")
+DEFAULTS = dict.fromkeys(OFF, False) | dict.fromkeys(("training_dtype", "lora_dtype"), "fp32")
+DEFAULTS |= {"batch_size": 1, "grad_accumulation_steps": 4, "steps": 400, "learning_rate": 1e-4}
+DEFAULTS |= {"rank": 16, "algorithm": "LoRA", "optimizer": "AdamW", "loss_function": "MSE"}
+DEFAULTS |= {"checkpoint_depth": 1, "existing_lora": "[None]"}
 
 
-def train(subject: alignment.Subject, threshold: float, options: argparse.Namespace) -> Any:
-    """LoRA and losses, by TrainLoraNode on the model as TACA Training Window gives it."""
+def train(
+    subject: Subject,
+    file: Path,
+    taca: alignment.Setting | None = None,
+    dose: float = 0.0,
+    pictures: int = 1000,
+    seed: int = 0,
+    **settings: float,
+) -> None:
+    """Write a LoRA of the model, or of the model as TACA Training Window gives it."""
     from comfy_extras.nodes_train import TrainLoraNode
 
     patch, schedule, _ = load_pack()
-    training = sys.modules["taca_pack.taca.training"]
-    window = schedule.Schedule(options.gamma, schedule.TimestepWindow(threshold))
-    model = training.training_window(patch.patch_model(subject.model, window))
-    rng = np.random.default_rng(options.seed)
-    captions = [str(c) for c in rng.choice(world.captions("train"), options.pictures)]
-    pictures = np.stack([world.render(caption, rng, subject.size) for caption in captions])
-    latents = subject.codec.encode(torch.from_numpy(pictures))
-    settings = {
-        "batch_size": 1, "grad_accumulation_steps": 4, "steps": options.steps,
-        "learning_rate": options.lr, "rank": options.rank, "optimizer": "AdamW",
-        "loss_function": "MSE", "seed": options.seed, "training_dtype": "fp32",
-        "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA",
-        "gradient_checkpointing": False, "checkpoint_depth": 1, "offloading": False,
-        "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
-    }  # fmt: skip
-    torch.manual_seed(options.seed)  # the trainer draws weights, pictures and timesteps from here
+    model = subject.model
+    if taca:
+        window = schedule.TimestepWindow(taca.threshold(subject.tokens))
+        model = patch.patch_model(model, schedule.Schedule(taca.gamma, window))
+        model = sys.modules["taca_pack.taca.training"].training_window(model)
+    rng = np.random.default_rng(seed)
+    captions = [str(c) for c in rng.choice(world.captions("train"), pictures)]
+    drawn = np.stack([world.render(caption, rng, subject.size) for caption in captions])
+    latents = subject.codec.encode(torch.from_numpy(drawn))
+    if dose:
+        captions = [world.careless(caption, dose, rng) for caption in captions]
+    known = inspect.signature(TrainLoraNode.execute).parameters  # older trainers have fewer
+    settings = {k: v for k, v in {**DEFAULTS, "seed": seed, **settings}.items() if k in known}
+    torch.manual_seed(seed)  # the trainer draws weights, pictures and timesteps from here
     lora, losses, _ = TrainLoraNode.execute(
         model=[model],
         latents=[{"samples": one[None]} for one in latents],
         positive=[subject.condition([caption]) for caption in captions],
         **{name: [value] for name, value in settings.items()},
     ).result
-    return lora, losses["loss"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().contiguous().cpu() for key, value in lora.items()}, file)
+    first, last = (float(np.mean(part)) for part in (losses["loss"][:50], losses["loss"][-50:]))
+    print(f"{file}: mean loss {first:.4f} of the first 50 and {last:.4f} of the last 50.")
 
 
 def main() -> None:
@@ -60,19 +76,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400, help="of 4 pictures")
     parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=1e-4, help="the paper's")
+    parser.add_argument("--lr", type=float, default=1e-4, help="the paper's", dest="learning_rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the LoRA's file")
-    options = parser.parse_args()
-    load_pack()
-    subject = alignment.Subject(options.model)
-    threshold = alignment.Setting(window=options.window).threshold(subject.tokens)
-    lora, losses = train(subject, threshold, options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().contiguous().cpu() for key, value in lora.items()}, options.out)
-    first, last = (float(np.mean(part)) for part in (losses[:50], losses[-50:]))
-    print(f"{options.out}: rank {options.rank}, {options.steps} steps inside t >= {threshold:g}; "
-          f"mean loss {first:.4f} of the first 50 and {last:.4f} of the last 50.")  # fmt: skip
+    more = vars(parser.parse_args())
+    taca = alignment.Setting(more.pop("gamma"), more.pop("window"))
+    train(
+        Subject(*alignment.MODELS[more.pop("model")], torch.bfloat16), more.pop("out"), taca, **more
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from judging import interval
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -48,19 +49,17 @@ def choose(captions: list[str], count: int, seed: int) -> list[str]:
     usable = [t for t in told if t and t.isprintable() and not {"/", "_"} & {*t} and len(t) < 200]
     if len(usable) < count:
         raise Problem(f"There are {len(usable)} usable captions, and --count asks for {count}.")
-    chosen = np.random.default_rng(seed).choice(len(usable), count, replace=False)
-    return [usable[i] for i in chosen]
+    return np.random.default_rng(seed).choice(usable, count, replace=False).tolist()
 
 
 def read_coco(file: Path) -> list[str]:
     """The captions of a file of COCO's, such as captions_val2014.json."""
     try:
         return [a["caption"] for a in json.loads(file.read_text("utf-8"))["annotations"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Problem(
-            f"{file} is not a file of COCO's captions, such as captions_val2014.json "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        expected = "captions, such as captions_val2014.json"
+        told = f"{type(error).__name__}: {error}"
+        raise Problem(f"{file} is not a file of COCO's {expected} ({told}).") from error
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -81,12 +80,11 @@ def in_order(files: list[Path], captions: list[str]) -> list[Path]:
         other = numbered.setdefault(int(number[1]), file)
         if other != file:
             raise Problem(f"{other.name} and {file.name} are both of caption {int(number[1])}.")
-    missing = sorted(set(range(len(captions))) - numbered.keys())
-    if missing or len(numbered) > len(captions):
+    alone = set(range(len(captions))) ^ numbered.keys()
+    if alone:
         raise Problem(
-            f"{len(captions)} captions and {len(numbered)} drawn pictures, caption "
-            f"{missing[0] if missing else max(numbered)} without the other: draw the rest, or "
-            f"give the captions they were drawn of."
+            f"{len(captions)} captions and {len(numbered)} drawn pictures, caption {min(alone)} "
+            f"without the other: draw the rest, or give the captions they were drawn of."
         )
     return [numbered[i] for i in range(len(captions))]
 
@@ -106,8 +104,9 @@ def batches(files: list[Path], size: int, count: int, crop: bool) -> Iterator[Te
         yield torch.from_numpy(np.stack(pixels)).movedim(-1, 1)
 
 
-def fid_of(real: list[Path], drawn: list[Path], device: str, count: int,
-           feature: Any = 2048) -> float:  # fmt: skip
+def fid_of(
+    real: list[Path], drawn: list[Path], device: str, count: int, feature: Any = 2048
+) -> float:
     """FID by torchmetrics; ``feature`` as it takes it, a layer of Inception or a module."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -120,27 +119,21 @@ def fid_of(real: list[Path], drawn: list[Path], device: str, count: int,
     return fid.compute().item()
 
 
-def clip_score_of(drawn: list[Path], captions: list[str], device: str, count: int, model: Any,
-                  processor: Any) -> tuple[float, float]:  # fmt: skip
+def clip_score_of(
+    drawn: list[Path], captions: list[str], device: str, count: int, model: Any, processor: Any
+) -> tuple[float, float]:
     """100 times CLIP's cosine of picture and caption: the mean, and half its 95 % interval.
 
     By transformers alone: torchmetrics 1.9 cannot use a CLIP of transformers 5.
     """
     cosines: list[float] = []
+    most = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
     for start in range(0, len(drawn), count):
-        pictures = []
-        for file in drawn[start : start + count]:
-            with Image.open(file) as picture:
-                pictures.append(picture.convert("RGB"))
-        given = processor(
-            text=captions[start : start + count], images=pictures, return_tensors="pt",
-            padding=True, truncation=True,
-            max_length=model.config.text_config.max_position_embeddings,
-        ).to(device)  # fmt: skip
-        out = model(**given)
+        pictures = [Image.open(file).convert("RGB") for file in drawn[start : start + count]]
+        given = {"text": captions[start : start + count], "images": pictures}
+        out = model(**processor(**given, return_tensors="pt", padding=True, **most).to(device))
         cosines += torch.cosine_similarity(out.image_embeds, out.text_embeds).tolist()
-    scores = 100 * np.array(cosines)
-    return float(scores.mean()), float(1.96 * scores.std(ddof=1) / len(scores) ** 0.5)
+    return interval(100 * np.array(cosines))
 
 
 @torch.inference_mode()
@@ -162,9 +155,8 @@ def score(options: argparse.Namespace) -> None:
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write captions to draw")
     prompts.add_argument("--captions", type=Path, required=True, metavar="JSON", help="COCO's")
@@ -182,15 +174,14 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Write captions, or judge pictures."""
     options = options_of(sys.argv[1:])
     try:
-        if options.command == "prompts":
+        if options.command == "score":
+            score(options)
+        else:
             chosen = choose(read_coco(options.captions), options.count, options.seed)
             options.out.write_text("\n".join(chosen) + "\n", "utf-8")
             print(f"{len(chosen)} captions in {options.out}")
-            return
-        score(options)
     except ModuleNotFoundError as error:
         sys.exit(f"{INSTALL} ({error})")
     except (Problem, OSError) as error:

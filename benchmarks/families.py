@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
+from judging import RESULTS, ROOT, markdown, store, write_between
+
 sys.path.insert(0, str(ROOT))
 
-from dev import COMFYUI, DEV  # noqa: E402
-from taca.families import FAMILIES, REFUSED  # noqa: E402
+from dev import COMFYUI, DEV
+from taca.families import FAMILIES, REFUSED
 
-RESULTS = ROOT / "benchmarks" / "results" / "families.json"
-BEGIN, END = "<!-- families -->\n", "<!-- /families -->\n"
+RECORD = RESULTS / "families.json"
 TESTS = {
     "test_equals_dense": "attention",
     "test_equals_dense_with_cfg_in_a_batch": "attention",
@@ -38,11 +38,11 @@ def results(comfyui: Path) -> dict[str, Any]:
     """What passed, failed and was skipped on one ComfyUI, and the models it was tested with."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *FILES]
+        environment = {**os.environ, "COMFYUI_PATH": str(comfyui)}
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *FILES],
-            cwd=ROOT, check=False, capture_output=True, text=True,
-            env={**os.environ, "COMFYUI_PATH": str(comfyui)},
-        )  # fmt: skip
+            command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+        )
         if done.returncode not in (0, 1):  # not run to the end
             sys.exit(f"The tests did not run on {comfyui}:\n{done.stdout}{done.stderr}")
         tests = list(ElementTree.parse(report).iter("testcase"))  # noqa: S314
@@ -54,10 +54,8 @@ def results(comfyui: Path) -> dict[str, Any]:
             found["skipped"][name] = skipped.get("message")
             continue
         passed = test.find("failure") is None and test.find("error") is None
-        if passed:
-            found["passed"] += 1
-        else:
-            found["failed"].append(name)
+        found["passed"] += passed
+        found["failed"] += [] if passed else [name]
         told = defaultdict(list)
         for each in test.iter("property"):
             told[each.get("name", "")].append(each.get("value", ""))
@@ -74,42 +72,36 @@ def results(comfyui: Path) -> dict[str, Any]:
 
 def table(versions: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each family, what was skipped, what is refused."""
-    lines = [
-        "| family | tested as | text, image tokens | attention | LoRA | from |",
-        "|---|---|---|---|---|---|",
-    ]
     models: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for version, found in versions.items():
         for name, model in found["models"].items():
             models[name].append({**model, "from": version})
+    rows = []
     for family in FAMILIES:
         names = [name for name, runs in models.items() if runs[0]["family"] == family.name]
         runs = [run for name in names for run in models[name]]
         if not runs:
             sys.exit(f"No test ran for {family.name}.")
         oldest = min((run["from"] for run in runs), key=list(versions).index)
-        tested = [
-            name + (f" ({models[name][0]['from']})" if models[name][0]["from"] != oldest else "")
-            for name in names
-        ]
-        tokens = [span(n for run in runs for n in run[kind]) for kind in ("text", "image")]
-        cells = [
-            family.name, "; ".join(tested), ", ".join(tokens),
-            verdict(runs, "attention"), verdict(runs, "LoRA"), oldest,
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        since = {name: models[name][0]["from"] for name in names}
+        tested = [n if since[n] == oldest else f"{n} ({since[n]})" for n in names]
+        tokens = [span({n for run in runs for n in run[kind]}) for kind in ("text", "image")]
+        verdicts = verdict(runs, "attention"), verdict(runs, "LoRA")
+        rows.append([family.name, "; ".join(tested), ", ".join(tokens), *verdicts, oldest])
+    head = ("family", "tested as", "text, image tokens", "attention", "LoRA", "from")
     counts = "What these tests counted, and skipped with the reason"
-    lines += ["", f"<details><summary>{counts}</summary>", ""]
+    lines = [markdown(head, rows), "", f"<details><summary>{counts}</summary>", ""]
     everywhere = set.intersection(*(set(found["skipped"].values()) for found in versions.values()))
     for version, found in versions.items():
         own = dict.fromkeys(r for r in found["skipped"].values() if r not in everywhere)
         lacks = [r.rpartition(" has no ")[2] for r in own if " has no " in r]
-        others = [r for r in own if " has no " not in r]
-        parts = ["it has no " + "; ".join(lacks)] * bool(lacks) + others
-        lines.append(
-            f"- {version} ({found['passed']} passed, {len(found['failed'])} failed, "
-            f"{len(found['skipped'])} skipped): {'. '.join(parts)}."
+        parts = ["it has no " + "; ".join(lacks)] * bool(lacks)
+        parts += [r for r in own if " has no " not in r]
+        numbers = (
+            f"{found['passed']} passed, {len(found['failed'])} failed, "
+            f"{len(found['skipped'])} skipped"
         )
+        lines.append(f"- {version} ({numbers}): {'. '.join(parts)}.")
     lines.append(f"- on all: {'. '.join(sorted(everywhere))}.")
     lines += ["", "</details>", "", "Refused, by name and with the reason:", ""]
     reasons = defaultdict(dict)
@@ -119,11 +111,9 @@ def table(versions: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def span(numbers: Any) -> str:
+def span(numbers: set[int]) -> str:
     """The least and the most of some numbers."""
-    known = set(numbers)
-    low, high = min(known), max(known)
-    return str(low) if low == high else f"{low}-{high}"
+    return "-".join(map(str, sorted({min(numbers), max(numbers)})))
 
 
 def verdict(runs: list[dict[str, Any]], what: str) -> str:
@@ -137,21 +127,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="write the table again")
     if not parser.parse_args().table:
         places = {version: DEV / f"comfyui-{version}" for version in COMFYUI}
-        for version, place in places.items():
-            if not place.is_dir():
-                sys.exit(f"ComfyUI {version} is missing, and the table would lose what is known of "
-                         f"it: run python dev.py setup --comfyui-version {version}")  # fmt: skip
-        found = {}
-        for version, place in places.items():
-            print(f"ComfyUI {version}", flush=True)
-            found[version] = results(place)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = table(json.loads(RESULTS.read_text(encoding="utf-8")))
+        for version in [version for version, place in places.items() if not place.is_dir()]:
+            sys.exit(
+                f"ComfyUI {version} is missing, and the table would lose what is known of it: run "
+                f"python dev.py setup --comfyui-version {version}"
+            )
+        store(RECORD, {version: results(place) for version, place in places.items()})
+    text = table(json.loads(RECORD.read_text(encoding="utf-8")))
     print(text)
-    page = ROOT / "docs" / "models.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    write_between(ROOT / "docs" / "models.md", "families", text)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import world
-from codec import CHANNELS, Codec
 from PIL import Image
 
 
@@ -35,46 +33,25 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def sample(arguments: argparse.Namespace, codec: Codec, captions: list[str]) -> np.ndarray:
+def sample(arguments: argparse.Namespace, captions: list[str]) -> np.ndarray:
     """Draw every caption once per seed: pictures of shape ``(seeds, captions, 64, 64, 3)``."""
     sys.path.append(str(arguments.comfyui))
     from comfy.cli_args import args
 
     args.cpu = True
-    import comfy.sd
+    from subject import Subject
 
-    import nodes
-
-    model = comfy.sd.load_diffusion_model(str(arguments.models / "taca_demo_mmdit.safetensors"))
-
-    def condition(texts: list[str]) -> list:
-        tokens = torch.from_numpy(np.stack([world.encode(text) for text in texts]))
-        return [[codec.embed(tokens), {"pooled_output": torch.zeros(len(texts), 1)}]]
-
-    side = world.SIZE // 4
-    pictures = []
-    for seed in arguments.seeds:
-        (latent,) = nodes.common_ksampler(
-            model,
-            seed,
-            arguments.steps,
-            arguments.cfg,
-            "euler",
-            arguments.scheduler,
-            condition(captions),
-            condition([""]),
-            {"samples": torch.zeros(len(captions), CHANNELS, side, side)},
-        )
-        pictures.append(codec.decode(latent["samples"].float()).numpy())
-    return np.stack(pictures)
+    subject = Subject(arguments.models / "taca_demo", arguments.models.parent / "taca_demo")
+    how = arguments.cfg, arguments.steps, arguments.scheduler
+    drawn = [subject.draw(subject.model, captions, seed, *how) for seed in arguments.seeds]
+    return np.stack(drawn)
 
 
 def main() -> None:
     """Sample, judge, print and store."""
     arguments = parse_arguments()
-    codec = Codec.load(arguments.models.parent / "taca_demo_codec.safetensors")
     captions = world.captions("held-out")
-    pictures = sample(arguments, codec, captions)
+    pictures = sample(arguments, captions)
     judged = [
         world.check(picture, caption)
         for drawn in pictures
@@ -93,10 +70,7 @@ def main() -> None:
         "percent": {key: round(100 * count[key] / len(judged), 2) for key in world.CRITERIA},
         "sampler": {
             "name": "euler",
-            "scheduler": arguments.scheduler,
-            "steps": arguments.steps,
-            "cfg": arguments.cfg,
-            "seeds": arguments.seeds,
+            **{key: getattr(arguments, key) for key in ("scheduler", "steps", "cfg", "seeds")},
         },
     }
     card_path.write_text(json.dumps(card, indent=1) + "\n")

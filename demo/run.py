@@ -296,7 +296,7 @@ def measured(options: argparse.Namespace) -> str:
     found = {
         setting["window"]: setting
         for setting in json.loads(MEASURED.read_text("utf-8"))["settings"]
-        if (setting["dose"], setting["seed"], setting["cfg"]) == (0.35, 0, options.cfg)
+        if (setting["model"], setting["cfg"]) == ("base0-dose0.35", options.cfg)
         and (setting["window"], setting["gamma"]) in (("-", 1), (window, options.gamma))
     }
     if len(found) < 2 or options.steps != 28:

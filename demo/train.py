@@ -12,22 +12,22 @@ need, and a step can take twenty times as long.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import itertools
 import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import world
 from codec import CHANNELS, Codec, from_model, to_model
 from safetensors.torch import load_file, save_file
+from trainer import Trainer, optimisers_of, pictures_of, tokens_of
 
 HERE = Path(__file__).parent
 TOKEN = 8  # pixels to the side of an image token: 2x2 codec patches of 4 pixels
@@ -108,36 +108,12 @@ def build_model(depth: int, grid: int) -> torch.nn.Module:
     return model
 
 
-def build_optimisers(
-    model: torch.nn.Module, arguments: argparse.Namespace
-) -> list[torch.optim.Optimizer]:
-    """Muon for the weights of the blocks, AdamW for the rest (or for everything)."""
-    matrices, others = [], []
-    for name, weight in model.named_parameters():
-        block = name.startswith("joint_blocks") and "adaLN" not in name and weight.ndim == 2
-        (matrices if block and arguments.optimiser == "muon" else others).append(weight)
-    optimisers = [
-        torch.optim.AdamW(others, arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    ]
-    if matrices:
-        optimisers.append(
-            torch.optim.Muon(
-                matrices, arguments.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimisers
-
-
 def build_pool(arguments: argparse.Namespace) -> tuple[Codec, torch.Tensor, torch.Tensor]:
     """Render the pictures and fit the codec: codec, model-space latents, token ids."""
     captions = world.captions("train") * arguments.pool
-    rng = np.random.default_rng(arguments.seed)
     codec = Codec.load(arguments.start_codec) if arguments.start_codec else None
     latents = []
-    for start in range(0, len(captions), 5100):
-        chunk = captions[start : start + 5100]
-        drawn = np.stack([world.render(caption, rng, arguments.size) for caption in chunk])
-        pictures = torch.from_numpy(drawn)
+    for pictures in pictures_of(captions, arguments.seed, arguments.size):
         words = len(world.PHRASES if arguments.text == "phrases" else world.VOCABULARY)
         codec = codec or Codec.fit(pictures, words, world.TEXTS[arguments.text], CONTEXT)
         latents.append(to_model(codec.encode(pictures)).half())
@@ -146,8 +122,7 @@ def build_pool(arguments: argparse.Namespace) -> tuple[Codec, torch.Tensor, torc
         rng = np.random.default_rng([arguments.seed, 1])
         told = [world.careless(c, arguments.dose, rng, arguments.leave_out) for c in captions]
         print(json.dumps({"wrong": share_of_wrong(captions, told)}), flush=True)
-    tokens = torch.from_numpy(np.stack([world.encode(c, arguments.text) for c in told]))
-    return codec, torch.cat(latents), tokens
+    return codec, torch.cat(latents), tokens_of(told, arguments.text)
 
 
 def share_of_wrong(captions: list[str], told: list[str]) -> float:
@@ -181,7 +156,7 @@ def accuracy(
 
     A quick look while training: `evaluate.py` measures the written file through ComfyUI.
     """
-    tokens = torch.from_numpy(np.stack([world.encode(c, arguments.text) for c in captions]))
+    tokens = tokens_of(captions, arguments.text)
     side = 2 * arguments.size // TOKEN
     context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
     generator = torch.Generator().manual_seed(0)
@@ -202,25 +177,17 @@ def main() -> None:
     arguments = parse_arguments()
     sys.path.append(str(arguments.comfyui))
     arguments.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = arguments.work / "checkpoint.pt"
-    log = arguments.work / "log.jsonl"
-    log.touch()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
     model = build_model(arguments.depth, arguments.size // TOKEN)
     if arguments.start:
         model.load_state_dict({k: w.float() for k, w in load_file(arguments.start).items()})
-    optimisers = build_optimisers(model, arguments)
-    average = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimisers = optimisers_of(model, arguments.lr, arguments.optimiser == "muon")
     codec, pool, tokens = build_pool(arguments)
-    first, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average, first, seconds = state["average"], state["step"], state["seconds"]
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+    files = arguments.work / "checkpoint.pt", arguments.work / "log.jsonl"
+    trainer = Trainer(model, optimisers, arguments.ema, *files)
+    trainer.log.touch()
 
     def flow_loss(
         x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor
@@ -232,85 +199,51 @@ def main() -> None:
 
     if arguments.compile:
         flow_loss = torch.compile(flow_loss, dynamic=False)
-    evaluator = copy.deepcopy(model)
-    held_out = world.captions("held-out")[::2]
-    drawn = draw_batches(len(pool), arguments.batch, first, arguments.seed)
-    loss_sum, start = 0.0, time.monotonic() - seconds
-    for step in range(first + 1, arguments.steps + 1):
-        warm = min(1.0, step / arguments.warmup)
-        lr = arguments.lr * warm * (1 + math.cos(math.pi * step / arguments.steps)) / 2
-        for group in itertools.chain(*(optimiser.param_groups for optimiser in optimisers)):
-            group["lr"] = lr
+    drawn = draw_batches(len(pool), arguments.batch, trainer.step, arguments.seed)
 
+    def loss_at(_: int) -> torch.Tensor:
         chosen, generator = next(drawn)
         x = pool[chosen].float()
         noise = torch.randn(x.shape, generator=generator)
         t = torch.sigmoid(torch.randn(len(x), generator=generator))
         t = arguments.shift * t / (1 + (arguments.shift - 1) * t)
         kept = torch.rand(len(x), 1, generator=generator) >= arguments.dropout
-        loss = flow_loss(x, noise, t, codec.embed(tokens[chosen] * kept))
-        loss.backward()
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
-        loss_sum += loss.item()
-        decay = min(arguments.ema, step / (step + 10))
-        state = model.state_dict()
-        for name, weight in state.items():
-            average[name].lerp_(weight, 1 - decay)
+        return flow_loss(x, noise, t, codec.embed(tokens[chosen] * kept))
 
-        if step % 100 == 0:
-            seconds = time.monotonic() - start
-            record = {"step": step, "seconds": round(seconds), "loss": round(loss_sum / 100, 5)}
-            loss_sum = 0.0
-            if step % arguments.evaluate_every == 0:
-                evaluator.load_state_dict(average)
-                record["held-out"] = accuracy(evaluator, codec, held_out, arguments)
-            print(json.dumps(record), flush=True)
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-        if step % 500 == 0 or step == arguments.steps:
-            saved = {"model": state, "average": average, "step": step, "seconds": seconds}
-            saved["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
-            torch.save(saved, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
+    def rate_at(step: int) -> float:
+        warm = min(1.0, step / arguments.warmup)
+        return arguments.lr * warm * (1 + math.cos(math.pi * step / arguments.steps)) / 2
 
-    write_files(arguments, average, codec, log, seconds)
+    def look(step: int) -> dict[str, Any]:
+        if step % arguments.evaluate_every:
+            return {}
+        held_out = world.captions("held-out")[::2]
+        return {"held-out": accuracy(trainer.average.module, codec, held_out, arguments)}
+
+    trainer.run(arguments.steps, rate_at, loss_at, look)
+    write_files(arguments, trainer, codec)
 
 
-def write_files(
-    arguments: argparse.Namespace,
-    weights: dict[str, torch.Tensor],
-    codec: Codec,
-    log: Path,
-    seconds: float,
-) -> None:
+def write_files(arguments: argparse.Namespace, trainer: Trainer, codec: Codec) -> None:
     """Write the averaged weights in fp16, the codec and the model's card."""
     arguments.models.mkdir(parents=True, exist_ok=True)
+    weights = trainer.average.module.state_dict()
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
     name = arguments.name
     save_file(half, arguments.models / f"{name}_mmdit.safetensors", {"format": "pt"})
     codec.save(arguments.codec / f"{name}_codec.safetensors")
     # After a resumed run a step may have been logged twice: the last record of it counts.
-    records = {r["step"]: r for r in map(json.loads, log.read_text().splitlines())}
+    records = {r["step"]: r for r in map(json.loads, trainer.log.read_text().splitlines())}
     stride = max(1, math.ceil(len(records) / 100))
     import comfyui_version
 
-    places = (
-        "comfyui",
-        "models",
-        "name",
-        "codec",
-        "work",
-        "evaluate_every",
-        "start",
-        "start_codec",
-    )
+    places = {"comfyui", "models", "name", "codec", "work", "evaluate_every", "start"}
+    places.add("start_codec")
     depth = arguments.depth
     card = {
         "architecture": {"class": "MMDiT (SD3)", "depth": depth, "width": 64 * depth},
         "training": {key: value for key, value in vars(arguments).items() if key not in places},
-        "wall_time_minutes": round(seconds / 60, 1),
+        "wall_time_minutes": round(trainer.seconds / 60, 1),
         "versions": {
             "torch": importlib.metadata.version("torch"),
             "comfyui": comfyui_version.__version__,

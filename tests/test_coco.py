@@ -16,6 +16,7 @@ from workflow import ROOT
 
 @pytest.fixture(scope="module")
 def coco():
+    sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("coco", ROOT / "benchmarks/coco.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

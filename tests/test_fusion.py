@@ -24,15 +24,13 @@ def fusion():
 @pytest.fixture
 def train(fusion, tmp_path, monkeypatch):
     """``shared, steps -> the trained file``, in a folder of the test's own."""
-    monkeypatch.setattr(fusion, "FALL", 2)
+    for name, value in {"FALL": 2, "WARMUP": 2, "BATCH": 4, "POOL": 1}.items():
+        monkeypatch.setattr(fusion, name, value)
 
     def run(shared, steps, folder="work", seed=0):
         work = tmp_path / folder
         with torch.enable_grad():
-            fusion.train(argparse.Namespace(
-                shared=shared, steps=steps, batch=4, lr=1e-3, warmup=2, ema=0.998, dropout=0.1,
-                pool=1, threads=1, seed=seed, work=work,
-            ))  # fmt: skip
+            fusion.train(argparse.Namespace(shared=shared, steps=steps, seed=seed, work=work))
         return work / f"shared-{shared}-seed-{seed}-steps-{steps}.safetensors"
 
     return run
@@ -59,8 +57,7 @@ def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path, monkeypa
     monkeypatch.setattr(fusion, "tells", partial(fusion.tells, draws=1))
     files = [train(shared, 3, seed=seed) for shared in (7, 3) for seed in (0, 1)]
     out = tmp_path / "score.json"
-    fusion.score(argparse.Namespace(files=files, noises=1, ddim_steps=2, cfg=3.0, threads=1,
-                                    out=out))  # fmt: skip
+    fusion.score(argparse.Namespace(files=files, noises=1, ddim_steps=2, cfg=3.0, out=out))
     report = json.loads(out.read_text())
     assert list(report["networks"]) == [file.stem for file in files]
     ((name, found),) = report["differences"].items()
