@@ -15,7 +15,7 @@ from .lora_forward import lora_swaps
 from .reach import OVERRIDE
 from .run import Run
 from .swap import Wrap, swapped_forwards
-from .timesteps import resolve, timestep
+from .timesteps import resolve, timesteps
 from .training import adjust_training_call
 
 
@@ -28,8 +28,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         return adjust_training_call(run, schedule, executor, call)
     # The only time in a call that the host waits for the device. Outside the window nothing else
     # is done; inside, all is decided from these numbers.
-    t = timestep(base_model.model_sampling, call.t)
-    inside = schedule.contains(t).tolist()
+    t = timesteps(base_model.model_sampling, call.t)
+    inside = [bool(schedule.contains(each)) for each in t]
     is_first = run.events.begin_call()
     if not any(inside):
         return executor(*args, **kwargs)
@@ -37,7 +37,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     seen: list[Seen] = []
     swaps: list[tuple[nn.Module, Wrap]] = []
     model, prompts = base_model.diffusion_model, run.prompts
-    gamma = config.options.gamma_of_call(schedule.gamma_at(t), call, model, prompts)
+    gamma = schedule.gamma_at(torch.tensor(t, dtype=torch.float64))
+    gamma = config.options.gamma_of_call(gamma, call, model, prompts)
     if bool((gamma != 1).any()):
         # One factor where all rows have the same, so that no graph depends on the batch size.
         gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
@@ -58,7 +59,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     with swapped_forwards(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is not None:
-        run.events.end_call(seen, float(t.max()), is_first, base_model.diffusion_model)
+        run.events.end_call(seen, max(t), is_first, base_model.diffusion_model)
     return result
 
 

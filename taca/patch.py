@@ -107,7 +107,10 @@ def watch_run(config: TacaConfig, executor: WrapperExecutor, *args: Any, **kwarg
         args = (*args[:5], callback, *args[6:])
     else:
         kwargs["callback"] = callback
-    result = executor(*args, **kwargs)
+    try:
+        result = executor(*args, **kwargs)
+    finally:
+        run.prompts = None  # else the guider, and its models, would live until they are collected
     run.events.report(*said_of(config, patcher), min(t), max(t))
     return result
 

@@ -85,6 +85,8 @@ def through_globals(forward: Forward, args: Args, kwargs: Kwargs, override: Over
 
 
 def _takes_options(forward: Forward) -> bool:
+    if getattr(forward, "chains_overrides", False):  # one of ours, whatever it looks like
+        return True
     parameters = inspect.signature(forward).parameters.values()
     return any(p.name == "transformer_options" or p.kind is p.VAR_KEYWORD for p in parameters)
 

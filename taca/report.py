@@ -102,7 +102,10 @@ def _watch_run(
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
     report.own = conditionings_of(guider, *how)
     report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
-    return executor(*args, **kwargs)
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        report.prompts = None  # else the guider, and its models, would live on in a circle
 
 
 def _watch_call(

@@ -13,20 +13,26 @@ FIRST_PERCENT = 1e-4
 """Where several of core's samplers begin in place of pure noise, whose logarithm is infinite."""
 
 
-def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
-    """The t of each sigma, in sigma's shape, from one read of the device.
+def timesteps(model_sampling: ModelSampling, sigma: Tensor) -> list[float]:
+    """The t of each sigma ``(b,)``: one read, and no operation on the device.
 
-    In float64 on the CPU, so that t is in the order of core's sigmas to their last place. A flow
-    model's sigma is its share of noise, whatever unit of time the model itself is given. Any other
-    model's t is the place among its sigmas, from 0 to 999; less than the smallest is below 0.
+    In float64, so that t is in the order of core's sigmas to their last place. A flow model's sigma
+    is its share of noise, whatever unit of time the model itself is given. Any other model's t is
+    the place among its sigmas, from 0 to 999; less than the smallest is below 0.
     """
-    sigma = sigma.detach().cpu().float().double()
+    values = np.asarray(sigma.tolist(), np.float32).astype(np.float64)
     if _percent_to_sigma(model_sampling)(0.0) <= 1:
-        return 1000.0 * sigma
+        return (1000.0 * values).tolist()
     known = model_sampling.sigmas.cpu().double().log()
     known = torch.cat([known[:1] - 20, known])
     places = [-1.0, *np.linspace(0, 999, len(known) - 1)]
-    return torch.as_tensor(np.interp(sigma.log().numpy(), known.numpy(), places))
+    with np.errstate(divide="ignore"):
+        return np.interp(np.log(values), known.numpy(), places).tolist()
+
+
+def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
+    """The same as a float64 tensor on the CPU."""
+    return torch.tensor(timesteps(model_sampling, sigma), dtype=torch.float64)
 
 
 def resolve(

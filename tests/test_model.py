@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import pytest
@@ -438,28 +439,20 @@ def test_a_batch_equals_its_pictures(folder, apply_taca, kind):
     torch.testing.assert_close(both[:1], sample(model, kind, batch=1), atol=1e-3, rtol=1e-3)
 
 
-def test_a_model_without_joint_attention_is_refused(apply_taca):
-    class UNetModel(torch.nn.Module):
-        pass
-
-    class Patcher:
-        def get_model_object(self, name):
-            return UNetModel()
-
-    with pytest.raises(ValueError, match=r"UNetModel.*TACA works on: FLUX.*SD3"):
-        apply_taca(Patcher())
-
-
-def test_a_model_with_kernels_of_its_own_is_refused_by_name(apply_taca):
-    class ComfyFluxWrapper(torch.nn.Module):
-        pass
-
-    class Patcher:
-        def get_model_object(self, name):
-            return ComfyFluxWrapper()
-
-    with pytest.raises(ValueError, match="nunchaku"):
-        apply_taca(Patcher())
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("UNetModel", r"Stable Diffusion.*UNetModel.*TACA works on FLUX, SD3.5"),
+        ("ComfyFluxWrapper", "nunchaku"),
+        ("OfTomorrow", r"does not know the model OfTomorrow.*report it: https://"),
+    ],
+)
+def test_a_model_that_it_cannot_act_on_is_refused(apply_taca, name, says):
+    model = torch.nn.Module()
+    model.diffusion_model = type(name, (torch.nn.Module,), {})()
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match=says):
+        apply_taca(comfy.model_patcher.ModelPatcher(model, cpu, cpu))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -154,7 +154,7 @@ def test_inside_the_window_two_attentions_and_one_copy_of_k(folder, apply_taca, 
     assert _products(ours) == _products(plain)
     token = 2 * tiny.HIDDEN * 4 * joint  # bytes of one, in all blocks
     copied, scaled, outputs = length * token, text * token, length * token
-    assert ours.written - plain.written <= copied + scaled + outputs + 100
+    assert ours.written - plain.written <= copied + scaled + outputs + 200
     extra = Counter(name for name, _ in ours.operations)
     extra.subtract(name for name, _ in plain.operations)
     a_block = {"flux": 14, "sd3": 24}[kind]  # SD3's heads are apart in the attention call only
