@@ -60,7 +60,7 @@ def inputs_of(node, info):
     todo = list(specs_of(info["input"], info["input_order"]))
     while todo:
         name, kind, options, required = todo.pop(0)
-        if kind == "IMAGECOMPARE":  # drawn by the page, which saves nothing and sends two empty names
+        if kind == "IMAGECOMPARE":  # the page saves nothing of it, and sends two empty names
             yield name, kind, options, required, {"__value__": ["", ""]}
             continue
         if kind not in WIDGETS or options.get("forceInput"):
