@@ -1,5 +1,6 @@
 """TACA Schedule Preview: what a schedule does in a run, before the run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..taca.lora import loras_of
 from ..taca.run import config_of
-from ..taca.schedule import Schedule, advice
+from ..taca.schedule import Schedule
 from ..taca.timesteps import resolve, timestep
 from .patch import TACASchedule
 from .ui import pictures
@@ -61,6 +62,23 @@ class TACASchedulePreview(io.ComfyNode):
         ]
         image, shown = show(picture, text := "\n".join(lines), cls)
         return io.NodeOutput(image, text, ui=shown)
+
+
+def advice(inside: Sequence[bool], gamma: float) -> list[str]:
+    """What to know about a run, of which these steps are inside the window, in sentences."""
+    steps, count = len(inside), sum(inside)
+    if not count:
+        return [
+            "No step is inside the window, so the picture is the plain model's: lower the "
+            "threshold, raise the end, or use more steps."
+        ]
+    if gamma == 1:
+        return ["gamma is 1: attention stays as it is, only a TACA LoRA acts."]
+    if count / steps < 0.25:
+        return []
+    if count == 1:
+        return [f"With {steps} steps a single one is a quarter of the run or more: keep gamma low."]
+    return ["That is a quarter of the run or more, the paper's a tenth: expect artifacts."]
 
 
 def table(t: list[float], gamma: list[float], inside: list[bool], lora: bool) -> list[str]:

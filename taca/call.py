@@ -30,7 +30,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     # is done; inside, all is decided from these numbers.
     t = timesteps(base_model.model_sampling, call.t)
     inside = [bool(schedule.contains(each)) for each in t]
-    is_first = run.events.begin_call()
+    is_first = run.schedule is not None and run.events.begin_call()
     if not any(inside):
         return executor(*args, **kwargs)
     sites, state = run.sites_of(base_model), call.initial_state()

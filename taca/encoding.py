@@ -20,32 +20,32 @@ Chunks = list[list[Any]]
 MARK = "\ue000"  # a character for private use, as a prompt that shows the template around it
 
 
-class Id(int):
-    """A token's id that knows the characters it is made of."""
+class TokenId(int):
+    """A token id with the characters of its string that it stands for, ``start <= i < end``."""
 
-    string: int  # the how manieth string that its tokenizer was given
+    string: int  # index of the string among those that its tokenizer was given
     start: int
     end: int
     is_unknown: bool
 
 
-class Noting:
-    """The tokenizer within one of ComfyUI's, whose ids are ``Id``."""
+class OffsetTokenizer:
+    """The tokenizer inside one of ComfyUI's, whose ids are ``TokenId`` with character offsets."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.strings: list[str] = []
-        self.ids: list[Id] = []
+        self.ids: list[TokenId] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Id]]:
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[TokenId]]:
         ids = list(self.tokenizer(text, **kwargs)["input_ids"])
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        return {"input_ids": self.noted(text, ids, self._spans(text, ids, kwargs), unknown)}
+        return {"input_ids": self.recorded(text, ids, self._spans(text, ids, kwargs), unknown)}
 
-    def encode(self, text: str, **kwargs: Any) -> list[Id]:
+    def encode(self, text: str, **kwargs: Any) -> list[TokenId]:
         """As SentencePiece's processor, inside of core's SPieceTokenizer."""
         ids = list(self.tokenizer.encode(text, **kwargs))
         alone = {"add_bos": False, "add_eos": False}
@@ -59,17 +59,17 @@ class Noting:
         for i in reversed(range(len(own) - 1)):  # the last byte of a character has all of it
             if self.tokenizer.is_byte(own[i]) and offsets[i][0] == offsets[i][1]:
                 offsets[i] = offsets[i + 1]
-        return self.noted(text, ids, _within(ids, own, offsets), self.tokenizer.unk_id())
+        return self.recorded(text, ids, _within(ids, own, offsets), self.tokenizer.unk_id())
 
-    def noted(
+    def recorded(
         self, text: str, ids: list[int], spans: Sequence[tuple[int, int]], unknown: int | None
-    ) -> list[Id]:
+    ) -> list[TokenId]:
         self.ids = []
         for each, (start, end) in zip(ids, spans, strict=True):
-            noted = Id(each)
-            noted.string, noted.start, noted.end = len(self.strings), start, end
-            noted.is_unknown = each == unknown
-            self.ids.append(noted)
+            token = TokenId(each)
+            token.string, token.start, token.end = len(self.strings), start, end
+            token.is_unknown = each == unknown
+            self.ids.append(token)
         self.strings.append(text)
         return self.ids
 
@@ -105,26 +105,26 @@ def _within(ids: list[int], own: list[int], spans: Sequence[tuple[int, int]]) ->
 
 
 def tokenized(clip: Any, text: str) -> tuple[dict[str, Chunks], dict[str, SDTokenizer]]:
-    """What the CLIP's tokenizer makes of a text, by encoder; and the tokenizers, which noted it."""
-    noting = copy.copy(clip.tokenizer)
-    within = {"": noting} if isinstance(noting, SDTokenizer) else vars(noting)
+    """What a CLIP's tokenizer makes of a text, by encoder; and its tokenizers, with offsets."""
+    frame = copy.copy(clip.tokenizer)
+    within = {"": frame} if isinstance(frame, SDTokenizer) else vars(frame)
     parts = {name: copy.copy(p) for name, p in within.items() if isinstance(p, SDTokenizer)}
     for name, part in parts.items():
         inner = part.tokenizer
         if hasattr(getattr(inner, "tokenizer", None), "encode_as_ids"):
             part.tokenizer = copy.copy(inner)
-            part.tokenizer.tokenizer = part.noting = Noting(inner.tokenizer)
+            part.tokenizer.tokenizer = part.offsets = OffsetTokenizer(inner.tokenizer)
         else:
-            part.tokenizer = part.noting = Noting(inner)
+            part.tokenizer = part.offsets = OffsetTokenizer(inner)
         if name:
-            setattr(noting, name, part)
+            setattr(frame, name, part)
     asked = copy.copy(clip)
-    asked.tokenizer = parts.get("", noting)
+    asked.tokenizer = parts.get("", frame)
     tokens = asked.tokenize(text)
     tokens = tokens if isinstance(tokens, dict) else {"": tokens}
     of = {name: parts[name if name in parts else f"clip_{name}"] for name in tokens}
     for name, part in of.items():  # Lens makes plain integers of its tokenizer's ids
-        ids = part.noting.ids
+        ids = part.offsets.ids
         for chunk in tokens[name]:
             if ids and type(chunk[0][0]) is int and [t[0] for t in chunk] == ids[: len(chunk)]:
                 chunk[:] = [(new, *rest) for new, (_, *rest) in zip(ids, chunk, strict=False)]
@@ -164,8 +164,8 @@ class Locator:
             written = _written(whole)
             squeezed = "".join(whole[k] for k in written)
             for cursor in (self.cursors[i], 0):
-                found = [w for w in _finds(squeezed, pattern)
-                         if self._follows(whole, cursor, written[w])]  # fmt: skip
+                finds = _finds(squeezed, pattern)
+                found = [w for w in finds if self._follows(whole, cursor, written[w])]
                 if not found:
                     continue
                 places: list[int | None] = [None] * len(string)
@@ -198,8 +198,11 @@ def _finds(text: str, piece: str) -> Iterator[int]:
         at = text.find(piece, at + 1)
 
 
-class Numbering(nn.Module):
-    """In place of an encoder: at each token its number, which stands where its weight does."""
+class IndexEncoder(nn.Module):
+    """In place of an encoder: each token's index in place of its embedding.
+
+    The index arrives where the token's weight does: chunks of ``(id, index)``.
+    """
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -233,11 +236,11 @@ class Numbering(nn.Module):
 def encoded(encoder: nn.Module, numbered: dict[str, Chunks]) -> list[list[int]]:
     """The numbers at each place of a conditioning that an encoder makes of numbered tokens."""
     if "" in numbered:  # the encoder itself, without a frame
-        out = Numbering(encoder).encode_token_weights(numbered[""])[0]
+        out = IndexEncoder(encoder).encode_token_weights(numbered[""])[0]
     else:
         probe: Any = copy.copy(encoder)
         within = encoder._modules.items()
-        numbering = {n: Numbering(m) for n, m in within if hasattr(m, "encode_token_weights")}
+        numbering = {n: IndexEncoder(m) for n, m in within if hasattr(m, "encode_token_weights")}
         if not numbering:  # HiDream-O1's text is encoded in the model
             return [[n] for chunks in numbered.values() for chunk in chunks for _, n in chunk]
         probe.__dict__["_modules"] = numbering

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from comfy.sd import CLIP
 from torch import Tensor
 
-from .encoding import MARK, Chunks, Id, Locator, encoded, padding_of, tokenized
+from .encoding import MARK, Chunks, Locator, TokenId, encoded, padding_of, tokenized
 
 
 class Token(NamedTuple):
@@ -50,14 +50,14 @@ class PromptTokens:
         numbered: dict[str, Chunks] = {}
         for name, chunks in chunks_of.items():
             part, numbered[name] = parts[name], []
-            strings = frames[name].noting.strings if name in frames else []
+            strings = frames[name].offsets.strings if name in frames else []
             locator = Locator(text, next((s for s in strings if MARK in s), MARK))
-            places = [locator.locate(string) for string in part.noting.strings]
+            places = [locator.locate(string) for string in part.offsets.strings]
             for ids in ([each for each, *_ in chunk] for chunk in chunks):
                 numbered[name].append([(each, len(tokens) + i) for i, each in enumerate(ids)])
                 for each, is_padding in zip(ids, padding_of(ids, part), strict=True):
                     at, is_unknown = [], False
-                    if isinstance(each, Id):
+                    if isinstance(each, TokenId):
                         characters = places[each.string][each.start : each.end]
                         at = [place for place in characters if place is not None]
                         is_unknown = each.is_unknown

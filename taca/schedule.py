@@ -8,7 +8,7 @@ metadata the widgets' limits. A schedule is resolved once per run into one gamma
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -225,20 +225,3 @@ class Schedule:
                 f"TACA's gamma must be a finite number from 0 to 1000, not {self.gamma}. "
                 f"The paper uses {GAMMA}; 1 leaves attention as it is."
             )
-
-
-def advice(inside: Sequence[bool], gamma: float) -> list[str]:
-    """What to know about a run, of which these steps are inside the window, in sentences."""
-    steps, count = len(inside), sum(inside)
-    if not count:
-        return [
-            "No step is inside the window, so the picture is the plain model's: lower the "
-            "threshold, raise the end, or use more steps."
-        ]
-    if gamma == 1:
-        return ["gamma is 1: attention stays as it is, only a TACA LoRA acts."]
-    if count / steps < 0.25:
-        return []
-    if count == 1:
-        return [f"With {steps} steps a single one is a quarter of the run or more: keep gamma low."]
-    return ["That is a quarter of the run or more, the paper's a tenth: expect artifacts."]

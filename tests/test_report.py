@@ -25,7 +25,7 @@ from test_model import KINDS, sample
 report_module = sys.modules["taca_pack.taca.report"]
 tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
 family_of = sys.modules["taca_pack.taca.families"].family_of
-advice = sys.modules["taca_pack.taca.schedule"].advice
+advice = sys.modules["taca_pack.nodes.preview"].advice
 
 
 @pytest.fixture(scope="module")
