@@ -1,6 +1,8 @@
 """What happened in a run, counted at its calls, and whose rows they were."""
 
+import gc
 import sys
+import weakref
 
 import comfy.samplers
 import pytest
@@ -130,11 +132,15 @@ def test_rows_that_nobody_knows_are_an_error(folder, pack):
         run(guider)
 
 
+@pytest.mark.parametrize("threshold", [930.0, 840.0])
 @pytest.mark.parametrize("share", [1.0, 0.98, 0.95, 0.9])
-def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share):
-    """Also of a sampler that tells the model less sigma than its own, as detail samplers do."""
+def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share, threshold):
+    """Also of a sampler that tells the model less sigma than its own, as detail samplers do.
+
+    At 0.9 two of its steps are told within one step of the run's own sigmas.
+    """
     caplog.set_level("INFO", logger="taca")
-    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, 930.0))
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, threshold))
     guider.set_conds(*conds("positive", "negative"))
     told = []
 
@@ -234,3 +240,22 @@ def test_a_class_that_another_clone_gave_the_model(folder, apply_taca, gammas):
         assert gammas
     finally:
         comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("with_report", [False, True])
+def test_a_run_lets_its_guider_go(folder, apply_taca, pack, with_report):
+    """At once, and its models with it, not when the garbage collector comes by."""
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux")))
+    guider.set_conds(*conds("positive", "negative"))
+    alive = weakref.ref(guider)
+    gc.collect()
+    gc.disable()
+    try:
+        if with_report:
+            report = sys.modules["taca_pack.taca.report"]
+            guider.model_patcher = report.watched(guider.model_patcher, report.Report({}))
+        run(guider)
+        del guider
+        assert alive() is None
+    finally:
+        gc.enable()
