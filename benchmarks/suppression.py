@@ -155,7 +155,7 @@ def measure(model: Trained, result: dict[str, Any], options: argparse.Namespace)
         store(options.record, result)
     keys = ("gamma", "window", "cfg")
     done = {tuple(s[key] for key in keys) for s in result["settings"] if s["model"] == name}
-    for setting in settings(model)[: 2 if options.try_out else None]:
+    for setting in settings(model)[: 2 if options.try_out else options.first]:
         plain = setting.gamma == 1 and not setting.lora
         about = {"cfg": setting.cfg, "gamma": setting.gamma}
         about["window"] = "-" if plain else setting.window
@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--doses", type=float, nargs="+", default=[0.35, 0.15, 0.0])
     parser.add_argument("--work", type=Path, default=ROOT / ".dev" / "suppression")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--first", type=int, metavar="N", help="settings of each model: 2, primary")
     parser.add_argument("--table", action="store_true", help="and plots, of what there is")
     parser.add_argument(
         "--try-out", action="store_true", help="2 steps, captions, settings; in --work"
