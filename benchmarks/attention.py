@@ -26,7 +26,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 sys.path.append(str(timing.RESULTS.parent.parent))
 
-from taca.attention import Span, temperature_adjusted_attention
+from taca.attention import temperature_adjusted_attention
+from taca.spans import Span
 
 GAMMA = 1.2
 compile_once = cache(torch.compile)

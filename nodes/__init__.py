@@ -6,11 +6,14 @@ from .preview import TACASchedulePreview
 from .report import TACAAttentionReport
 from .score import TACAAlignmentScore
 from .sweep import TACAContactSheet, TACASweep
+from .words import TACATextEncode, TACAWeighWords
 
 NODES = [
     TACAPatchModel,
     TACAScheduleNode,
     TACAOptions,
+    TACATextEncode,
+    TACAWeighWords,
     TACASchedulePreview,
     TACAAttentionReport,
     TACASweep,

@@ -1,13 +1,14 @@
 """TACA on a model: what to do in which steps, and what limits it."""
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
-from ..taca.prompt_tokens import PromptTokens
+from ..taca.prompt_tokens import PromptTokens, text_of
 from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
 from .ui.schema import schema
 
@@ -131,5 +132,8 @@ class TACAOptions(io.ComfyNode):
             )
         if clip is None:
             return io.NodeOutput(Options(positive_only, blocks))
-        tokens = PromptTokens.of(clip, prompt or "")
-        return io.NodeOutput(Options(positive_only, blocks, tokens.own(), tokens.encode))
+        prompt = prompt or ""
+        tokens = PromptTokens.of(clip, prompt)
+        return io.NodeOutput(
+            Options(positive_only, blocks, tokens.own(), partial(text_of, clip, prompt))
+        )

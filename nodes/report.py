@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..taca.prompt_tokens import PromptTokens, find_words
+from ..taca.prompt_tokens import PromptTokens, find_words, text_of
 from ..taca.report import Report, watched
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks
@@ -60,8 +61,10 @@ class TACAAttentionReport(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as Core
 
-        tokens = None if clip is None or prompt is None else PromptTokens.of(clip, prompt)
-        report = Report(find_words(words, tokens), tokens)
+        tokens = encode = None
+        if clip is not None and prompt is not None:
+            tokens, encode = PromptTokens.of(clip, prompt), partial(text_of, clip, prompt)
+        report = Report(find_words(words, tokens), tokens, encode)
         observed = copy.copy(guider)
         observed.model_patcher = watched(guider.model_patcher, report)
         output = Core.execute(noise, observed, sampler, sigmas, latent_image).result[0]

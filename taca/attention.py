@@ -4,28 +4,16 @@ Shapes: b batch, h heads, n tokens, d channels of a head, t text tokens. q, k an
 ``(b, h, n, d)`` with ``dim=2`` or ``(b, n, h * d)`` with ``dim=1``; k and v may have fewer heads.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .spans import Layout, query_groups
+from .word_weights import WordWeights, image_mask, signed_values, text_mask
+
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """Plain attention of any backend: ``(q, k, v, mask) -> output``."""
-
-Kind = Literal["text", "image", "other"]
-
-
-class Span(NamedTuple):
-    """Consecutive tokens of one kind in a joint sequence."""
-
-    kind: Kind  # "other" is neither text nor image, such as registers
-    length: int
-    is_query: bool = True  # a model that caches the keys of its text asks with the others alone
-
-
-Layout = Sequence[Span]
-"""A whole joint sequence, in order."""
 
 
 def temperature_adjusted_attention(
@@ -33,11 +21,12 @@ def temperature_adjusted_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gamma: Tensor,
+    gamma: Tensor | None,
     layout: Layout,
     mask: Tensor | None = None,
     dim: int = 2,
     out_dim: int = 2,
+    words: WordWeights | None = None,
 ) -> Tensor:
     """Joint attention whose image-query x text-key logits are multiplied by gamma (Eq. 10).
 
@@ -45,7 +34,8 @@ def temperature_adjusted_attention(
         other queries: softmax(q [K_txt ; K_img]^T / sqrt(d)) V
 
     Scaling a key scales its logits, so this equals Eq. 10 up to rounding. It costs the FLOPs of
-    one plain attention and works with any kernel; no n x n matrix is built.
+    one plain attention and works with any kernel; no n x n matrix is built. Words weigh beside
+    that, see word_weights.py.
 
     Parameters
     ----------
@@ -55,27 +45,35 @@ def temperature_adjusted_attention(
         After QK-norm and RoPE. q holds only the tokens that are queries.
     gamma : Tensor
         float32, ``(1,)`` or ``(b,)``; or ``(1, t)`` or ``(b, t)``, one factor for each text token.
+        None leaves the logits as they are.
     layout : Layout
         What the n tokens of k are.
     mask : Tensor, optional
         Broadcasts to ``(..., n, n)``; its query axis may be 1.
     dim, out_dim : int
         Token axis of q, k and v, and of what ``attend`` returns.
+    words : WordWeights, optional
+        ``attend`` has to take masks.
 
     Raises ValueError if gamma has neither one entry nor one per row of k, or not one per text
     token.
     """
     groups = query_groups(layout)
     outputs = [q] * len(groups)
-    keys = scale_text_keys(k, gamma, layout, dim)  # [gamma K_txt ; K_img]
-    for image in (True, False):  # the image first: the scaled keys are freed before the rest
+    keys = k if gamma is None else scale_text_keys(k, gamma, layout, dim)  # [gamma K_txt ; K_img]
+    values = signed_values(words, v, layout, dim) if words is not None and words.subtracts else v
+    for image in (True, False):  # the image first: its keys and values are freed before the rest
         for i, (is_image, start, length) in enumerate(groups):
             if is_image == image:
                 queries, rows = q.narrow(dim, start, length), mask
                 if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:
                     rows = mask.narrow(-2, start, length)
-                outputs[i] = attend(queries, keys, v, rows)
-        keys = k
+                if words is not None and image:
+                    rows = image_mask(words, rows, layout, q)
+                elif words is not None:
+                    rows = text_mask(words, rows, layout, start, length, q)
+                outputs[i] = attend(queries, keys, values, rows)
+        keys, values = k, v
     return torch.cat(outputs, out_dim)
 
 
@@ -100,27 +98,3 @@ def scale_text_keys(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tenso
             done += length
         start += length
     return adjusted
-
-
-def query_groups(layout: Layout) -> list[tuple[bool, int, int]]:
-    """Runs of consecutive queries that attend alike: ``(is_image, start, length)``."""
-    groups: list[tuple[bool, int, int]] = []
-    end = 0
-    for kind, length, is_query in layout:
-        if not is_query or not length:
-            continue
-        is_image, start = kind == "image", end
-        end += length
-        if groups and groups[-1][0] == is_image:
-            start = groups.pop()[1]
-        groups.append((is_image, start, end - start))
-    return groups
-
-
-def num_tokens(layout: Layout) -> tuple[int, int]:
-    """Numbers of queries and keys, by which the attention over these tokens is told."""
-    num_queries = num_keys = 0
-    for _, length, is_query in layout:
-        num_queries += length if is_query else 0
-        num_keys += length
-    return num_queries, num_keys

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Layout, Span, num_tokens, temperature_adjusted_attention
+from .attention import temperature_adjusted_attention
 from .compiler import frame_callback
 from .families import JointBlock
 from .layouts import CallState
 from .reach import Override
+from .spans import Layout, Span, num_tokens
 from .swap import Forward, looks_like
+from .word_weights import WordWeights
 
 AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 """The arguments of core's attention after its heads, in order."""
@@ -66,7 +68,9 @@ def joint_forward(
 
 
 def taca_override(
-    gamma: Tensor,
+    gamma: Tensor | None,
+    words: WordWeights | None,
+    instead: Forward | None,
     seen: Seen,
     layout: Layout,
     joint: tuple[int, int],
@@ -81,9 +85,10 @@ def taca_override(
 ) -> Tensor:
     """The override that is TACA, in place of a block's joint attention.
 
-    gamma is as ``temperature_adjusted_attention`` takes it. Whatever has not the ``joint`` number
-    of queries, or fewer keys, is another attention, such as attn2 of SD3.5-Medium. ``other`` is the
-    override that was there before, which still attends.
+    gamma and words are as ``temperature_adjusted_attention`` takes them. Whatever has not the
+    ``joint`` number of queries, or fewer keys, is another attention, such as attn2 of
+    SD3.5-Medium. ``other`` is the override that was there before, which still attends, unless
+    there is an attention to run ``instead``.
 
     Raises ValueError if the attention kernel does not return one row for each query.
     """
@@ -98,6 +103,7 @@ def taca_override(
     if num_kept:  # keys of earlier steps that another node appends, as core's Flux KV Cache does
         layout = (*layout, Span("other", num_kept, is_query=False))
     seen.attended = True
+    backend = instead or backend
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         output = backend(q, k, v, heads, mask=mask, **kwargs)
@@ -109,4 +115,4 @@ def taca_override(
             )
         return output
 
-    return temperature_adjusted_attention(attend, q, k, v, gamma, layout, mask, dim, out_dim)
+    return temperature_adjusted_attention(attend, q, k, v, gamma, layout, mask, dim, out_dim, words)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .block import Seen, joint_forward, taca_override
+from .kernels import for_masks
 from .lora_forward import lora_swaps
 from .reach import OVERRIDE
 from .run import Run
+from .schedule import ResolvedSchedule
 from .swap import Wrap, swapped_forwards
 from .timesteps import resolve, timesteps
 from .training import adjust_training_call
@@ -21,9 +23,9 @@ from .training import adjust_training_call
 
 def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's APPLY_MODEL wrapper: TACA and its LoRAs, where a row of the batch is inside."""
-    base_model, config = executor.class_obj, run.config
+    base_model = executor.class_obj
     call = CallArguments.of(*args, **kwargs)
-    schedule = run.schedule or resolve(config.schedule, base_model.model_sampling)
+    schedule = run.schedule or resolve(run.config.schedule, base_model.model_sampling)
     if comfy.model_management.in_training:
         return adjust_training_call(run, schedule, executor, call)
     # The only time in a call that the host waits for the device. Outside the window nothing else
@@ -31,25 +33,28 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     t = timesteps(base_model.model_sampling, call.t)
     inside = [bool(schedule.contains(each)) for each in t]
     is_first = run.schedule is not None and run.events.begin_call()
-    if not any(inside):
+    model = base_model.diffusion_model
+    words = run.words.of_call(call, t, model) if run.words is not None else None
+    if not any(inside) and words is None:
         return executor(*args, **kwargs)
     sites, state = run.sites_of(base_model), call.initial_state()
     seen: list[Seen] = []
     swaps: list[tuple[nn.Module, Wrap]] = []
-    model, prompts = base_model.diffusion_model, run.prompts
-    gamma = schedule.gamma_at(torch.tensor(t, dtype=torch.float64))
-    gamma = config.options.gamma_of_call(gamma, call, model, prompts)
-    if bool((gamma != 1).any()):
-        # One factor where all rows have the same, so that no graph depends on the batch size.
-        gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
-        gamma = to_device(gamma, call.t.device)
-        override = partial(taca_override, gamma)
-        for block in sites.blocks:
-            wrap = partial(joint_forward, block=block, state=state, override=override, seen=seen)
+    gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
+    if gamma is not None or words is not None:
+        instead = None
+        if words is not None:
+            like = call.x.new_empty((), dtype=base_model.get_dtype_inference())
+            instead = for_masks(call.transformer_options, like, run.takes_masks)
+        override = partial(taca_override, gamma, words, instead)
+        plain = partial(taca_override, None, words, instead)
+        for block in sites.blocks if words is None else sites.all_blocks:
+            own = override if block.module in sites.adjusted else plain
+            wrap = partial(joint_forward, block=block, state=state, override=own, seen=seen)
             swaps.append((block.module, wrap))
     if all(inside):
         swaps += sites.lora_swaps
-    else:
+    elif any(inside):
         rows = to_device(torch.tensor(inside), call.t.device)
         swaps += lora_swaps(sites.loras, base_model, rows)
     if not swaps:
@@ -59,8 +64,27 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     with swapped_forwards(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is not None:
-        run.events.end_call(seen, max(t), is_first, base_model.diffusion_model)
+        if any(inside):
+            run.events.end_call(seen, max(t), is_first, model)
+        if words is not None:
+            run.word_events.end_call(seen, max(t), is_first, model)
     return result
+
+
+def gamma_of_call(
+    run: Run, schedule: ResolvedSchedule, call: CallArguments, t: list[float], model: nn.Module
+) -> Tensor | None:
+    """Gamma of each row ``(b,)`` or row and text token ``(b, t)``; None where it is 1 throughout.
+
+    A first axis of 1 stands for all rows that have the same, so that no graph depends on the batch
+    size.
+    """
+    gamma = schedule.gamma_at(torch.tensor(t, dtype=torch.float64))
+    gamma = run.config.options.gamma_of_call(gamma, call, model, run.prompts)
+    if not bool((gamma != 1).any()):
+        return None
+    gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
+    return to_device(gamma, call.t.device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -49,7 +49,7 @@ class Fallback:
         The model at the end of the executor's chain is guarded, inside all other wrappers: only it
         runs again after a failure, so caches see one call.
         """
-        model, name = executor.original, _name(kernel)
+        model, name = executor.original, kernel_name(kernel)
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if "torch._dynamo" not in sys.modules:
@@ -73,7 +73,7 @@ class Fallback:
         executor.original = guarded
 
 
-def _name(kernel: Any) -> str:
+def kernel_name(kernel: Any) -> str:
     """A kernel's name; packs make some anew in every call, and they may hold tensors."""
     function = getattr(kernel, "func", kernel)  # of a partial
     return getattr(function, "__qualname__", type(function).__qualname__)

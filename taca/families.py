@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .arguments import CallArguments
 from .block_ranges import parse_blocks
 from .layouts import (
+    Around,
     FindAround,
     Locate,
     cropped,
@@ -89,26 +90,23 @@ class Family:
         blocks |= {block.module: block for block in self.joint_blocks(diffusion_model, limit)}
         return list(blocks.values())
 
-    def text_weights(
-        self, diffusion_model: nn.Module, prompt: Sequence[float], call: CallArguments
-    ) -> tuple[list[float], int]:
-        """A weight for each text token of the model, of weights for the conditioning's.
-
-        And the token that the conditioning begins at.
+    def around_prompt(
+        self, diffusion_model: nn.Module, num_prompt: int, call: CallArguments
+    ) -> Around:
+        """The text tokens of the model beside those of a prompt's conditioning.
 
         Raises ValueError if the conditioning has another number of tokens.
         """
         num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
-        missing = num_text - len(prompt)
+        missing = num_text - num_prompt
         if missing and (num_text != self.fills_front or missing < 0):
             raise ValueError(
                 f"TACA: the positive conditioning has {num_text} text tokens, its prompt "
-                f"{len(prompt)}. Connect the CLIP and the prompt that made the conditioning; "
+                f"{num_prompt}. Connect the CLIP and the prompt that made the conditioning; "
                 f"joined ones and image prompts (Redux) cannot be told apart."
             )
         around = self.around(diffusion_model, num_text, call.others)
-        before = [*around.before, *([0.0] * missing)]
-        return [*before, *prompt[: num_text - around.cut], *around.behind], len(before)
+        return around._replace(before=[*around.before, *([0.0] * missing)])
 
     def grid(self, diffusion_model: nn.Module, latent: Sequence[int]) -> tuple[int, int, int]:
         """Frames, rows and columns of the tokens of latents of this shape."""

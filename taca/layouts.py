@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .attention import Kind, Layout, Span
+from .spans import Kind, Layout, Span
 from .swap import Args, Kwargs
 
 
@@ -143,6 +143,10 @@ class Around(NamedTuple):
     before: Sequence[float] = ()
     behind: Sequence[float] = ()
     cut: int = 0  # so many of the conditioning's last tokens are left out
+
+    def with_prompt(self, prompt: Sequence[float]) -> list[float]:
+        """Values of all text tokens, of those of the conditioning's."""
+        return [*self.before, *prompt[: len(prompt) - self.cut], *self.behind]
 
 
 FindAround = Callable[[nn.Module, int, Mapping[str, Any]], Around]

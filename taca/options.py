@@ -55,7 +55,8 @@ class Options:
             return gamma
         transformer = uncompiled(transformer)
         family = family_of(transformer)
-        weights = torch.tensor(family.text_weights(transformer, self.prompt, call)[0])
+        around = family.around_prompt(transformer, len(self.prompt), call)
+        weights = torch.tensor(around.with_prompt(self.prompt))
         weights = weights.to(gamma.device).where(rows[:, None], 1.0)
         return torch.lerp(torch.ones_like(weights), gamma[:, None].expand_as(weights), weights)
 

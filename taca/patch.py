@@ -25,8 +25,9 @@ from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import KEY, Run, TacaConfig, config_of
-from .schedule import Schedule
+from .schedule import NEVER, Schedule
 from .timesteps import resolve, timestep
+from .words import RunWords
 
 log = logging.getLogger("taca")
 
@@ -79,8 +80,13 @@ def set_wrapper(patcher: ModelPatcher, kind: str, key: str, wrapper: Any) -> Non
     patcher.add_wrapper_with_key(kind, key, wrapper)
 
 
-def watch_run(config: TacaConfig, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
-    """ComfyUI's OUTER_SAMPLE wrapper: gamma of this run, and what it did."""
+def watch_run(
+    config: TacaConfig | None, executor: WrapperExecutor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """ComfyUI's OUTER_SAMPLE wrapper: gamma and words of this run, and what they did.
+
+    Without a config the model has no TACA, and only words weigh.
+    """
     guider = executor.class_obj
     patcher = guider.model_patcher
     # As ``outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, ...)``.
@@ -89,29 +95,41 @@ def watch_run(config: TacaConfig, executor: WrapperExecutor, *args: Any, **kwarg
     sampling, training = patcher.get_model_object("model_sampling"), False
     if comfy.model_management.in_training:
         training, given["sigmas"] = True, None
-    run = Run(config, resolve(config.schedule, sampling, given["sigmas"]))
-    run.prompts = Prompts(guider, len(given["noise"]), config.options.conditionings(guider))
-    wrappers = guider.model_options["transformer_options"]["wrappers"][WrappersMP.APPLY_MODEL]
+    run = Run(config or TacaConfig(Schedule(1.0)), NEVER)
+    if config is not None:
+        run.schedule = resolve(config.schedule, sampling, given["sigmas"])
+    limited = run.config.options.conditionings(guider)
+    run.prompts = Prompts(guider, len(given["noise"]), limited)
+    wrappers = guider.model_options["transformer_options"]["wrappers"]
+    wrappers = wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
     check_compiler(patcher.model.diffusion_model, wrappers)
     # The run reaches its calls in their wrapper, not as an entry of transformer_options: what
     # torch.compile made of a model fails without the entries it was made with. The guider's
     # options are this run's own copy.
     wrappers[KEY] = [partial(adjust_call, run)]
+    what, where = said_of(run.config, patcher)
     if training:
-        log.info("%s trains in %s.", *said_of(config, patcher))
+        log.info("%s trains in %s.", what, where)
         return executor(*args, **kwargs)
+    run.words = RunWords.of(run.prompts, lambda s: resolve(s, sampling, given["sigmas"]))
     t = timestep(sampling, given["sigmas"]).tolist()
-    run.events.steps = t[:-1]
+    run.events.steps = run.word_events.steps = t[:-1]
+    run.word_events.ended = run.events.ended
     callback = run.events.counted(given.get("callback"))
     if len(args) > names.index("callback"):
         args = (*args[:5], callback, *args[6:])
     else:
         kwargs["callback"] = callback
+    words = run.words
     try:
         result = executor(*args, **kwargs)
     finally:
-        run.prompts = None  # else the guider, and its models, would live until they are collected
-    run.events.report(*said_of(config, patcher), min(t), max(t))
+        # Else the guider, and its models, would live until they are collected.
+        run.prompts = run.words = None
+    if config is not None:
+        run.events.report(what, where, min(t), max(t))
+    if words is not None:
+        run.word_events.report(f"TACA: weights of {words}", where, min(t), max(t))
     return result
 
 

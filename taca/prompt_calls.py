@@ -49,6 +49,10 @@ def _is_alike(own: Tensor, text: Tensor | None) -> bool:
     return bool((own - text).norm() <= 1e-3 * own.norm())
 
 
+Entry = dict[str, Any]
+"""ComfyUI's own of one conditioning in a run."""
+
+
 class Prompts(NamedTuple):
     """The prompts of one run, as its guider has them."""
 
@@ -56,15 +60,48 @@ class Prompts(NamedTuple):
     batch: int  # of the run's latents
     limited: frozenset[Any] | None = None  # uuids of the conditionings that TACA Options limits
 
-    def texts(self, uuids: frozenset[Any] | None) -> tuple[list[Any], list[Any]]:
-        """ComfyUI's entries of the positive prompt, or those of it with these uuids; all others."""
-        own: list[Any] = []
-        others: list[Any] = []
-        for name, entries in self.guider.conds.items():
-            for each in entries:
-                is_own = name == "positive" and (uuids is None or each["uuid"] in uuids)
-                (own if is_own else others).append(each)
-        return own, others
+    def entries(self) -> list[tuple[str, Entry]]:
+        """Each conditioning of the run, and the guider's name for what it is, such as positive."""
+        return [(name, each) for name, entries in self.guider.conds.items() for each in entries]
+
+    def of_rows(self, call: CallArguments) -> list[list[tuple[str, Entry]]]:
+        """The conditioning of each row of a call; or all that it can be.
+
+        ComfyUI tells that of each chunk of the batch. Where another node has put the rows in
+        another order, their text tells.
+        """
+        entries = self.entries()
+        told = call.transformer_options.get("uuids", ())
+        if len(call.t) != len(told) * self.batch:
+            rows = [] if call.c_crossattn is None else list(call.c_crossattn)
+            return [[each for each in entries if _has_text(row, each[1])] for row in rows]
+        found = []
+        for i, uuid in enumerate(told):
+            own = [each for each in entries if each[1]["uuid"] == uuid]
+            if len(own) > 1:
+                row = call.c_crossattn[i * self.batch]  # type: ignore[index]
+                own = [self._original(each) for each in own if _has_text(row, each[1])]
+            found += [own or [ANOTHER]] * self.batch
+        return found
+
+    def _original(self, copied: tuple[str, Entry]) -> tuple[str, Entry]:
+        """The conditioning whose text an entry has.
+
+        Where one prompt has an area that another lacks, ComfyUI adds a copy of it to the other,
+        with the other's text.
+        """
+        name, entry = copied
+        given = getattr(self.guider, "original_conds", {}).get(name, ())
+        own = {each["uuid"] for each in given}
+        text = entry["model_conds"].get("c_crossattn")
+        for each in self.guider.conds[name]:
+            if each["uuid"] in own and each["model_conds"].get("c_crossattn") is text:
+                return name, each
+        return copied
+
+
+ANOTHER: tuple[str, Entry] = ("", {"model_conds": {}})
+"""A conditioning of a node's own, as the empty one of Perp-Neg."""
 
 
 def positive_rows(
@@ -72,34 +109,33 @@ def positive_rows(
 ) -> Tensor:
     """Which rows of a call are the positive prompt's, bool ``(b,)``; of these conditionings alone.
 
-    ComfyUI tells the prompt of each chunk of the batch. Where a node has put the rows in another
-    order, their text tells. Outside a run the first prompt counts as positive, as in core's CFG.
+    Outside a run the first prompt counts as positive, as in core's CFG.
 
     Raises ValueError if it cannot be known.
     """
-    chunks = call.transformer_options.get("cond_or_uncond") or [0]
     if prompts is None:
+        chunks = call.transformer_options.get("cond_or_uncond") or [0]
         positive = torch.tensor([chunk == 0 for chunk in chunks])
         return positive.repeat_interleave(len(call.t) // len(chunks))
-    texts = prompts.texts(uuids)
-    own, others = ({each["uuid"] for each in kind} for kind in texts)
-    told = call.transformer_options.get("uuids", ())
-    if len(call.t) == len(told) * prompts.batch and not own & others & set(told):
-        return torch.tensor([uuid in own for uuid in told]).repeat_interleave(prompts.batch)
-    rows = [] if call.c_crossattn is None else list(call.c_crossattn)
-    is_own, is_other = ([_has_text(row, kind) for row in rows] for kind in texts)
-    if not rows or any(a == b for a, b in zip(is_own, is_other, strict=True)):
-        raise ValueError(
-            "TACA cannot tell which rows of the batch are the positive prompt's, since another "
-            "node has changed the batch. Take out that node, or TACA Options and the report."
-        )
-    return torch.tensor(is_own)
+    rows = [
+        {name == "positive" and (uuids is None or each["uuid"] in uuids) for name, each in entries}
+        for entries in prompts.of_rows(call)
+    ]
+    if not rows or any(len(row) != 1 for row in rows):
+        raise ValueError(UNTOLD.format("the positive prompt's", "TACA Options and the report"))
+    return torch.tensor([row == {True} for row in rows])
 
 
-def _has_text(row: Tensor, texts: list[dict[str, Any]]) -> bool:
-    """Whether a row ``(num_text, channels)`` holds one of these texts.
+UNTOLD = (
+    "TACA cannot tell which rows of the batch are {}, since another node has changed the batch. "
+    "Take out that node, or {}."
+)
+
+
+def _has_text(row: Tensor, entry: Entry) -> bool:
+    """Whether a row ``(num_text, channels)`` holds the text of a conditioning.
 
     To join texts of two lengths, ComfyUI repeats each of them.
     """
-    known = (each["model_conds"]["c_crossattn"].cond.to(row) for each in texts)
-    return any(torch.equal(row[: one.shape[0]], one) for text in known for one in text)
+    text = entry["model_conds"]["c_crossattn"].cond.to(row)
+    return any(torch.equal(row[: one.shape[0]], one) for one in text)

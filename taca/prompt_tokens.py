@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from comfy.sd import CLIP
@@ -25,7 +25,6 @@ class Token(NamedTuple):
 class PromptTokens:
     """A prompt, and the tokens of the conditioning that a CLIP makes of it."""
 
-    clip: CLIP = field(repr=False)
     text: str
     # For each token of the conditioning those of the encoders whose embeddings are joined in it,
     # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up.
@@ -64,7 +63,7 @@ class PromptTokens:
                     span = (min(at), max(at) + 1) if at else (0, 0)
                     tokens.append(Token(name, *span, is_padding, is_unknown))
         rows = encoded(encoder, numbered)
-        return cls(clip, text, tuple(tuple(tokens[n] for n in row) for row in rows))
+        return cls(text, tuple(tuple(tokens[n] for n in row) for row in rows))
 
     def own(self) -> tuple[float, ...]:
         """1 for each token of the prompt, its start, end and template; 0 for padding."""
@@ -102,9 +101,10 @@ class PromptTokens:
             )
         return found
 
-    def encode(self) -> Tensor:
-        """The conditioning's tensor, as CLIP Text Encode makes it."""
-        return self.clip.encode_from_tokens(self.clip.tokenize(self.text))
+
+def text_of(clip: CLIP, text: str) -> Tensor:
+    """The tensor of a conditioning ``(b, num_text, channels)``, as CLIP Text Encode makes it."""
+    return clip.encode_from_tokens(clip.tokenize(text))
 
 
 def find_words(words: str, prompt: PromptTokens | None) -> Mapping[str, list[int]]:

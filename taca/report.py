@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .attention import Layout, scale_text_keys
+from .attention import scale_text_keys
 from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
@@ -26,6 +26,7 @@ from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .prompt_tokens import PromptTokens
 from .run import TacaConfig, config_of
 from .schedule import Schedule, TimestepWindow
+from .spans import Layout
 from .swap import Forward, Wrap, swapped_forwards
 from .timesteps import resolve, timestep
 
@@ -41,6 +42,7 @@ class Report:
 
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     prompt: PromptTokens | None = None  # that the words are of
+    encode: Callable[[], Tensor] | None = None  # makes its conditioning again
     prompts: Prompts | None = None  # of the run
     own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
@@ -98,7 +100,7 @@ def _watch_run(
 ) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
     prompt = report.prompt
-    how = (None, None) if prompt is None else (len(prompt.table), prompt.encode)
+    how = (None, None) if prompt is None else (len(prompt.table), report.encode)
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
     report.own = conditionings_of(guider, *how)
     report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
@@ -125,7 +127,8 @@ def _watch_call(
     gamma = config.options.gamma_of_call(gamma, call, transformer, report.prompts)
     start = 0
     if report.prompt is not None:
-        start = family.text_weights(transformer, report.prompt.own(), call)[1]
+        around = family.around_prompt(transformer, len(report.prompt.table), call)
+        start = len(around.before)
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
     step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())

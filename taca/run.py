@@ -19,6 +19,7 @@ from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .schedule import ResolvedSchedule, Schedule
 from .swap import Wrap
+from .words import RunWords
 
 KEY = "taca"
 
@@ -44,6 +45,8 @@ class HookSites(NamedTuple):
 
     lists: dict[str, tuple[nn.Module, ...]]  # its lists of blocks, when these sites were found
     blocks: list[JointBlock]  # those that get TACA, or show where tokens are
+    all_blocks: list[JointBlock]  # the same where words weigh, which they do in every joint block
+    adjusted: frozenset[nn.Module]  # those that get TACA
     loras: list[LoRA]
     lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
 
@@ -55,7 +58,11 @@ class Run:
     config: TacaConfig
     schedule: ResolvedSchedule | None = None
     prompts: Prompts | None = None
+    words: RunWords | None = None  # that weigh
     events: Events = field(default_factory=Events)
+    word_events: Events = field(default_factory=Events)
+    # Whether each attention kernel takes masks, by name.
+    takes_masks: dict[str, bool] = field(default_factory=dict)
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
 
     def __post_init__(self) -> None:
@@ -72,13 +79,15 @@ class Run:
         if known is not None and known.lists == _lists(transformer, known.lists):
             return known
         patcher = base_model.current_patcher  # of this device, in a run over several
-        family = family_of(transformer)
+        family, limit = family_of(transformer), self.config.options.blocks
         loras = loras_of(patcher) if patcher is not None else []
         # Wrapped once, and again where another pack has replaced a forward in the meantime.
         wraps = [(each, lru_cache(maxsize=1)(wrap)) for each, wrap in lora_swaps(loras, base_model)]
         sites = HookSites(
             _lists(transformer, (*family.before, *family.joint)),
-            family.observed_blocks(transformer, self.config.options.blocks),
+            family.observed_blocks(transformer, limit),
+            family.observed_blocks(transformer),
+            frozenset(block.module for block in family.joint_blocks(transformer, limit)),
             loras,
             wraps,
         )

@@ -58,10 +58,17 @@ class ResolvedSchedule:
 
     def gamma_at(self, t: Tensor) -> Tensor:
         """gamma(t) of Eq. 11 for timesteps 0..1000: float32, of t's shape and device."""
-        share = self.share(t).float()
+        share = self.share_at(t)
         # lerp gives gamma_0 itself at share 1
-        gamma = torch.lerp(torch.ones_like(share), torch.full_like(share, self.gamma), share)
-        return gamma.where(self.contains(t), 1.0)
+        return torch.lerp(torch.ones_like(share), torch.full_like(share, self.gamma), share)
+
+    def share_at(self, t: Tensor) -> Tensor:
+        """The share of gamma_0 - 1 at timesteps: float32, of t's shape; 0 outside the window."""
+        return self.share(t).float().where(self.contains(t), 0.0)
+
+
+NEVER = ResolvedSchedule(1.0, math.inf, -math.inf, torch.zeros_like)
+"""A window that no timestep is in."""
 
 
 def falling(shape: str, begin: float, end: float) -> Share:

@@ -19,13 +19,13 @@ from comfy.patcher_extension import PatcherInjection, WrapperExecutor
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .attention import num_tokens
 from .block import Seen, taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
 from .run import KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
+from .spans import num_tokens
 from .swap import Args, Kwargs
 from .timesteps import resolve, timestep
 
@@ -85,7 +85,7 @@ def adjust_training_call(
     gamma = schedule.gamma_at(t).to(call.t.device)
     model = base_model.diffusion_model
     gamma = run.config.options.gamma_of_call(gamma, call, model, run.prompts)
-    adjustment = (state, partial(taca_override, gamma))
+    adjustment = (state, partial(taca_override, gamma, None, None))
     options = {**call.transformer_options, KEY: adjustment}
     return executor(*call[:5], options, **call.others)
 

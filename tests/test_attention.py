@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from reference import dense_attention
 
 attention = sys.modules["taca_pack.taca.attention"]
-Span, adjusted = attention.Span, attention.temperature_adjusted_attention
+Span = sys.modules["taca_pack.taca.spans"].Span
+adjusted = attention.temperature_adjusted_attention
 KINDS = st.sampled_from(["text", "image", "other"])
 
 

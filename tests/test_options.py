@@ -19,6 +19,7 @@ import nodes
 
 options_module = sys.modules["taca_pack.taca.options"]
 attention = sys.modules["taca_pack.taca.attention"]
+Span = sys.modules["taca_pack.taca.spans"].Span
 Options = options_module.Options
 parse_blocks = sys.modules["taca_pack.taca.block_ranges"].parse_blocks
 FLUX = {"double_blocks": 19, "single_blocks": 38}
@@ -115,7 +116,7 @@ def test_ranges_are_unions(ranges):
 
 
 def test_each_text_token_has_its_own_gamma():
-    tokens = [attention.Span("text", 3), attention.Span("image", 5), attention.Span("text", 2)]
+    tokens = [Span("text", 3), Span("image", 5), Span("text", 2)]
     q, k, v = (random(2, 2, 10, 8, seed=i) for i in range(3))
     gamma = torch.tensor([[1.0, 1.4, 2.0, 0.5, 1.0], [1.2, 1.2, 1.0, 1.0, 0.0]])
     result = attention.temperature_adjusted_attention(sdpa, q, k, v, gamma, tokens)
@@ -131,7 +132,7 @@ def test_each_text_token_has_its_own_gamma():
 
 def test_gamma_of_other_tokens_is_refused():
     q = random(1, 1, 4, 8)
-    tokens = [attention.Span("text", 2), attention.Span("image", 2)]
+    tokens = [Span("text", 2), Span("image", 2)]
     with pytest.raises(ValueError, match="2 text tokens"):
         attention.temperature_adjusted_attention(sdpa, q, q, q, torch.ones(1, 3), tokens)
 

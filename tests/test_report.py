@@ -3,7 +3,6 @@
 import math
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import comfy.samplers
 import pytest
@@ -241,11 +240,10 @@ def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
     text = tiny.conditioning("flux", 7)[0]
     other = tiny.conditioning("flux", 7, seed=4)[0]
     area = [text[0], {**text[1], "area": (8, 8, 0, 0), "strength": 1.0}]
-    clip = SimpleNamespace(encode_from_tokens=lambda tokens: text[0], tokenize=lambda text: None)
-    prompt = tokens_module.PromptTokens(clip, "a", ((),) * 7)
+    prompt = tokens_module.PromptTokens("a", ((),) * 7)
     model_ = apply_taca(model, 1.5, 0.0)
     for positive in ([other, text, area], [other, area]):
-        report = report_module.Report({"a": [1]}, prompt)
+        report = report_module.Report({"a": [1]}, prompt, lambda: text[0])
         guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
         SamplerCustomAdvanced.execute(
             Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0],

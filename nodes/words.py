@@ -1,0 +1,98 @@
+"""Prompts whose words weigh in the attention of the model."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..taca.conditioning import AVOID_STRENGTH, attach, encode, parse, words_of
+from ..taca.schedule import Schedule
+from .patch import TACASchedule
+from .ui.schema import schema
+
+NEGATIVES = {"subtract": False, "mirror about the mean": True}
+"""What a negative weight does, by its name in the widget -> ``Words.about_mean``."""
+
+
+def how_inputs() -> list[io.Input]:
+    """When weights act, and how negative ones do; alike on both nodes."""
+    return [
+        io.Combo.Input("negatives", [*NEGATIVES], optional=True, advanced=True),
+        TACASchedule.Input("schedule", optional=True),
+    ]
+
+
+class TACATextEncode(io.ComfyNode):
+    """CLIP Text Encode, and weights that act in the attention."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACATextEncode",
+            inputs=[
+                io.Clip.Input("clip"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True),
+                io.String.Input("avoid", default="", optional=True),
+                io.Float.Input(
+                    "avoid_strength",
+                    default=AVOID_STRENGTH,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                ),
+                *how_inputs(),
+            ],
+            outputs=[io.Conditioning.Output()],
+            search_aliases=[
+                "taca",
+                "prompt weights",
+                "word weights",
+                "emphasis",
+                "negative prompt cfg 1",
+                "clip text encode",
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        text: str,
+        avoid: str = "",
+        avoid_strength: float = AVOID_STRENGTH,
+        negatives: str = "subtract",
+        schedule: Schedule | None = None,
+    ) -> io.NodeOutput:
+        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
+        return io.NodeOutput(encode(clip, text, avoid, avoid_strength, **how))
+
+
+class TACAWeighWords(io.ComfyNode):
+    """Weights on a conditioning that any other node made."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACAWeighWords",
+            inputs=[
+                io.Conditioning.Input("conditioning"),
+                io.Clip.Input("clip"),
+                io.String.Input("text", multiline=True, dynamic_prompts=True),
+                *how_inputs(),
+            ],
+            outputs=[io.Conditioning.Output()],
+            search_aliases=["taca", "prompt weights", "word weights", "emphasis"],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        conditioning: Any,
+        clip: Any,
+        text: str,
+        negatives: str = "subtract",
+        schedule: Schedule | None = None,
+    ) -> io.NodeOutput:
+        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
+        return io.NodeOutput(attach(conditioning, words_of(clip, parse(text), **how)))

@@ -1,0 +1,163 @@
+"""Conditionings whose words weigh: ``(blue scarf:1.5)``, ``(fog:0)``, ``(pillows:-1)``."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import comfy.hooks
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy.sd import CLIP
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+from .patch import watch_run
+from .prompt_tokens import PromptTokens
+from .run import KEY as PATCH_KEY
+from .words import KEY, Words
+
+Conditioning = list[list[Any]]
+"""ComfyUI's: ``[text (b, num_text, channels), dictionary]`` for each."""
+
+
+AVOID_STRENGTH = 1.0
+"""By default a token to avoid weighs as much as one of the prompt, but subtracts."""
+
+
+class WeighHook(comfy.hooks.TransformerOptionsHook):
+    """Brings the weights' wrapper to whatever model a conditioning is sampled with.
+
+    It registers nothing, so ComfyUI takes it off the conditioning again, and positive and negative
+    stay in one batch. A model with TACA weighs words by itself.
+    """
+
+    def add_hook_patches(
+        self, model: Any, model_options: dict[str, Any], target_dict: Any, registered: Any
+    ) -> bool:
+        wrappers = model_options["transformer_options"].setdefault("wrappers", {})
+        outer = wrappers.setdefault(WrappersMP.OUTER_SAMPLE, {})
+        outer.setdefault(PATCH_KEY, [partial(watch_run, None)])
+        return False
+
+
+class WeightedText(NamedTuple):
+    """A prompt without the brackets of its weights."""
+
+    text: str  # as ComfyUI takes it: a bracket that is meant has a backslash before it
+    weights: tuple[float, ...]  # of each character
+    phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of those that weigh
+
+
+def parse(text: str) -> WeightedText:
+    """Read the weights of a prompt by ComfyUI's own rules.
+
+    Raises ValueError if a weight is no finite number.
+    """
+    plain, weights, phrases = "", [], []
+    for segment, weight in token_weights(escape_important(text), 1.0):
+        segment = unescape_important(segment).replace("(", r"\(").replace(")", r"\)")
+        if not math.isfinite(weight):
+            raise ValueError(f"TACA: the weight of {segment!r} must be a number, not {weight}.")
+        if weight != 1 and segment.strip():
+            phrases.append((len(plain), len(plain) + len(segment), weight))
+        weights += [weight] * len(segment)
+        plain += segment
+    return WeightedText(plain, tuple(weights), tuple(phrases))
+
+
+def encode(
+    clip: CLIP,
+    text: str,
+    avoid: str = "",
+    avoid_strength: float = AVOID_STRENGTH,
+    **how: Any,
+) -> Conditioning:
+    """The conditioning of a prompt without its brackets, with the weights that they give.
+
+    ``avoid`` is what image queries subtract; the prompt's own text does not see it. ``how`` are
+    more fields of ``Words``.
+
+    Raises ValueError if the CLIP hides its tokens, or has none for a word that weighs.
+    """
+    parsed = parse(text)
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
+    words = words_of(clip, parsed, **how)
+    if avoid.strip():
+        conditioning, words = avoiding(clip, conditioning, words, parse(avoid), avoid_strength)
+    return attach(conditioning, words)
+
+
+def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
+    """What the tokens of a prompt weigh; errors as ``encode``."""
+    prompt = PromptTokens.of(clip, parsed.text)
+    phrases = [(parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases]
+    for (start, end, _), (phrase, _) in zip(parsed.phrases, phrases, strict=True):
+        if not prompt.covering(start, end):
+            raise ValueError(
+                f"TACA cannot weigh {phrase!r}: the text encoder does not know it, or cut it off. "
+                f"Choose another word, or a shorter prompt."
+            )
+    return Words(prompt, _of_tokens(prompt, parsed), tuple(phrases), **how)
+
+
+def _of_tokens(prompt: PromptTokens, parsed: WeightedText) -> tuple[float, ...]:
+    """A weight for each token of a conditioning: the mean of its characters'."""
+    weights = []
+    for tokens in prompt.table:
+        known = [t for t in tokens if t.start < t.end and not t.is_unknown]
+        spans = [range(t.start, t.end) for t in known]
+        written = [[i for i in span if not parsed.text[i].isspace()] or span for span in spans]
+        own = [parsed.weights[i] for span in written for i in span]
+        # Exactly the weight itself where all are the same.
+        weights.append(own[0] if len({*own}) == 1 else sum(own) / len(own) if own else 1.0)
+    return tuple(weights)
+
+
+def avoiding(
+    clip: CLIP, conditioning: Conditioning, words: Words, parsed: WeightedText, strength: float
+) -> tuple[Conditioning, Words]:
+    """A conditioning with the words of another prompt behind it, to be subtracted.
+
+    Raises ValueError if the encoder gives more of a token than its embedding.
+    """
+    others = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
+    avoided = words_of(clip, parsed)
+    tokens = enumerate(avoided.prompt.table)
+    chosen = [i for i, each in tokens if any(token.start < token.end for token in each)]
+    joined = []
+    for (text, extras), (other, _) in zip(conditioning, others, strict=True):
+        for name, value in extras.items():
+            if name.startswith("conditioning_") and value is not None:
+                raise ValueError(
+                    f"TACA cannot avoid words with this text encoder, which gives the model "
+                    f"{name} beside the text. Use a negative prompt."
+                )
+        other = other[:, chosen]
+        extras = dict(extras)
+        if extras.get("attention_mask") is not None:
+            mask = extras["attention_mask"]
+            extras["attention_mask"] = torch.cat([mask, mask.new_ones(other.shape[:2])], 1)
+        joined.append([torch.cat([text, other], 1), extras])
+    phrases = (*words.phrases, (f"avoid {parsed.text}", -strength))
+    weights = (*words.weights, *(-strength * avoided.weights[i] for i in chosen))
+    return joined, replace(words, weights=weights, phrases=phrases, num_avoided=len(chosen))
+
+
+def attach(conditioning: Conditioning, words: Words) -> Conditioning:
+    """A conditioning that carries its words, and brings their weights to the model.
+
+    Raises ValueError if it has another number of tokens than its words.
+    """
+    carrying = []
+    for text, extras in conditioning:
+        if text.shape[1] != len(words.weights):
+            raise ValueError(
+                f"TACA: this conditioning has {text.shape[1]} text tokens, and the text has "
+                f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it."
+            )
+        carrying.append([text, {**extras, KEY: words}])
+    if not words.weigh:
+        return carrying
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(WeighHook())
+    return comfy.hooks.set_hooks_for_conditioning(carrying, hooks)

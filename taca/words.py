@@ -1,0 +1,169 @@
+"""The words of a prompt that weigh, as its conditioning carries them, and as a call needs them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .arguments import CallArguments
+from .families import family_of, uncompiled
+from .layouts import Around
+from .prompt_calls import UNTOLD, Prompts
+from .prompt_tokens import PromptTokens
+from .schedule import ResolvedSchedule, Schedule
+from .word_weights import WordWeights
+
+KEY = "taca_words"
+"""The words' entry in a conditioning's dictionary, which ComfyUI's nodes pass on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """What the tokens of a conditioning are, and how much each weighs."""
+
+    prompt: PromptTokens
+    weights: tuple[float, ...]  # of each token of the conditioning
+    phrases: tuple[tuple[str, float], ...]  # that weigh, for messages
+    num_avoided: int = 0  # so many of its last tokens are of what to avoid
+    about_mean: bool = False  # whether negative weights mirror about the prompt's mean value
+    schedule: Schedule | None = None  # in whose window they weigh; None for the whole run
+
+    @property
+    def weigh(self) -> bool:
+        """Whether any token has another weight than 1."""
+        return any(weight != 1 for weight in self.weights)
+
+    def weighted(self, share: float) -> list["Weighted"]:
+        """What its tokens weigh with this share of the weights: at 0, as if none had been given."""
+        num_own = len(self.weights) - self.num_avoided
+        centre = self.prompt.own() if self.about_mean else [0.0] * num_own
+        own = [
+            Weighted(1 + share * (weight - 1), each)
+            for weight, each in zip(self.weights[:num_own], centre, strict=True)
+        ]
+        return own + [Weighted(share * w, 0.0, True) for w in self.weights[num_own:]]
+
+
+class Weighted(NamedTuple):
+    """What one text token of a call weighs."""
+
+    weight: float = 1.0
+    centre: float = 0.0  # its part in the prompt's mean value
+    is_avoided: bool = False
+
+
+PLAIN = Weighted()
+
+
+class Row(NamedTuple):
+    """The words of one row of a call."""
+
+    words: Words | None
+    length: int  # of its conditioning, in tokens
+    filled: int  # so many of them ComfyUI put in front of the encoder's
+    share: float  # of the weights, at its timestep
+
+
+@dataclass
+class RunWords:
+    """The words of one run: those of its conditionings that weigh."""
+
+    prompts: Prompts
+    schedules: dict[Words, ResolvedSchedule | None]
+    tensors: dict[Any, WordWeights] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, prompts: Prompts, resolve: Callable[[Schedule], ResolvedSchedule]
+    ) -> "RunWords | None":
+        """None where no word of the run weighs. ``resolve`` resolves a schedule for the run."""
+        found = {each.get(KEY): each.get("cross_attn") for _, each in prompts.entries()}
+        schedules = {
+            words: resolve(words.schedule) if words.schedule else None
+            for words, text in found.items()
+            # Zero Out keeps the words of what it zeroes.
+            if words is not None and words.weigh and (text is None or bool(text.any()))
+        }
+        return cls(prompts, schedules) if schedules else None
+
+    def __str__(self) -> str:
+        phrases = {phrase for words in self.schedules for phrase in words.phrases}
+        return ", ".join(f"{text!r} {weight:g}" for text, weight in sorted(phrases))
+
+    def of_call(
+        self, call: CallArguments, t: list[float], transformer: nn.Module
+    ) -> WordWeights | None:
+        """The weights of the rows of a call at timesteps t; None where all are 1.
+
+        Raises ValueError if a row is of several prompts, or its text of other tokens.
+        """
+        rows = list(self._rows(call, t))
+        if not any(row.words and (row.share or row.words.num_avoided) for row in rows):
+            return None
+        transformer = uncompiled(transformer)
+        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
+        around = family_of(transformer).around_prompt(transformer, num_text, call)
+        sizes = num_text, len(around.before), len(around.behind), around.cut
+        key = (*rows, sizes, call.t.device)
+        if key not in self.tensors:
+            made = [_of_row(row, num_text, around) for row in rows]
+            self.tensors[key] = _stacked(made, call.t.device)
+        return self.tensors[key]
+
+    def _rows(self, call: CallArguments, t: list[float]) -> Iterator[Row]:
+        for entries, each in zip(self.prompts.of_rows(call), t, strict=True):
+            found = {(entry.get(KEY), *_lengths(entry)) for _, entry in entries}
+            if len(found) != 1:
+                raise ValueError(UNTOLD.format("which prompt's", "the word weights"))
+            words, length, filled = found.pop()
+            words = words if words in self.schedules else None
+            schedule = words and self.schedules[words]
+            share = 1.0 if schedule is None else float(schedule.share_at(torch.tensor(each)))
+            yield Row(words, length, filled, share)
+
+
+def _lengths(entry: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of a conditioning as the model gets them, and those that its encoder did not make."""
+    text, encoded = entry["model_conds"].get("c_crossattn"), entry.get("cross_attn")
+    length = 0 if text is None else text.cond.shape[1]
+    return length, 0 if encoded is None else length - encoded.shape[1]
+
+
+def _of_row(row: Row, num_text: int, around: Around) -> list[Weighted]:
+    """What the text tokens of one row weigh; ``num_text`` are the conditioning's of the call."""
+    tokens = [PLAIN] * num_text
+    if row.words is not None:
+        own = row.words.weighted(row.share)
+        appended = row.length - row.filled - len(own)
+        if appended < 0 or row.filled < 0:
+            raise ValueError(
+                f"TACA: the word weights are for {len(own)} text tokens, and this conditioning has "
+                f"{row.length - row.filled}: another node has cut it."
+            )
+        # What ComfyUI fills up in front, and what Conditioning (Concat) appends. To join texts of
+        # two lengths, ComfyUI repeats each of them.
+        tokens = [PLAIN] * row.filled + own + [PLAIN] * appended
+        tokens *= num_text // row.length
+    kept = num_text - around.cut
+    if any(token.is_avoided for token in tokens[kept:]):
+        raise ValueError("TACA: this model cuts off what is to be avoided: write a shorter prompt.")
+    return [PLAIN] * len(around.before) + tokens[:kept] + [PLAIN] * len(around.behind)
+
+
+def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:
+    """The weights of a call; of one row where all are alike, so that no graph has their number."""
+    if all(row == rows[0] for row in rows):
+        rows = rows[:1]
+    weights, centre, avoided = (
+        torch.tensor([[token[i] for token in row] for row in rows]) for i in range(3)
+    )
+    centre /= centre.sum(1, keepdim=True).clamp_min(1e-9)
+    subtracts = bool((weights < 0).any())
+    return WordWeights(
+        weights.to(device),
+        subtracts,
+        centre.to(device) if subtracts and bool(centre.any()) else None,
+        avoided.to(device) if bool(avoided.any()) else None,
+    )

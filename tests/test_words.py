@@ -1,0 +1,429 @@
+"""Words that weigh: attention, whole runs, and prompts, against dense float64."""
+
+import sys
+
+import comfy.samplers
+import pytest
+import tiny
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import random, sdpa
+from test_model import sample
+
+import nodes
+
+taca = {
+    name: sys.modules[f"taca_pack.taca.{name}"]
+    for name in ("attention", "conditioning", "prompt_tokens", "spans", "word_weights", "words")
+}
+adjusted, Span = taca["attention"].temperature_adjusted_attention, taca["spans"].Span
+WordWeights, Words = taca["word_weights"].WordWeights, taca["words"].Words
+PromptTokens, attach = taca["prompt_tokens"].PromptTokens, taca["conditioning"].attach
+WEIGHTS = st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0])
+
+
+def dense(q, k, v, w, is_image, factor=1.0, mask=None, hidden=None):
+    """sum w e^s v / sum |w| e^s for image queries, plain attention for others; float64.
+
+    w ``(b, n)`` over keys; hidden ``(b, n, n)`` has the text that does not see the other.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 * factor
+    if mask is not None:
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        logits = (
+            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        )
+    odds = (logits - logits.amax(-1, keepdim=True)).exp()
+    w = w.double()[:, None, None, :].expand_as(odds)
+    w = torch.where(is_image[None, None, :, None], w, 1.0)
+    if hidden is not None:
+        w = w.masked_fill(hidden[:, None] & ~is_image[None, None, :, None], 0.0)
+    return (w * odds) @ v / (w.abs() * odds).sum(-1, keepdim=True)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    runs=st.lists(
+        st.tuples(st.sampled_from(["text", "image", "other"]), st.integers(1, 6)),
+        min_size=1, max_size=5,
+    ),
+    data=st.data(),
+    batch=st.integers(1, 3),
+    gamma=st.sampled_from([None, 1.3]),
+    mask_kind=st.sampled_from(["none", "full", "rows", "bool", "three"]),
+    grouped=st.booleans(),
+    flat=st.booleans(),
+)  # fmt: skip
+def test_equals_dense(runs, data, batch, gamma, mask_kind, grouped, flat):
+    layout = [Span(*run) for run in runs]
+    kinds = [span.kind for span in layout for _ in range(span.length)]
+    n, text = len(kinds), [i for i, kind in enumerate(kinds) if kind == "text"]
+    is_image = torch.tensor([kind == "image" for kind in kinds])
+    rows = data.draw(st.sampled_from([1, batch]))
+    draw = st.lists(WEIGHTS, min_size=len(text), max_size=len(text))
+    w = torch.tensor([data.draw(draw) for _ in range(rows)]).view(rows, len(text))
+    avoided = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=len(text), max_size=len(text)))
+         for _ in range(rows)]
+    ).view(rows, len(text)).bool()  # fmt: skip
+    if not (bool(is_image.any()) or len(text) < n):
+        w = w.abs().clamp_min(0.1)  # something has to be left to attend to
+    q, k, v = (random(batch, 1 if grouped and i else 2, n, 8, seed=i) for i in range(3))
+    shapes = {"full": (batch, 1, n, n), "rows": (1, 1, 1, n), "bool": (batch, 1, n, n),
+              "three": (batch, n, n)}  # fmt: skip
+    mask = None if mask_kind == "none" else random(*shapes[mask_kind], seed=9)
+    if mask_kind == "bool":
+        mask = torch.ones(shapes["bool"], dtype=torch.bool)
+        mask[..., : n // 3] = bool(is_image.any()) and not is_image[: n // 3].any()
+        mask |= torch.eye(n, dtype=torch.bool)
+    words = WordWeights(w, bool((w < 0).any()), None, avoided if avoided.any() else None)
+    scale = None if gamma is None else torch.tensor([gamma])
+    if flat and not grouped:
+        q_, k_, v_ = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+
+        def attend(q, k, v, mask):
+            q, k, v = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (q, k, v))
+            return sdpa(q, k, v, four(mask)).transpose(1, 2).flatten(2)
+
+        out = adjusted(attend, q_, k_, v_, scale, layout, mask, 1, 1, words)
+        out = out.unflatten(-1, (2, 8)).transpose(1, 2)
+    else:
+        out = adjusted(
+            lambda q, k, v, m: sdpa(q, k, v, four(m)), q, k, v, scale, layout, mask, 2, 2, words
+        )
+    every = torch.ones(batch, n, dtype=torch.float64)
+    every[:, text] = w.double().expand(batch, -1)
+    is_avoided = torch.zeros(batch, n, dtype=torch.bool)
+    is_avoided[:, text] = avoided.expand(batch, -1)
+    is_own = ~is_avoided & torch.tensor([kind == "text" for kind in kinds])
+    not_image = ~is_image
+    hidden = (is_avoided[:, :, None] & is_own[:, None]) | (
+        (~is_avoided & not_image)[:, :, None] & is_avoided[:, None]
+    )
+    factor = torch.ones(n, n, dtype=torch.float64)
+    if gamma is not None:
+        factor[is_image.nonzero(), torch.tensor(text, dtype=torch.long)[None]] = gamma
+    expected = dense(q, k, v, every, is_image, factor, mask, hidden)
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def four(mask):
+    return mask[:, None] if mask is not None and mask.ndim == 3 else mask
+
+
+def test_zero_is_a_deleted_key_and_two_a_doubled_one():
+    q, k, v = (random(2, 2, 9, 8, seed=i) for i in range(3))
+    layout = (Span("text", 4), Span("image", 5))
+    image = q[:, :, 4:]
+    for weight, keys in ((0.0, [0, 2, 3, 4, 5, 6, 7, 8]), (2.0, [0, 1, 1, 2, 3, 4, 5, 6, 7, 8])):
+        words = WordWeights(torch.tensor([[1.0, weight, 1.0, 1.0]]))
+        out = adjusted(sdpa, q, k, v, None, layout, words=words)
+        expected = sdpa(image, k[:, :, keys], v[:, :, keys], None)
+        torch.testing.assert_close(out[:, :, 4:], expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(out[:, :, :4], sdpa(q[:, :, :4], k, v, None), atol=0, rtol=0)
+
+
+def test_a_negative_weight_about_the_mean():
+    q, k, v = (random(1, 1, 6, 4, seed=i) for i in range(3))
+    w = torch.tensor([[1.0, -1.5, 1.0]])
+    centre = torch.tensor([[0.5, 0.5, 0.0]])
+    layout = (Span("text", 3), Span("image", 3))
+    out = adjusted(sdpa, q, k, v, None, layout, words=WordWeights(w, True, centre))
+    mirrored = v.double().clone()
+    mirrored[:, :, 1] = v[:, :, :2].double().sum(2) - v[:, :, 1].double()
+    every = torch.cat([w.abs(), torch.ones(1, 3)], 1)
+    expected = dense(q, k, mirrored, every, torch.arange(6) > 2)
+    torch.testing.assert_close(out[:, :, 3:].double(), expected[:, :, 3:], atol=1e-5, rtol=1e-5)
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def weighed(conditioning, weights, **how):
+    """A conditioning with these weights."""
+    table = ((),) * (len(weights) - how.get("num_avoided", 0))
+    return attach(
+        conditioning, Words(PromptTokens("", table), tuple(weights), (("it", 2.0),), **how)
+    )
+
+
+def dense_words(weights, gamma=1.0, inside=lambda sigma: True, threshold=0.97, num_avoided=0):
+    """Core's override: weights where a joint attention is over these text tokens and an image."""
+
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
+                 transformer_options=None, **kwargs):  # fmt: skip
+        if not skip_reshape:
+            q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        n, sigma = k.shape[2], float(transformer_options["sigmas"][0])
+        num_text = next((t for t in weights if isinstance(t, int) and n - t in (64, 32)), 0)
+        chunks = transformer_options["cond_or_uncond"]
+        w = torch.ones(len(chunks), n)
+        is_image = torch.arange(n) >= num_text
+        if num_text and inside(sigma):
+            for row, chunk in zip(w, chunks, strict=True):
+                row[:num_text] = torch.tensor(weights.get((num_text, chunk), weights[num_text]))
+        w = w.repeat_interleave(len(q) // len(chunks), 0)
+        factor = torch.ones(n, n, dtype=torch.float64)
+        if num_text and sigma >= threshold:
+            factor[num_text:, :num_text] = gamma
+        hidden = None
+        if num_avoided and num_text == 10:
+            is_avoided = ~is_image & (torch.arange(n) >= num_text - num_avoided)
+            is_own = ~is_image & ~is_avoided
+            hidden = is_avoided[:, None] & is_own | is_own[:, None] & is_avoided
+            hidden = hidden[None]
+        out = dense(q, k, v, w, is_image, factor, mask, hidden).to(q)
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    return override
+
+
+def by_reference(model, override):
+    """A clone of a model in which this override attends."""
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    return model
+
+
+PROMPT = [1.0, 2.0, 1.0, 0.0, -1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+@pytest.mark.parametrize("gamma", [None, 1.3])
+def test_a_run_equals_dense(kind, gamma, folder, apply_taca):
+    model = tiny.load(folder, kind)
+    words = weighed(tiny.conditioning(kind, 7), PROMPT)
+    taca_model = model if gamma is None else apply_taca(model, gamma, 970.0)
+    ours = sample(taca_model, kind, steps=4, positive=words)
+    override = dense_words({7: PROMPT, 12: [1.0] * 12}, gamma or 1.0)
+    expected = sample(by_reference(model, override), kind, steps=4)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+    plain = sample(model, kind, steps=4)
+    assert (plain - expected).abs().max() > 0.05
+    assert not [m for m in model.model.diffusion_model.modules() if "forward" in m.__dict__]
+
+
+def test_alone_in_a_batch(folder, apply_taca):
+    """Positive and negative of one length: one call of two rows, the negative's bits as ever."""
+    model, calls = tiny.load(folder, "flux"), []
+
+    def seen(executor, *args, **kwargs):
+        calls.append(len(args[0]))
+        return executor(*args, **kwargs)
+
+    watched = model.clone()
+    watched.add_wrapper("apply_model", seen)
+    ours = sample(watched, "flux", steps=3, text=(7, 7),
+                  positive=weighed(tiny.conditioning("flux", 7), PROMPT))  # fmt: skip
+    assert calls == [2] * 3
+    override = dense_words({7: [1.0] * 7, (7, 0): PROMPT})
+    expected = sample(by_reference(model, override), "flux", steps=3, text=(7, 7))
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_at_weight_one_bits_are_cores(folder):
+    model = tiny.load(folder, "flux")
+    plain = sample(model, "flux", steps=2)
+    one = weighed(tiny.conditioning("flux", 7), [1.0] * 7)
+    assert "hooks" not in one[0][1]
+    assert torch.equal(sample(model, "flux", steps=2, positive=one), plain)
+
+
+def test_a_window_of_their_own(folder, apply_taca):
+    """Weights in the first half alone, gamma in the paper's window; neither ends the other."""
+    schedule = sys.modules["taca_pack.taca.schedule"]
+    half = schedule.Schedule(1.2, schedule.TimestepWindow(500.0))
+    words = weighed(tiny.conditioning("flux", 7), PROMPT, schedule=half)
+    model = tiny.load(folder, "flux")
+    override = dense_words({7: PROMPT, 12: [1.0] * 12}, 1.3, lambda sigma: sigma >= 0.5)
+    expected = sample(by_reference(model, override), "flux", steps=4)
+    ours = sample(apply_taca(model, 1.3, 970.0), "flux", steps=4, positive=words)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+    never = schedule.Schedule(1.2, schedule.PercentWindow(0.999, 1.0))
+    words = weighed(tiny.conditioning("flux", 7), PROMPT, schedule=never)
+    assert torch.equal(
+        sample(model, "flux", steps=2, positive=words), sample(model, "flux", steps=2)
+    )
+
+
+def test_what_no_step_enters_is_said(folder, caplog):
+    schedule = sys.modules["taca_pack.taca.schedule"]
+    never = schedule.Schedule(1.2, schedule.PercentWindow(0.999, 1.0))
+    words = weighed(tiny.conditioning("flux", 7), PROMPT, schedule=never)
+    sample(tiny.load(folder, "flux"), "flux", steps=2, positive=words)
+    (said,) = [r for r in caplog.records if "weights of 'it' 2" in r.getMessage()]
+    assert said.levelname == "WARNING"
+    assert "No step was inside the window" in said.getMessage()
+
+
+def test_what_acted_is_logged(folder, caplog, apply_taca):
+    caplog.set_level("INFO")
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    sample(apply_taca(tiny.load(folder, "flux")), "flux", steps=10, positive=words)
+    said = [r.getMessage() for r in caplog.records if "acted on" in r.getMessage()]
+    assert len(said) == 2
+    assert "gamma 1.2 at t >= 970 acted on 1 of 10 steps, 4 joint blocks of FLUX.1" in said[0]
+    assert "weights of 'it' 2 acted on 10 of 10 steps" in said[1]
+
+
+def test_each_conditioning_has_its_own(folder):
+    """Dual guider, an area, a timestep range and a batch: each row's own weights."""
+    model = tiny.load(folder, "flux")
+    a, b = tiny.conditioning("flux", 7), tiny.conditioning("flux", 9, seed=2)
+    area = {"area": (8, 16, 0, 0), "strength": 1.0}
+    late = {"start_percent": 0.5, "end_percent": 1.0}
+    second = [0.5, 1.0, 3.0, *[1.0] * 6]
+    third = [1.0] * 11 + [-1.5]
+    negative = tiny.conditioning("flux", 12, seed=5)
+    positives = {
+        "plain": [*a, *[[b[0][0], {**b[0][1], **area}]], [b[0][0], {**b[0][1], **late}]],
+        "ours": [
+            *weighed(a, PROMPT),
+            *weighed([[b[0][0], {**b[0][1], **area}]], second),
+            *weighed([[b[0][0], {**b[0][1], **late}]], second),
+        ],
+    }
+    results = []
+    for which, negatives in (("plain", negative), ("ours", weighed(negative, third))):
+        override = dense_words({7: PROMPT, 9: second, 12: third})
+        guider = Guider_DualCFG(model if which == "ours" else by_reference(model, override))
+        guider.set_conds(positives[which], tiny.conditioning("flux", 5, seed=8), negatives)
+        guider.set_cfg(3.0, 2.0)
+        noise = torch.randn(2, 16, 16, 16, generator=torch.manual_seed(3))
+        sampler = comfy.samplers.sampler_object("euler")
+        sigmas = torch.linspace(1, 0, 4)
+        results.append(guider.sample(noise, torch.zeros_like(noise), sampler, sigmas))
+    torch.testing.assert_close(*results, atol=3e-4, rtol=1e-3)
+
+
+def test_what_is_appended_weighs_one(folder):
+    model = tiny.load(folder, "flux")
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    more = tiny.conditioning("flux", 3, seed=9)
+    both = nodes.ConditioningConcat().concat(words, more)[0]
+    ours = sample(model, "flux", steps=2, positive=both)
+    plain = nodes.ConditioningConcat().concat(tiny.conditioning("flux", 7), more)[0]
+    override = dense_words({10: PROMPT + [1.0] * 3, 12: [1.0] * 12})
+    expected = sample(by_reference(model, override), "flux", steps=2, positive=plain)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_zeroed_text_has_no_words(folder):
+    model = tiny.load(folder, "flux")
+    zeroed = nodes.ConditioningZeroOut().zero_out(weighed(tiny.conditioning("flux", 7), PROMPT))[0]
+    plain = nodes.ConditioningZeroOut().zero_out(tiny.conditioning("flux", 7))[0]
+    assert torch.equal(
+        sample(model, "flux", steps=2, positive=zeroed),
+        sample(model, "flux", steps=2, positive=plain),
+    )
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_avoided_words(kind, folder, apply_taca):
+    """Their own text and the prompt's do not see one another; pictures subtract them."""
+    model = tiny.load(folder, kind)
+    weights = [*PROMPT, -1.5, -1.5, -1.5]
+    words = weighed(tiny.conditioning(kind, 10), weights, num_avoided=3)
+    override = dense_words({10: weights, 9: [1.0] * 9}, 1.3, num_avoided=3)
+    expected = sample(
+        by_reference(model, override),
+        kind,
+        steps=3,
+        text=(10, 9),
+        positive=tiny.conditioning(kind, 10),
+    )
+    ours = sample(apply_taca(model, 1.3, 970.0), kind, steps=3, text=(10, 9), positive=words)
+    torch.testing.assert_close(ours, expected, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_avoided_outside_their_window_as_if_not_there(kind, folder):
+    model = tiny.load(folder, kind)
+    schedule = sys.modules["taca_pack.taca.schedule"]
+    never = schedule.Schedule(1.2, schedule.PercentWindow(0.999, 1.0))
+    longer = tiny.conditioning(kind, 10)
+    words = weighed(longer, [*[1.0] * 7, -1.5, -1.5, -1.5], num_avoided=3, schedule=never)
+    shorter = [[longer[0][0][:, :7], longer[0][1]]]
+    torch.testing.assert_close(
+        sample(model, kind, steps=2, positive=words),
+        sample(model, kind, steps=2, positive=shorter),
+        atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+
+
+def no_masks(func, q, k, v, heads, mask=None, **kwargs):
+    """A kernel that swallows masks, as some of SageAttention do."""
+    return func(q, k, v, heads, **kwargs)
+
+
+def refuses_masks(func, q, k, v, heads, mask=None, **kwargs):
+    if mask is not None:
+        raise RuntimeError("no masks")
+    return func(q, k, v, heads, **kwargs)
+
+
+@pytest.mark.parametrize("kernel", [no_masks, refuses_masks])
+def test_a_kernel_without_masks(kernel, folder, caplog):
+    model = tiny.load(folder, "flux")
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    ours = sample(by_reference(model, kernel), "flux", steps=2, positive=words)
+    expected = sample(model, "flux", steps=2, positive=words)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    said = [r.getMessage() for r in caplog.records if "takes no masks" in r.getMessage()]
+    assert said == [
+        f"TACA: the attention {kernel.__name__} takes no masks. Where words weigh, PyTorch's runs "
+        f"in its place."
+    ]
+
+
+def test_a_model_without_joint_attention_is_refused(folder):
+    model = tiny.load(folder, "flux", seed=7)
+    transformer = model.model.diffusion_model
+    transformer.__class__ = type("WanModel", (type(transformer),), {})
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    with pytest.raises(ValueError, match="TACA cannot act on Wan"):
+        sample(model, "flux", steps=2, positive=words)
+
+
+def test_limits_of_gamma_are_not_the_words(folder, pack):
+    """Gamma in block 0 alone; the words weigh in all."""
+    model = tiny.load(folder, "flux")
+    options = pack["TACAOptions"].execute(False, "double 0").result[0]
+    limited = pack["TACAPatchModel"].execute(model, 1.0, 0.0, None, options).result[0]
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    torch.testing.assert_close(
+        sample(limited, "flux", steps=2, positive=words),
+        sample(model, "flux", steps=2, positive=words),
+        atol=0, rtol=0,
+    )  # fmt: skip
+
+
+def test_after_an_error_nothing_is_left(folder, monkeypatch):
+    model = tiny.load(folder, "flux")
+    before = sample(model, "flux", steps=2)
+
+    def broken(func, *args, **kwargs):
+        if kwargs.get("mask") is not None and args[1].shape[-2] > 64:
+            raise RuntimeError("stopped")
+        return func(*args, **kwargs)
+
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    with pytest.raises(RuntimeError, match="stopped"):
+        sample(by_reference(model, broken), "flux", steps=2, positive=words)
+    assert not [m for m in model.model.diffusion_model.modules() if "forward" in m.__dict__]
+    assert torch.equal(sample(model, "flux", steps=2), before)
+
+
+def test_other_tokens_than_the_text_has(folder):
+    words = Words(PromptTokens("", ((),) * 7), (2.0,) * 7, ())
+    with pytest.raises(ValueError, match="has 9 text tokens, and the text has 7 with this CLIP"):
+        attach(tiny.conditioning("flux", 9), words)
