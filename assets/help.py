@@ -12,10 +12,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "web" / "docs" / "images"
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "demo")]
 
-from page import browsing, serving  # noqa: E402
-from workflow import api_form, place_files, read  # noqa: E402
+from comfy_server import serving  # noqa: E402
+
+from support.page import browsing  # noqa: E402
+from support.workflow import api_form, place_files, read  # noqa: E402
 
 LOADER = ("UNETLoader", {"unet_name": "flux1-dev.safetensors"})
 TACA = ("TACAPatchModel", {})

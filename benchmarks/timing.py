@@ -120,7 +120,7 @@ def picture(inside: dict[str, Any], outside: dict[str, Any] | None = None) -> li
     """``ratios`` of a whole picture, of those of a step inside the window and one outside.
 
     Outside a step is by default as long as a plain one, for not one operation differs there
-    (``tests/test_performance.py``), and a measured one only adds the machine's noise.
+    (``tests/core/test_performance.py``), and a measured one only adds the machine's noise.
     """
     steps = zip(ratios(inside), ratios(outside) if outside else [1.0] * 3, strict=True)
     return [(STEPS_INSIDE * one + (STEPS - STEPS_INSIDE) * rest) / STEPS for one, rest in steps]

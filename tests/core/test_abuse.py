@@ -6,30 +6,30 @@ and as many runs are stopped.
 
 import json
 import math
-import os
 import random
 import re
-from pathlib import Path
 
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
 import numpy as np
 import pytest
-import tiny
 import torch
+from codec import Codec
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, KSamplerSelect, Noise_RandomNoise
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense_override
 from safetensors.torch import save_file
-from test_demo_world import load
-from test_lora import core_model, loras, random_lora, replaced, with_lora  # noqa: F401
-from test_model import KINDS, sample
-from test_schedule import CurveInput
 
-CASES = int(os.environ.get("TACA_FUZZ", "300"))
+from support import tiny
+from support.fuzz import CASES, many
+from support.loading import ROOT
+from support.loras import core_model, random_lora, replaced, with_lora
+from support.reference import dense_override
+from support.tiny import KINDS, sample
+from support.versions import CurveInput
+
 SAMPLED = max(15, CASES // 20)
 STOPS = max(12, CASES // 20)
 
@@ -82,11 +82,6 @@ WORDS = st.text(max_size=12) | st.from_regex(r"[ab]=\d{1,2}(-\d{1,2})?(, c=\d)?"
 LORAS = st.sampled_from(["lora.safetensors", "no such.safetensors", "../lora.safetensors", ""])
 
 
-def many(count):
-    return settings(max_examples=count, deadline=None, database=None, derandomize=True,
-                    phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -95,7 +90,7 @@ def models(tmp_path_factory):
 
 @many(CASES)
 @given(data=st.data(), kind=st.sampled_from(KINDS), gamma=ANY, window=WINDOW)
-def test_any_input(pack, models, loras, data, kind, gamma, window):  # noqa: F811
+def test_any_input(pack, models, loras, data, kind, gamma, window):
     """Through the nodes: a patched model, or an error that says what is wrong."""
     model, draw = models[kind], data.draw
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
@@ -357,7 +352,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", [*HOSTILE, "rank 1024"])
-def test_a_hostile_lora(pack, models, loras, kind, what):  # noqa: F811
+def test_a_hostile_lora(pack, models, loras, kind, what):
     """An error that names the file, or a LoRA that samples to finite numbers."""
     model = models[kind]
     state = random_lora(model, only="blocks.0", rank=1024 if what == "rank 1024" else 4)
@@ -408,14 +403,14 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("what", HEADERS)
-def test_a_forged_header(pack, models, loras, what):  # noqa: F811
+def test_a_forged_header(pack, models, loras, what):
     (loras / "forged.safetensors").write_bytes(HEADERS[what])
     with pytest.raises(ValueError, match=r"^forged\.safetensors") as error:
         pack["LoadTACALoRA"].execute(models["flux"], "forged.safetensors", 1.0)
     assert len(str(error.value)) < 2000
 
 
-DEMO = Path(__file__).parents[1] / "demo"
+DEMO = ROOT / "demo"
 
 
 def damaged(data, chance):
@@ -429,7 +424,7 @@ def damaged(data, chance):
 
 def test_a_damaged_demo_codec(tmp_path):
     """An error that names the file and the way out, or a codec that decodes to finite numbers."""
-    codec, path = load("codec").Codec, tmp_path / "codec.safetensors"
+    codec, path = Codec, tmp_path / "codec.safetensors"
     data = (DEMO / "taca_demo_codec.safetensors").read_bytes()
     whole = codec.load(DEMO / "taca_demo_codec.safetensors")
 

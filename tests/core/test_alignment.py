@@ -1,45 +1,22 @@
 """The alignment benchmark: its arithmetic, its checker, and a short run on the demo's model."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import alignment
 import numpy as np
 import pytest
+import world
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.loading import ROOT
+
 SCRIPT = ROOT / "benchmarks" / "alignment.py"
 
 
-def load(path):
-    """A module of a folder that is no package."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_for_tests", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def world():
-    return load(ROOT / "demo" / "world.py")
-
-
-@pytest.fixture(scope="module")
-def alignment():
-    kept = list(sys.path)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield load(SCRIPT)
-    finally:
-        sys.path[:] = kept
-
-
 @pytest.mark.parametrize("size", [64, 128])
-def test_checker_is_right_on_rendered_pictures(world, size):
+def test_checker_is_right_on_rendered_pictures(size):
     """At least 99.5 % at both of the benchmark's sizes, and a changed caption is caught."""
     rng = np.random.default_rng(size)
     captions = world.captions("held-out") + world.captions("train")[::5]
@@ -48,26 +25,26 @@ def test_checker_is_right_on_rendered_pictures(world, size):
     assert np.mean(right) >= 0.995
     wrong = {
         "relation": lambda s: s._replace(first=s.second, second=s.first),
-        "colour": lambda s: s._replace(first=s.first._replace(colour=other(world, s, "colour"))),
-        "shape": lambda s: s._replace(second=s.second._replace(shape=other(world, s, "shape"))),
+        "colour": lambda s: s._replace(first=s.first._replace(colour=other(s, "colour"))),
+        "shape": lambda s: s._replace(second=s.second._replace(shape=other(s, "shape"))),
     }
     for what, change in wrong.items():
         told = [str(change(world.parse(caption))) for caption in captions]
-        pairs = [p for p in zip(pictures, told, strict=True) if valid(world, p[1])]
+        pairs = [p for p in zip(pictures, told, strict=True) if valid(p[1])]
         judged = [world.check(*pair) for pair in pairs]
         assert not any(one["everything"] for one in judged)
         if what != "relation":  # exchanged objects may be matched the other way round
             assert not any(one[what] for one in judged)
 
 
-def other(world, scene, what):
+def other(scene, what):
     """A colour or shape that neither object has, so that no matching can be right."""
     all_of = world.COLOURS if what == "colour" else world.SHAPES
     used = {getattr(scene.first, what), getattr(scene.second, what)}
     return next(one for one in all_of if one not in used)
 
 
-def valid(world, caption):
+def valid(caption):
     try:
         world.parse(caption)
     except ValueError:
@@ -75,7 +52,7 @@ def valid(world, caption):
     return True
 
 
-def test_texts_differ_in_their_tokens_only(world):
+def test_texts_differ_in_their_tokens_only():
     caption = "a red circle left of a blue square"
     assert [len(world.encode(caption, text)) for text in world.TEXTS] == [16, 64, 4]
     words, padded, phrases = (world.encode(caption, text) for text in world.TEXTS)
@@ -87,7 +64,7 @@ def test_texts_differ_in_their_tokens_only(world):
     assert len(every) == len(world.captions("train"))
 
 
-def test_window_of_equal_signal_to_noise(alignment):
+def test_window_of_equal_signal_to_noise():
     """At FLUX's number of tokens it is the paper's; at 256, where sigma's odds are a quarter."""
     snr = alignment.Setting(window="snr")
     assert snr.threshold(4096) == 970
@@ -96,7 +73,7 @@ def test_window_of_equal_signal_to_noise(alignment):
     assert alignment.Setting(window="all").threshold(256) == 0
 
 
-def test_paired_interval(alignment):
+def test_paired_interval():
     """It covers the truth as often as it says, where a caption's pictures go together."""
     rng = np.random.default_rng(0)
     hits = 0
@@ -110,7 +87,7 @@ def test_paired_interval(alignment):
     assert alignment.paired(plain, plain) == (0, 0)
 
 
-def test_best_gamma(alignment):
+def test_best_gamma():
     rng = np.random.default_rng(0)
     right = {1.0: rng.random((2, 204)) < 0.5, 1.2: rng.random((2, 204)) < 0.9,
              2.0: rng.random((2, 204)) < 0.1}  # fmt: skip

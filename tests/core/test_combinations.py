@@ -1,44 +1,39 @@
 """TACA beside what users combine it with: each equals the same combination done densely."""
 
-import contextlib
 import gc
-import re
 import sys
 from functools import partial
-from unittest import mock
 
-import comfy.controlnet
 import comfy.hooks
-import comfy.ldm.flux.math
 import comfy.samplers
 import comfy.sd
-import comfy.utils
 import folder_paths
 import pytest
-import tiny
 import torch
-from comfy.ldm.flux.layers import timestep_embedding
-from comfy.ldm.modules.diffusionmodules import mmdit
 from comfy.patcher_extension import WrappersMP
-from comfy.taesd.taesd import TAESD
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
-from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_edit_model import ReferenceLatent
 from comfy_extras.nodes_mahiro import Mahiro
 from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from comfy_extras.nodes_sd3 import ControlNetApplySD3
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_tcfg import TCFG
-from diffusers import FluxControlNetModel, SD3ControlNetModel
-from reference import dense_attention, dense_override, image_tokens
-from safetensors.torch import load_file, save_file
-from test_families import dense as dense_family
-from test_families import families, named
-from test_families import sample as sample_family
-from test_lora import random_lora
-from test_model import KINDS, installed_on, sample
+from safetensors.torch import load_file
+
+from support import families, tiny
+from support.families import named
+from support.family_runs import dense as dense_family
+from support.family_runs import sample as sample_family
+from support.loras import random_lora
+from support.reference import (
+    SIZE,
+    TEXT,
+    dense,
+    dense_attention,
+    image_tokens,
+)
+from support.tiny import KINDS, installed_on, sample
 
 try:
     from comfy_extras.nodes_nag import NAGuidance
@@ -50,42 +45,6 @@ except ImportError:
     EasyCacheNode = LazyCacheNode = None
 
 import nodes
-
-TEXT, SIZE = 7, (16, 16)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-def dense(model, gamma=1.4, text=TEXT, size=SIZE, more=0, threshold=0.0, calls=None):
-    """The model with Eq. 10 in dense float64, in all calls at t >= threshold."""
-    lengths = [text + image_tokens(torch.empty(1, 16, *size)) + more]
-    return dense_in(model, lengths, gamma, text, threshold, calls)
-
-
-def dense_in(model, lengths, gamma=1.4, text=TEXT, threshold=0.0, calls=None):
-    """The same in attention of several lengths; ``calls`` gets t of each call."""
-
-    def override(func, q, k, v, heads, **kwargs):
-        length = k.shape[2 if kwargs.get("skip_reshape") else 1]
-        t = 1000 * float(kwargs["transformer_options"]["sigmas"][0])
-        if calls is not None and t not in calls[-1:]:
-            calls.append(t)
-        adjusted = length in lengths and t >= threshold
-        inner = dense_override(gamma if adjusted else 1.0, text, length)
-        return inner(func, q, k, v, heads, **kwargs).to(q.dtype)
-
-    return attending(model, override)
-
-
-def attending(model, override):
-    """The model with an attention override in ComfyUI's one slot, for good."""
-    model = model.clone()
-    options = model.model_options.setdefault("transformer_options", {})
-    options["optimized_attention_override"] = override
-    return model
 
 
 def block_name(kind):
@@ -165,370 +124,6 @@ def test_beside(folder, apply_taca, kind, name, ours_first):
     torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
     assert (plain - expected).abs().max() > 0.1
     assert not installed_on(model)
-
-
-def skips(model):
-    """A cache by a DIFFUSION_MODEL wrapper: every second call is answered from the one before."""
-    model, kept = model.clone(), []
-
-    def cached(executor, x, *args, **kwargs):
-        if kept:
-            return x + kept.pop()
-        y = executor(x, *args, **kwargs)
-        kept.append(y - x)
-        return y
-
-    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", cached)
-    return model
-
-
-def around(model, patches, calls=99):
-    """As older packs do: attributes of the model are others for the length of its first calls."""
-    model, left = model.clone(), [calls]
-
-    def call(function, args):
-        left[0] -= 1
-        theirs = mock.patch.multiple(model.model.diffusion_model, **patches)
-        with theirs if left[0] >= 0 else contextlib.nullcontext():
-            return function(args["input"], args["timestep"], **args["c"])
-
-    model.set_model_unet_function_wrapper(call)
-    return model
-
-
-def own_forward(model, hands_options=False):
-    """As TeaCache: FLUX's forward written anew, without options for its blocks, and their sum
-    kept: every second call is answered from the one before."""
-    flux, kept = model.model.diffusion_model, []
-
-    def forward(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
-                transformer_options=None, attn_mask=None, **kwargs):  # fmt: skip
-        img, txt = flux.img_in(img), flux.txt_in(txt)
-        vec = flux.time_in(timestep_embedding(timesteps, 256)) + flux.vector_in(y)
-        vec = vec + flux.guidance_in(timestep_embedding(guidance, 256))
-        more = {"vec": vec, "pe": flux.pe_embedder(torch.cat((txt_ids, img_ids), 1))}
-        if hands_options:
-            more["transformer_options"] = transformer_options
-        if kept:
-            return flux.final_layer(img + kept.pop(), vec)
-        before, tokens = img, txt.shape[1]
-        for block in flux.double_blocks:
-            img, txt = block(img=img, txt=txt, **more)
-        both = torch.cat((txt, img), 1)
-        for block in flux.single_blocks:
-            both = block(both, **more)
-        kept.append(both[:, tokens:] - before)
-        return flux.final_layer(both[:, tokens:], vec)
-
-    return around(model, {"forward_orig": forward})
-
-
-class FirstBlock(torch.nn.Module):
-    """As first-block caches: one block that stands for all, and may leave out all but the first."""
-
-    def __init__(self, double, single=()):
-        super().__init__()
-        self.double, self.single, self.kept = double, single, []
-
-    def forward(self, *streams, img=None, txt=None, **kwargs):
-        if streams:  # SD3's
-            txt, img = streams
-            txt, img = self.double[0](txt, img, **kwargs)
-        else:
-            img, txt = self.double[0](img=img, txt=txt, **kwargs)
-        first = img
-        if self.kept:
-            img = first + self.kept.pop()
-            return (txt, img) if streams else (img, txt)
-        for block in self.double[1:]:
-            if streams:
-                txt, img = block(txt, img, **kwargs)
-            else:
-                img, txt = block(img=img, txt=txt, **kwargs)
-        if self.single:
-            both = torch.cat((txt, img), 1)
-            for block in self.single:
-                both = block(both, **kwargs)
-            txt, img = both[:, : txt.shape[1]], both[:, txt.shape[1] :]
-        self.kept.append(img - first)
-        return (txt, img) if streams else (img, txt)
-
-
-def first_block(model, calls=99):
-    transformer = model.model.diffusion_model
-    if hasattr(transformer, "joint_blocks"):
-        one = FirstBlock(list(transformer.joint_blocks))
-        return around(model, {"joint_blocks": torch.nn.ModuleList([one])}, calls)
-    one = FirstBlock(list(transformer.double_blocks), list(transformer.single_blocks))
-    lists = {"double_blocks": [one], "single_blocks": []}
-    lists = {name: torch.nn.ModuleList(each) for name, each in lists.items()}
-    return around(model, lists, calls)
-
-
-CACHES = {
-    "wrapper": ("flux", skips, skips),
-    "forward": ("flux", own_forward, lambda model: own_forward(model, hands_options=True)),
-    "first block of FLUX": ("flux", first_block, first_block),
-    "first block of SD3": ("sd3", first_block, first_block),
-    "first block, then none": ("flux", *(lambda model: first_block(model, 4),) * 2),
-}
-
-
-@pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_a_cache(folder, apply_taca, name, ours_first):
-    """As the packs of caches do it: what they compute has gamma, what they leave out has none."""
-    kind, cache, dense_cache = CACHES[name]
-    model = tiny.load(folder, kind)
-    settings = {"steps": 6, "text": (TEXT, TEXT)}
-    expected = sample(dense_cache(dense(model)), kind, **settings)
-    ours = cache(apply_taca(model, 1.4, 0.0)) if ours_first else apply_taca(cache(model), 1.4, 0.0)
-    torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
-    plain = sample(cache(model), kind, **settings)
-    assert (plain - expected).abs().max() > 0.1
-    assert (plain - sample(model, kind, **settings)).abs().max() > 0.1, "the cache left out calls"
-    assert not installed_on(model)
-
-
-def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
-    """A first-block cache and TACA Options' blocks: an error, not another choice of blocks."""
-    model = tiny.load(folder, "flux")
-    options = pack["TACAOptions"].execute(False, "double 1").result[0]
-    ours = pack["TACAPatchModel"].execute(model, 1.4, 0.0, None, options).result[0]
-    with pytest.raises(ValueError, match=r"'double 1' is not within .* double 0-0\. A cache"):
-        sample(first_block(ours), "flux", steps=2)
-    assert not installed_on(model)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_that_hides_the_modules_of_a_lora(folder, apply_taca, kind):
-    """A first-block cache and Load TACA LoRA: an error that names both, and nothing left behind."""
-    model = tiny.load(folder, kind)
-    taca = apply_taca(model, 1.4, 0.0)
-    lora = sys.modules["taca_pack.taca.lora_file"].fit_lora(
-        random_lora(model, only="blocks"), taca.model, "lora", 1.0
-    )
-    patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
-    with pytest.raises(RuntimeError, match=r"Load TACA LoRA does not find .* cache"):
-        sample(first_block(patch_lora(taca, lora)), kind, steps=2)
-    assert not installed_on(model)
-
-
-WINDOWS = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("schedule", ["standard_static", "looped_uniform"])
-def test_context_windows_over_a_tall_picture(folder, apply_taca, kind, schedule):
-    """Core samples parts of the latents by themselves; each has a length of its own."""
-    model = tiny.load(folder, kind)
-    settings = {"steps": 4, "text": (TEXT, TEXT), "size": (24, 8)}
-
-    def windows(m):
-        return ContextWindowsManualNode.execute(
-            m, context_length=10, context_overlap=4, context_schedule=schedule, dim=2,
-            freenoise=True, **WINDOWS,
-        ).result[0]  # fmt: skip
-
-    # Ten rows or, with the frame in front that newer cores add, eleven: five or six of tokens.
-    expected = sample(windows(dense_in(model, [TEXT + 20, TEXT + 24])), kind, **settings)
-    plain = sample(windows(model), kind, **settings)
-    assert (plain - expected).abs().max() > 0.1
-    assert (plain - sample(model, kind, **settings)).abs().max() > 0.1
-    for ours in (windows(apply_taca(model, 1.4, 0.0)), apply_taca(windows(model), 1.4, 0.0)):
-        torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("case", named("HunyuanVideo"), ids=str)
-def test_context_windows_over_frames(case, folder, apply_taca, monkeypatch):
-    model = families.load(case, folder, monkeypatch)
-    frames, text = 6, case.text[0]
-    monkeypatch.setattr(
-        families, "empty", lambda *case: {"samples": torch.zeros(1, 16, frames, 8, 6)}
-    )
-
-    def windows(m):
-        return ContextWindowsManualNode.execute(
-            m, context_length=3, context_overlap=1, context_schedule="standard_static", dim=2,
-            freenoise=False, **WINDOWS,
-        ).result[0]  # fmt: skip
-
-    lengths = [text + 12 * n for n in range(1, frames + 1)]
-    expected = sample_family(windows(dense_in(model, lengths, text=text)), case, steps=3)
-    plain = sample_family(windows(model), case, steps=3)
-    effect = (plain - expected).abs().max()
-    assert (plain - sample_family(model, case, steps=3)).abs().max() > 1e-2
-    for ours in (windows(apply_taca(model, 1.4, 0.0)), apply_taca(windows(model), 1.4, 0.0)):
-        assert (sample_family(ours, case, steps=3) - expected).abs().max() < 2e-3 * effect
-
-
-def small_vae():
-    codec = families.seeded(TAESD(latent_channels=16), 0)
-    return comfy.sd.VAE(sd=codec | {"vae_scale": torch.tensor(1.0)})
-
-
-CONTROLNETS = {
-    "sd3": lambda: SD3ControlNetModel(
-        sample_size=32, num_layers=2, attention_head_dim=64, num_attention_heads=2,
-        joint_attention_dim=48, caption_projection_dim=128, pooled_projection_dim=32,
-        pos_embed_max_size=32,
-    ),
-    "flux": lambda: FluxControlNetModel(
-        num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=1,
-        joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True,
-    ),
-}  # fmt: skip
-
-
-def xlabs_controlnet():
-    """In XLabs' layout: FLUX's two-stream blocks, and a picture that is read by convolutions."""
-    state = {
-        name: tensor
-        for name, tensor in tiny.weights("flux", seed=3).items()
-        if not name.startswith(("single_blocks", "final_layer"))
-    }
-    more = torch.nn.ModuleDict({
-        "controlnet_blocks": torch.nn.ModuleList(torch.nn.Linear(128, 128) for _ in range(2)),
-        "pos_embed_input": torch.nn.Linear(64, 128),
-        "input_hint_block": torch.nn.Sequential(
-            *(each for i in range(8) for each in (
-                torch.nn.Conv2d(16 if i else 3, 16, 3), torch.nn.SiLU()))
-        ),
-    })  # fmt: skip
-    return state | families.seeded(more, 4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "layout"), [("flux", "InstantX"), ("flux", "XLabs"), ("sd3", "InstantX")]
-)
-def test_a_controlnet(folder, apply_taca, kind, layout, tmp_path):
-    """From a file of its published layout, on both prompts: what it adds goes through as it is,
-    and its own attention over text and image is not adjusted."""
-    save_file(
-        xlabs_controlnet() if layout == "XLabs" else families.seeded(CONTROLNETS[kind](), 3),
-        tmp_path / "control.safetensors",
-    )
-    control = comfy.controlnet.load_controlnet(str(tmp_path / "control.safetensors"))
-    model, seen = tiny.load(folder, kind), set()
-    positive, negative = (tiny.conditioning(kind, TEXT, seed=s) for s in (1, 5))
-    picture = torch.rand(1, 128, 128, 3, generator=torch.manual_seed(0))
-    # Half of the run, so that steps with it and without follow each other.
-    given = {"control_net": control, "image": picture, "strength": 0.7, "start_percent": 0.0,
-             "end_percent": 0.5, "positive": positive, "negative": negative}  # fmt: skip
-    if layout == "XLabs":
-        hinted = nodes.ControlNetApplyAdvanced().apply_controlnet(**given)
-    else:
-        hinted = ControlNetApplySD3.execute(**given, vae=small_vae()).result
-
-    def drawn(m, conditions=hinted):
-        return nodes.common_ksampler(
-            m, 3, 4, 3.0, "euler", "simple", *conditions, {"samples": torch.zeros(1, 16, *SIZE)}
-        )[0]["samples"]  # fmt: skip
-
-    for name, block in control.control_model.named_modules():
-        if re.fullmatch(r"\w+_blocks\.\d", name):
-            block.register_forward_pre_hook(
-                lambda block, *_: seen.add((type(block).__name__, "forward" in vars(block)))
-            )
-    plain, expected, ours = map(drawn, (model, dense(model), apply_taca(model, 1.4, 0.0)))
-    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
-    assert (plain - expected).abs().max() > 0.1
-    assert (plain - drawn(model, (positive, negative))).abs().max() > 0.1
-    assert seen
-    assert not any(installed for _, installed in seen)
-    with adjusted(control.control_model):
-        assert (drawn(dense(model)) - expected).abs().max() > 0.01
-    assert not installed_on(model)
-
-
-@contextlib.contextmanager
-def adjusted(control_model):
-    """A ControlNet whose own joint attention has Eq. 10 too, which TACA does not do."""
-    forward = control_model.forward
-    override = dense_override(1.4, TEXT, TEXT + 64)
-
-    def attend(q, *args, **kwargs):
-        return override(None, q, *args, **kwargs).to(q.dtype)
-
-    def adjusted_forward(*args, **kwargs):
-        with mock.patch.multiple(comfy.ldm.flux.math, optimized_attention=attend), \
-             mock.patch.multiple(mmdit, optimized_attention=attend):  # fmt: skip
-            return forward(*args, **kwargs)
-
-    with mock.patch.object(control_model, "forward", adjusted_forward):
-        yield
-
-
-@pytest.mark.parametrize(
-    ("kind", "noise_mask"),
-    [("flux-fill", True), ("flux-fill", False), ("flux", True), ("sd3", True)],
-)
-def test_inpainting(folder, apply_taca, kind, noise_mask):
-    """InpaintModelConditioning: FLUX Fill is given picture and mask in 320 channels more; the
-    others, only what to keep."""
-    model, vae = tiny.load(folder, kind), small_vae()
-    pixels = torch.rand(1, 128, 128, 3, generator=torch.manual_seed(0))
-    mask = torch.zeros(1, 128, 128)
-    mask[:, 32:, :80] = 1.0
-    positive, negative, latent = nodes.InpaintModelConditioning().encode(
-        tiny.conditioning(kind, TEXT), tiny.conditioning(kind, TEXT, seed=5), pixels, vae, mask,
-        noise_mask,
-    )  # fmt: skip
-
-    def inpaint(m):
-        return nodes.common_ksampler(
-            m, 3, 4, 3.0, "euler", "simple", positive, negative, latent
-        )[0]["samples"]  # fmt: skip
-
-    plain, expected, ours = map(inpaint, (model, dense(model), apply_taca(model, 1.4, 0.0)))
-    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
-    changed = (plain - expected).abs().amax((0, 1)) > 0.01
-    assert changed[6:, :8].all()
-    assert changed[:2].any() != noise_mask  # above the mask, where all is kept
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_regional_prompts(folder, apply_taca, kind):
-    """Two positive prompts, each in its half of the picture, and one for some of the steps."""
-    model = tiny.load(folder, kind)
-    left, right = (torch.zeros(1, *SIZE) for _ in range(2))
-    left[:, :, :8], right[:, :, 8:] = 1.0, 1.0
-    positive = [
-        *nodes.ConditioningSetMask().append(
-            tiny.conditioning(kind, TEXT), left, "default", 1.0)[0],
-        *nodes.ConditioningSetMask().append(
-            tiny.conditioning(kind, TEXT, seed=8), right, "default", 1.0)[0],
-        *nodes.ConditioningSetTimestepRange().set_range(
-            tiny.conditioning(kind, TEXT, seed=9), 0.0, 0.4)[0],
-    ]  # fmt: skip
-    settings = {"steps": 4, "text": (TEXT, TEXT), "positive": positive}
-    expected = sample(dense(model), kind, **settings)
-    ours = sample(apply_taca(model, 1.4, 0.0), kind, **settings)
-    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_conditioning_areas(folder, apply_taca, kind):
-    """A prompt for a part of the picture: its calls are of that part's size."""
-    model = tiny.load(folder, kind)
-    area = nodes.ConditioningSetArea().append(
-        tiny.conditioning(kind, 9, seed=8), 64, 64, 32, 32, 1.0)[0]  # fmt: skip
-    positive = [*tiny.conditioning(kind, TEXT), *area]
-    settings = {"steps": 3, "text": (TEXT, TEXT), "positive": positive, "cfg": 1.0}
-    ours = sample(apply_taca(model, 1.4, 0.0), kind, **settings)
-    small, large = dense(model, text=9, size=(8, 8)), dense(model)
-    overrides = [m.model_options["transformer_options"]["optimized_attention_override"]
-                 for m in (small, large)]  # fmt: skip
-    both = model.clone()
-
-    def override(func, q, k, v, heads, **kwargs):
-        length = q.shape[2 if kwargs.get("skip_reshape") else 1]
-        return overrides[length != 9 + 16](func, q, k, v, heads, **kwargs)
-
-    both.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = (
-        override
-    )
-    torch.testing.assert_close(ours, sample(both, kind, **settings), atol=2e-3, rtol=2e-3)
 
 
 def hooked(conditioning, lora):

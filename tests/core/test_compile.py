@@ -11,48 +11,20 @@ import threading
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.mmdit
-import comfy.utils
 import pytest
-import tiny
 import torch
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from test_families import dense, exists, families, named
-from test_families import sample as sample_family
-from test_model import KINDS, installed_on, sample
 from torch import nn
 from torch._dynamo.utils import counters
 
+from support import families, tiny
+from support.compiling import compiled
+from support.families import exists, named
+from support.family_runs import dense
+from support.family_runs import sample as sample_family
+from support.tiny import KINDS, installed_on, sample
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 compiler = sys.modules["taca_pack.taca.compiler"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-LISTS = ("double_blocks", "single_blocks", "joint_blocks")
-
-
-def compiled(model, whole, backend="eager", lists=LISTS):
-    """As TorchCompileModel does for a whole model, and KJNodes for each block."""
-    modules = dict(model.model.diffusion_model.named_modules())
-    keys = ["diffusion_model"] if whole else [
-        f"diffusion_model.{n}.{i}" for n in lists for i in range(len(modules.get(n, ())))
-    ]  # fmt: skip
-    model = model.clone()
-    set_torch_compile_wrapper(
-        model, backend=backend, options={"guard_filter_fn": skip_torch_compile_dict}, keys=keys
-    )
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,21 +6,17 @@ import weakref
 
 import comfy.samplers
 import pytest
-import tiny
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
-from test_model import sample
+
+from support import tiny
+from support.tiny import sample
 
 block = sys.modules["taca_pack.taca.block"]
 Options = sys.modules["taca_pack.taca.options"].Options
 LENGTHS = {"positive": 7, "middle": 9, "negative": 12, "empty_negative_prompt": 5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture

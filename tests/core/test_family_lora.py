@@ -4,16 +4,14 @@ import comfy.sd
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_families import case, exists, families, named, sample  # noqa: F401
-from test_lora import loras, random_lora  # noqa: F401
+
+from support import families
+from support.families import exists, named
+from support.family_runs import sample
+from support.loras import random_lora
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("families")
-
-
-def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypatch):  # noqa: F811
+def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypatch):
     """On every linear layer of the model, in the keys that core's own trainer writes."""
     if "HiDream-O1" in case.name:
         pytest.skip(f"{case.name}: refused, for the LoRA would stay in the keys that core keeps")
@@ -34,7 +32,7 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
 
 @pytest.mark.parametrize("case", named("HiDream-I1"), ids=str, indirect=True)
 @pytest.mark.parametrize("algorithm", ["lora", "LoHa", "LoKr", "GLoRA"])
-def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras,  # noqa: F811
+def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras,
                                    monkeypatch, algorithm):  # fmt: skip
     """HiDream-I1 asks some experts about no token, and core merges into them all the same."""
     model = families.load(case, folder, monkeypatch)
@@ -58,7 +56,7 @@ def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras,  # noq
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,  # noqa: F811
+def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,
                                           monkeypatch, caplog, wide):  # fmt: skip
     """MiniMax-H3's text is refined once: a LoRA's part there does nothing, and the log says so."""
     [video] = named("MiniMax-H3")
@@ -75,7 +73,7 @@ def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,  # no
 
 
 @pytest.mark.parametrize("case", named("HiDream-O1"), ids=str, indirect=True)
-def test_a_lora_that_would_stay_is_refused(case, folder, pack, apply_taca, loras,  # noqa: F811
+def test_a_lora_that_would_stay_is_refused(case, folder, pack, apply_taca, loras,
                                            monkeypatch):  # fmt: skip
     """HiDream-O1's keys of its text are kept, and a LoRA of the window would be in them."""
     model = families.load(case, folder, monkeypatch)

@@ -18,7 +18,6 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.samplers
 import pytest
-import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import (
@@ -27,23 +26,20 @@ from comfy_extras.nodes_custom_sampler import (
     Noise_RandomNoise,
     SamplerCustomAdvanced,
 )
-from test_compile import compiled, fresh_dynamo  # noqa: F401
-from test_lora import load_lora, loras, random_lora  # noqa: F401
-from test_model import KINDS, call, installed_on, sample
-from test_report import run, sigmas_of
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
+from support import tiny
+from support.compiling import compiled
+from support.loras import random_lora
+from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 TACA = Path(sys.modules["taca_pack"].__file__).parent / "taca"
 
 
 def module(name):
     return sys.modules[f"taca_pack.taca.{name}"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 def inner_wrapper(model, wrapper):
@@ -95,7 +91,7 @@ def check_looks(layers):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("algorithm", [None, "lora", "full", "dora"])
 def test_what_is_put_in_looks_like_what_was_there(
-    folder, apply_taca, load_lora, kind, algorithm  # noqa: F811
+    folder, apply_taca, load_lora, kind, algorithm
 ):  # fmt: skip
     """Blocks, linear layers and norms: other packs inspect the signature of a forward."""
     model = apply_taca(tiny.load(folder, kind))
@@ -283,7 +279,7 @@ def test_the_report_keeps_the_guiders_own_options(folder, apply_taca, pack):
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
-def test_sweep_at_gamma_1(folder, apply_taca, pack, load_lora, has_lora):  # noqa: F811
+def test_sweep_at_gamma_1(folder, apply_taca, pack, load_lora, has_lora):
     """With a LoRA gamma 1 is the LoRA alone, and the threshold is the LoRA's."""
     model = tiny.load(folder, "flux")
     if has_lora:
@@ -320,7 +316,7 @@ def mixed_call(model, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_devices_that_cannot_copy_without_waiting(
-    folder, apply_taca, load_lora, kind, monkeypatch  # noqa: F811
+    folder, apply_taca, load_lora, kind, monkeypatch
 ):  # fmt: skip
     """Core knows them: gamma, and which rows are inside, are moved by its rule alone."""
     for path in TACA.glob("*.py"):
@@ -373,7 +369,7 @@ def test_an_overflow_stays_inside_the_window(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", HUGE)
 def test_an_overflow_stays_inside_the_window_of_a_model(
-    folder, apply_taca, load_lora, kind, what  # noqa: F811
+    folder, apply_taca, load_lora, kind, what
 ):  # fmt: skip
     """In one call with rows of both sides of the window, on a float16 model."""
     model = tiny.load(folder, kind, dtype=torch.float16)
@@ -415,68 +411,6 @@ def test_no_call_is_lost_between_threads(caplog):
 # Attention that is called without options
 
 
-def kernel(q, k, v, heads, mask=None, **kwargs):
-    return q + k + v + heads
-
-
-optimized_attention = comfy.ldm.modules.attention.wrap_attn(kernel)
-
-
-class KeywordOnly:
-    def forward(self, q, k, v, *, heads=3, scale=2.0):
-        return scale * optimized_attention(q, k, v, heads)
-
-
-def closing_over(scale):
-    class Closing:
-        def forward(self, q, k, v, heads=3):
-            return scale * optimized_attention(q, k, v, heads)
-
-    return Closing()
-
-
-def override(other, func, q, k, v, heads, **kwargs):
-    """Which one sees: it attends, and adds 100."""
-    assert other is None
-    assert func is kernel
-    return func(q, k, v, heads) + 100
-
-
-@pytest.mark.parametrize("owner", [KeywordOnly(), closing_over(2.0)], ids=["keyword", "closure"])
-@pytest.mark.parametrize("more", [{}, {"heads": 5}])
-def test_globals_of_any_method(owner, more):
-    """What it closes over and its defaults are the copy's too; its own module stays as it is."""
-    q, k, v = torch.randn(3, 1, 4, 6)
-    through = module("reach").through_globals
-    plain = owner.forward(q, k, v, **more)
-    forward, args, kwargs = through(owner.forward, (q, k, v), more, override)
-    torch.testing.assert_close(forward(*args, **kwargs), plain + 200)
-    assert torch.equal(owner.forward(q, k, v, **more), plain)
-
-
-class Callable:
-    def __call__(self, owner, q, k, v):
-        return optimized_attention(q, k, v, 3)
-
-
-def decorated(function):
-    """As another pack might, with a function of a module that knows no attention."""
-    return torch.no_grad()(function)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [functools.partial(KeywordOnly.forward), Callable(), decorated(KeywordOnly.forward)],
-    ids=["partial", "callable", "decorated"],
-)
-def test_globals_of_what_is_no_plain_method(function):
-    """It is called as it is, and a run then says that TACA changed nothing."""
-    forward, (q, k, v) = MethodType(function, KeywordOnly()), torch.randn(3, 1, 4, 6)
-    called = module("reach").through_globals(forward, (q, k, v), {}, override)
-    assert called[0] is forward
-    assert called[0](*called[1], **called[2]).shape == q.shape
-
-
 # Compilation that fails
 
 
@@ -486,7 +420,7 @@ def warnings_in(caplog):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_error_of_inductor_runs_uncompiled(
-    folder, apply_taca, caplog, whole, fresh_dynamo  # noqa: F811
+    folder, apply_taca, caplog, whole
 ):  # fmt: skip
     model, failed = tiny.load(folder, "flux"), []
 
@@ -526,7 +460,7 @@ def untraceable(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_kernel_is_traced_in_vain_once(
-    folder, apply_taca, untraceable, caplog, kind, whole, fresh_dynamo  # noqa: F811
+    folder, apply_taca, untraceable, caplog, kind, whole
 ):  # fmt: skip
     """Not again at the next prompt; and wrappers inside ours run once a step, also then."""
     calls = []
@@ -611,7 +545,7 @@ def test_the_cost_of_a_block(folder, apply_taca, kind, blocks, index, limit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cost_of_a_lora_layer(folder, apply_taca, load_lora, kind):  # noqa: F811
+def test_the_cost_of_a_lora_layer(folder, apply_taca, load_lora, kind):
     model = tiny.load(folder, kind)
     state = random_lora(model, only="blocks")
     layers = sum(name.endswith("lora_up.weight") for name in state)

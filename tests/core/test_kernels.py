@@ -8,23 +8,18 @@ import functools
 import inspect
 
 import pytest
-import tiny
 import torch
 from comfy.ldm.modules.attention import attention_sub_quad
 from comfy.patcher_extension import CallbacksMP
-from reference import dense_override
-from test_combinations import SIZE, TEXT, attending, dense, image_tokens
-from test_families import dense as dense_family
-from test_families import families, named
-from test_families import sample as sample_family
-from test_model import KINDS, installed_on, sample
+
+from support import families, tiny
+from support.families import named
+from support.family_runs import dense as dense_family
+from support.family_runs import sample as sample_family
+from support.reference import SIZE, TEXT, attending, dense, dense_override, image_tokens
+from support.tiny import KINDS, installed_on, sample
 
 SLOT = "optimized_attention_override"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 def orders(apply_taca, node, model, *settings):

@@ -6,54 +6,18 @@ from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.sd
 import comfy.utils
 import pytest
-import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
-from reference import dense_override, euler, image_tokens, to_float64, velocity
 
 import nodes
+from support import tiny
+from support.reference import dense_override, image_tokens, to_float64, velocity
+from support.tiny import KINDS, call, installed_on, reference, sample
 
-KINDS = ["flux", "sd3"]
 comfy.utils.set_progress_bar_enabled(False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-def sample(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), batch=1, sampler="euler",
-           scheduler="simple", positive=None, seed=3):  # fmt: skip
-    """Latents of a run through core's KSampler function."""
-    positive = positive or tiny.conditioning(kind, text[0])
-    negative = tiny.conditioning(kind, text[1], seed=5)
-    empty = {"samples": torch.zeros(batch, 16, *size)}
-    return nodes.common_ksampler(
-        model, seed, steps, cfg, sampler, scheduler, positive, negative, empty
-    )[0]["samples"]
-
-
-def reference(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), gamma=1.2, first=1,
-              seed=3, guidance=3.5):  # fmt: skip
-    """The same run, dense, in float64, with the authors' gate."""
-    conds = [tiny.conditioning(kind, text[0]), tiny.conditioning(kind, text[1], seed=5)]
-    extra = [{"y": c[0][1]["pooled_output"]} for c in conds]
-    if kind == "flux":
-        extra = [e | {"guidance": torch.tensor([guidance])} for e in extra]
-    noise = torch.randn(1, 16, *size, generator=torch.manual_seed(seed))
-    model_sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
-    return euler(model, noise, sigmas, conds[0][0][0], conds[1][0][0], cfg, gamma, first, extra)
-
-
-def installed_on(model):
-    """Joint blocks whose forward is not their class's own."""
-    transformer = model.model.diffusion_model
-    return [b for b in transformer.modules() if "forward" in b.__dict__]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,12 +62,6 @@ def test_one_call_equals_dense(folder, apply_taca, kind, gamma):
     assert calls
     expected = x.double() - sigma.view(-1, 1, 1, 1).double() * v
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def call(model, x, sigma, text, extra):
-    """One call of the model with its wrappers, as the sampler merges them."""
-    options = {"wrappers": model.wrappers}
-    return model.model.apply_model(x, sigma, c_crossattn=text, transformer_options=options, **extra)
 
 
 def test_kontext_references_are_image(folder, apply_taca):

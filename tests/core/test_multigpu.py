@@ -4,28 +4,20 @@ The devices are "cpu" and "cpu:0", which torch and core tell apart; all else is 
 """
 
 import sys
-import threading
 
 import comfy.model_management
 import comfy.sd
 import pytest
-import tiny
 import torch
-from comfy.patcher_extension import WrappersMP
-from test_combinations import dense
-from test_lora import load_lora, loras, random_lora  # noqa: F401
-from test_model import KINDS, reference, sample
 
-multigpu = pytest.importorskip(
-    "comfy_extras.nodes_multigpu", reason="this ComfyUI runs on one device"
-)
+from support import tiny
+from support.loras import random_lora
+from support.multigpu import DEVICES, needs_multigpu, split, watched
+from support.reference import dense
+from support.tiny import KINDS, reference, sample
+
+pytestmark = needs_multigpu
 lora_module = sys.modules["taca_pack.taca.lora"]
-DEVICES = [torch.device("cpu"), torch.device("cpu:0")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(autouse=True)
@@ -35,34 +27,11 @@ def two_devices(monkeypatch):
     )
 
 
-def split(model):
-    """The node MultiGPU CFG Split."""
-    # Core's node fails where the list still has a model that Python has freed, as tests leave them.
-    loaded = comfy.model_management.current_loaded_models
-    loaded[:] = [each for each in loaded if each.model is not None]
-    return multigpu.MultiGPUCFGSplitNode.execute(model, 2).result[0]
-
-
 ORDERS = {
     "ours first": lambda model, ours: split(ours(model)),
     "split first": lambda model, ours: ours(split(model)),
 }
 each_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-
-
-def watched(model):
-    """The model, and a list that gets its calls: (device, its model, thread, part of CFG)."""
-    model, calls = model.clone(), []
-
-    def watch(executor, *args, **kwargs):
-        base = executor.class_obj
-        device = base.current_patcher.load_device
-        assert args[-1]["multigpu_thread_device"] == device
-        calls.append((device, base, threading.get_ident(), *args[-1]["cond_or_uncond"]))
-        return executor(*args, **kwargs)
-
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", watch)
-    return model, calls
 
 
 def installed_on(models):
@@ -91,7 +60,7 @@ def test_cfg_on_two_devices(folder, apply_taca, kind, order):
 
 @pytest.mark.parametrize("kind", KINDS)
 @each_order
-def test_a_lora_on_two_devices(folder, apply_taca, load_lora, kind, order):  # noqa: F811
+def test_a_lora_on_two_devices(folder, apply_taca, load_lora, kind, order):
     """Each device has its own copy, also of another LoRA on the same split model."""
     model = tiny.load(folder, kind)
     settings = {"steps": 3, "text": (7, 7)}

@@ -2,31 +2,24 @@
 
 import sys
 
-import families
 import pytest
-import test_families
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import dense_attention, euler
-from test_attention import factors, random, sdpa
-from test_model import KINDS, sample
-from test_prompt_tokens import FLUX as FLUX_CLIP
-from test_prompt_tokens import SD3_WITHOUT_T5, clip_of
 
 import nodes
+from support import families, family_runs, tiny
+from support.attention import factors, random, sdpa
+from support.clips import FLUX as FLUX_CLIP
+from support.clips import SD3_WITHOUT_T5, clip_of
+from support.reference import dense_attention, euler
+from support.tiny import KINDS, sample
 
 options_module = sys.modules["taca_pack.taca.options"]
 attention = sys.modules["taca_pack.taca.attention"]
 Options = options_module.Options
 parse_blocks = sys.modules["taca_pack.taca.block_ranges"].parse_blocks
 FLUX = {"double_blocks": 19, "single_blocks": 38}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture
@@ -214,11 +207,11 @@ def test_the_prompts_own_tokens_in_every_family(name, tmp_path, limited, monkeyp
     assert not [*weights]
     rows = [kind == "image" for kind, n, *more in spans if not more for _ in range(n)]
     factor = 1.0 + 0.4 * torch.tensor(rows).double()[:, None] * torch.tensor(keys).double()
-    monkeypatch.setattr(test_families, "factors", lambda *args: factor)
-    expected = test_families.sample(test_families.dense(model, case, 1.4), case)
-    ours = test_families.sample(limited(model, 1.4, prompt=tuple(own)), case)
+    monkeypatch.setattr(family_runs, "factors", lambda *args: factor)
+    expected = family_runs.sample(family_runs.dense(model, case, 1.4), case)
+    ours = family_runs.sample(limited(model, 1.4, prompt=tuple(own)), case)
     monkeypatch.undo()
-    plain = test_families.sample(model, case)
+    plain = family_runs.sample(model, case)
     assert (ours - expected).abs().max() < 5e-3 * (plain - expected).abs().max()
 
 

@@ -8,14 +8,15 @@ import sys
 from collections import Counter
 
 import pytest
-import tiny
 import torch
-from test_compile import compiled, fresh_dynamo  # noqa: F401
-from test_lora import load_lora, loras  # noqa: F401
-from test_model import KINDS, sample
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support import tiny
+from support.compiling import compiled
+from support.tiny import KINDS, sample
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 schedule = sys.modules["taca_pack.taca.schedule"]
 BLOCKS = {"flux": 4, "sd3": 2}
 STEPS = {"steps": 6, "cfg": 1.0}  # of which the first is inside the window
@@ -105,13 +106,8 @@ def waits(model, kind, **settings):
     return calls
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
 @pytest.fixture
-def with_lora(folder, load_lora):  # noqa: F811
+def with_lora(folder, load_lora):
     """``model -> model`` with a LoRA of rank 2 on every linear layer of the blocks."""
 
     def add(model):

@@ -5,9 +5,7 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
-import comfy.samplers
 import pytest
-import tiny
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import (
@@ -18,38 +16,16 @@ from comfy_extras.nodes_custom_sampler import (
     Noise_RandomNoise,
     SamplerCustomAdvanced,
 )
-from reference import factor_matrix, to_float64, velocity
-from test_lora import replaced
-from test_model import KINDS, sample
+
+from support import tiny
+from support.loras import replaced
+from support.reference import factor_matrix, to_float64, velocity
+from support.tiny import KINDS, run, sample, sigmas_of
 
 report_module = sys.modules["taca_pack.taca.report"]
 tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
 family_of = sys.modules["taca_pack.taca.families"].family_of
 advice = sys.modules["taca_pack.nodes.preview"].advice
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-def sigmas_of(model, steps):
-    return comfy.samplers.calculate_sigmas(
-        model.get_model_object("model_sampling"), "simple", steps
-    )
-
-
-def run(node, model, kind, steps=4, cfg=1.0, size=(16, 16), text=7, sampler="euler", **more):
-    """The node, or core's SamplerCustomAdvanced, on seeded inputs; its results."""
-    positive, negative = tiny.conditioning(kind, text), tiny.conditioning(kind, text, seed=5)
-    guider = (
-        BasicGuider.execute(model, positive) if cfg == 1
-        else CFGGuider.execute(model, positive, negative, cfg)
-    ).result[0]  # fmt: skip
-    return node.execute(
-        Noise_RandomNoise(3), guider, KSamplerSelect.execute(sampler).result[0],
-        sigmas_of(model, steps), {"samples": torch.zeros(1, 16, *size)}, **more
-    ).result  # fmt: skip
 
 
 @pytest.fixture

@@ -7,18 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import suppression
 import torch
-from test_alignment import ROOT, load
+import trainer
 
-
-@pytest.fixture(scope="module")
-def suppression():
-    kept = list(sys.path)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield load(ROOT / "benchmarks" / "suppression.py")
-    finally:
-        sys.path[:] = kept
+from support.loading import ROOT
 
 
 def made(model, cfg, window, gamma, share, dose=0.35, seed=0):
@@ -53,7 +46,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("count", range(len(SETTINGS) + 1))
-def test_any_results_have_table_and_plots(suppression, tmp_path, count):
+def test_any_results_have_table_and_plots(tmp_path, count):
     """At each moment of a measurement, also where gamma 1 is still to come."""
     some = SETTINGS[:count]
     models = [
@@ -67,7 +60,7 @@ def test_any_results_have_table_and_plots(suppression, tmp_path, count):
     assert suppression.table(result).count("\n| ") == with_plain
 
 
-def test_gain_with_a_lora_is_over_the_model_without(suppression):
+def test_gain_with_a_lora_is_over_the_model_without():
     result = {"models": [], "settings": SETTINGS}
     (row,) = (row for row in suppression.table(result).splitlines() if LORA in row)
     assert row == f"| {LORA} | 3 | paper | 1 |" + " +33.3 ± 0.0 |" * 4
@@ -75,9 +68,8 @@ def test_gain_with_a_lora_is_over_the_model_without(suppression):
     assert np.allclose(suppression.gain_of(result, bases), (100 / 3, 0))
 
 
-def test_a_training_goes_on_from_a_checkpoint(suppression, tmp_path):
+def test_a_training_goes_on_from_a_checkpoint(tmp_path):
     """To the bit; and the checkpoint keeps what running trainings have written."""
-    trainer = load(ROOT / "demo" / "trainer.py")
 
     def run(name, *upto):
         for steps in upto:

@@ -4,22 +4,21 @@ Gradients are compared by what the trainer makes of them: two steps of SGD from 
 and with the dense float64 attention in TACA's place.
 """
 
-import inspect
 import sys
 
 import comfy.model_management
 import comfy.sd
-import comfy.utils
 import folder_paths
 import pytest
-import tiny
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
-from comfy_extras.nodes_train import TrainLoraNode
-from conftest import ROOT, load_pack
-from reference import dense_override
 from safetensors.torch import save_file
-from test_model import KINDS, sample
+
+from support import tiny
+from support.loading import ROOT, load_pack
+from support.reference import dense_override
+from support.tiny import KINDS, sample
+from support.training import train
 
 
 def left_of_ours(model):
@@ -35,44 +34,9 @@ patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
 fit_lora = sys.modules["taca_pack.taca.lora_file"].fit_lora
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
 @pytest.fixture
 def window(pack):
     return lambda model: pack["TACATrainingWindow"].execute(model).result[0]
-
-
-def train(model, kind, steps=2, batch=1, accumulate=1, checkpointing=True, depth=1,
-          optimizer="SGD", rate=0.1, images=3, rank=4, bypass=False, data=None,
-          seed=5):  # fmt: skip
-    """Core's trainer on seeded latents and conditionings, or on data: (LoRA tensors, losses)."""
-    if data is None:
-        latents = [{"samples": tiny.latent(8, 8, seed=i)} for i in range(images)]
-        positive = [tiny.conditioning(kind, 7, seed=i) for i in range(images)]
-    else:
-        latents, positive = data
-    settings = {
-        "batch_size": batch, "steps": steps, "grad_accumulation_steps": accumulate,
-        "learning_rate": rate, "rank": rank, "optimizer": optimizer, "loss_function": "MSE",
-        "seed": seed, "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False,
-        "algorithm": "LoRA", "gradient_checkpointing": checkpointing, "checkpoint_depth": depth,
-        "offloading": False, "existing_lora": "[None]", "bucket_mode": False,
-        "bypass_mode": bypass,
-    }  # fmt: skip
-    known = inspect.signature(TrainLoraNode.execute).parameters
-    if not (checkpointing and depth == 1) and "checkpoint_depth" not in known:
-        pytest.skip("this ComfyUI's trainer has no choice of checkpointing depth")
-    if bypass and "bypass_mode" not in known:
-        pytest.skip("this ComfyUI's trainer has no bypass mode")
-    settings = {name: value for name, value in settings.items() if name in known}
-    torch.manual_seed(seed)  # the trainer draws weights, images and timesteps from here
-    lora, losses, _ = TrainLoraNode.execute(
-        model=[model], latents=latents, positive=positive, **{k: [v] for k, v in settings.items()}
-    ).result
-    return {k: v.clone() for k, v in lora.items()}, losses["loss"]
 
 
 def dense(model, kind, gamma, text=7, tokens=16):

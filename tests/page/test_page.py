@@ -6,9 +6,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from page import SCREENSHOTS, browsing, chromium, serving
+from comfy_server import serving
 from PIL import Image
-from workflow import DEMO, ONE_THREAD, USERS, api_form, place_files, problems_of, read
+
+from support.page import SCREENSHOTS, browsing, chromium
+from support.workflow import DEMO, ONE_THREAD, USERS, api_form, place_files, problems_of, read
 
 pytestmark = [
     pytest.mark.slow,

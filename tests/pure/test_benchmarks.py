@@ -3,18 +3,14 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import attention
 import fusion
+import pytest
 import scale
 import targets
 import timing
+import torch
 
 CPU = torch.device("cpu")
 

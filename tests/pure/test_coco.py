@@ -1,27 +1,16 @@
 """benchmarks/coco.py: FID against scipy's matrix root in float64, CLIP score one by one."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import coco
 import comfy.sd1_clip
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy import linalg
-from workflow import ROOT
-
-
-@pytest.fixture(scope="module")
-def coco():
-    sys.path.append(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("coco", ROOT / "benchmarks/coco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 WORDS = ("a cat", "a dog on a mat", "two trains", "a red bus", "an old clock", "rain")
 
@@ -51,7 +40,7 @@ class Features(torch.nn.Module):
         return small.flatten(1) @ self.matrix
 
 
-def test_fid(coco, pictures):
+def test_fid(pictures):
     pytest.importorskip("torchmetrics", reason="no torchmetrics: pip install '.[coco]'")
     real = coco.files_in(pictures / "real")
     drawn = coco.in_order(coco.files_in(pictures / "drawn"), WORDS)
@@ -72,7 +61,7 @@ def test_fid(coco, pictures):
     assert fid == pytest.approx(expected, rel=1e-5)
 
 
-def test_clip_score(coco, pictures):
+def test_clip_score(pictures):
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
              "num_hidden_layers": 1, "eos_token_id": 49407}  # fmt: skip
@@ -98,26 +87,26 @@ def test_clip_score(coco, pictures):
     assert half > 0
 
 
-def run(coco, monkeypatch, *arguments):
+def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["coco.py", *map(str, arguments)])
     coco.main()
 
 
-def test_captions_are_chosen(coco, tmp_path, monkeypatch, capsys):
+def test_captions_are_chosen(tmp_path, monkeypatch, capsys):
     """Each once, always the same, without what no file can be called."""
     told = [*WORDS, "a/b", "snake_case", "x" * 300, "two\nlines"]
     file, out = tmp_path / "captions_val2014.json", tmp_path / "coco.txt"
     file.write_text(json.dumps({"annotations": [{"caption": caption} for caption in told]}))
-    run(coco, monkeypatch, "prompts", "--captions", file, "--out", out, "--count", 7)
+    run(monkeypatch, "prompts", "--captions", file, "--out", out, "--count", 7)
     chosen = out.read_text().splitlines()
     assert sorted(chosen) == sorted([*WORDS, "two lines"])
-    run(coco, monkeypatch, "prompts", "--captions", file, "--out", out, "--count", 7)
+    run(monkeypatch, "prompts", "--captions", file, "--out", out, "--count", 7)
     assert out.read_text().splitlines() == chosen
     with pytest.raises(SystemExit, match="7 usable captions"):
-        run(coco, monkeypatch, "prompts", "--captions", file, "--out", out)
+        run(monkeypatch, "prompts", "--captions", file, "--out", out)
     file.write_text("[]")
     with pytest.raises(SystemExit, match="not a file of COCO's captions"):
-        run(coco, monkeypatch, "prompts", "--captions", file, "--out", out)
+        run(monkeypatch, "prompts", "--captions", file, "--out", out)
 
 
 WRONG = {
@@ -130,17 +119,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("told", WRONG)
-def test_wrong_pictures_are_told(coco, pictures, monkeypatch, told):
+def test_wrong_pictures_are_told(pictures, monkeypatch, told):
     WRONG[told](pictures / "drawn")
     (pictures / "coco.txt").write_text("\n".join(WORDS))
     with pytest.raises(SystemExit, match=told):
-        run(coco, monkeypatch, "score", "--real", pictures / "real", "--drawn", pictures / "drawn",
+        run(monkeypatch, "score", "--real", pictures / "real", "--drawn", pictures / "drawn",
             "--captions", pictures / "coco.txt")  # fmt: skip
 
 
-def test_without_torchmetrics_it_says_how_to_install(coco, pictures, monkeypatch):
+def test_without_torchmetrics_it_says_how_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     (pictures / "coco.txt").write_text("\n".join(WORDS))
     with pytest.raises(SystemExit, match=r"pip install '\.\[coco\]'"):
-        run(coco, monkeypatch, "score", "--real", pictures / "real", "--drawn", pictures / "drawn",
+        run(monkeypatch, "score", "--real", pictures / "real", "--drawn", pictures / "drawn",
             "--captions", pictures / "coco.txt")  # fmt: skip

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import codec
 import numpy as np
 import pytest
 import torch
-
-DEMO = Path(__file__).parents[1] / "demo"
-
-
-def load(name: str) -> ModuleType:
-    """Import a module of the demo by path: the repository root must stay off sys.path."""
-    spec = importlib.util.spec_from_file_location(f"taca_demo_{name}", DEMO / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-world, codec = load("world"), load("codec")
+import world
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """dev.py, and the demo's client and server, around stand-ins for what takes minutes."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -12,25 +11,18 @@ import tarfile
 import time
 from pathlib import Path
 
+import comfy_server
 import numpy as np
 import pytest
-from conftest import ROOT
+import run
 from safetensors.numpy import save_file
+
+from support.loading import ROOT, load_script
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and symbolic links")
 
 
-def load(path):
-    """A script of the project as a module."""
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sys.path.append(str(ROOT / "demo"))
-dev, run = load(ROOT / "dev.py"), load(ROOT / "demo/run.py")
-comfy_server = sys.modules["comfy_server"]
+dev = load_script(ROOT / "dev.py")
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 from comfy_api.latest import io
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.loading import ROOT
+
 LOCALES, DOCS = ROOT / "locales", ROOT / "web" / "docs"
 LANGUAGES = ("en", "zh")
 HEADINGS = {"en": ("## Inputs", "## Outputs"), "zh": ("## 输入", "## 输出")}

@@ -1,41 +1,30 @@
 """The table of families is what ``benchmarks/families.py`` makes of recorded results."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import families
 import pytest
 
-
-@pytest.fixture
-def generator(monkeypatch):
-    """``benchmarks/families.py``."""
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location("families_table", root / "benchmarks/families.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(root / "benchmarks")
-    spec.loader.exec_module(module)
-    return module
+from support.families import CASES
 
 
-def test_the_table_is_the_generated_one(generator):
+def test_the_table_is_the_generated_one():
     """Of the recorded results and today's FAMILIES and REFUSED; nobody has edited it."""
-    found = json.loads(generator.RECORD.read_text(encoding="utf-8"))
-    page = (generator.ROOT / "docs/models.md").read_text(encoding="utf-8")
-    assert set(found) == set(generator.COMFYUI)
+    found = json.loads(families.RECORD.read_text(encoding="utf-8"))
+    page = (families.ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert set(found) == set(families.COMFYUI)
     table = page.partition("<!-- families -->\n")[2].partition("<!-- /families -->\n")[0]
-    assert table == generator.table(found), "run benchmarks/families.py, or with --table"
+    assert table == families.table(found), "run benchmarks/families.py, or with --table"
     assert not any(each["failed"] for each in found.values())
-    missing = {case.name for case in families.CASES}.difference(*(
+    missing = {case.name for case in CASES}.difference(*(
         each["models"] for each in found.values()
     ))  # fmt: skip
     assert not missing
 
 
-def test_no_table_without_every_version(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator, "DEV", tmp_path)
+def test_no_table_without_every_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "DEV", tmp_path)
     monkeypatch.setattr(sys, "argv", ["families.py"])
     with pytest.raises(SystemExit, match=r"ComfyUI 0.16.3 is missing.*setup --comfyui-version"):
-        generator.main()
+        families.main()

@@ -2,27 +2,16 @@
 
 import argparse
 import json
-import sys
 from functools import partial
 
+import fusion
 import numpy as np
 import pytest
 import torch
-from test_alignment import ROOT, load
-
-
-@pytest.fixture(scope="module")
-def fusion():
-    kept = list(sys.path)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield load(ROOT / "benchmarks" / "fusion.py")
-    finally:
-        sys.path[:] = kept
 
 
 @pytest.fixture
-def train(fusion, tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch):
     """``shared, steps -> the trained file``, in a folder of the test's own."""
     for name, value in {"FALL": 2, "WARMUP": 2, "BATCH": 4, "POOL": 1}.items():
         monkeypatch.setattr(fusion, name, value)
@@ -36,7 +25,7 @@ def train(fusion, tmp_path, monkeypatch):
     return run
 
 
-def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train, fusion):
+def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train):
     """And is what it would be from its own beginning, to the bit."""
     train(3, 4)
     constant = 4 - fusion.FALL
@@ -53,7 +42,7 @@ def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train, fusi
 
 
 @pytest.mark.slow
-def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path, monkeypatch):
+def test_score_pairs_networks_of_the_same_seed(train, tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "tells", partial(fusion.tells, draws=1))
     files = [train(shared, 3, seed=seed) for shared in (7, 3) for seed in (0, 1)]
     out = tmp_path / "score.json"
@@ -71,7 +60,7 @@ def test_score_pairs_networks_of_the_same_seed(train, fusion, tmp_path, monkeypa
             assert found[kind][what]["mean"] == pytest.approx(expected.mean(), abs=0.02)
 
 
-def test_wrong_captions_are_wrong(fusion):
+def test_wrong_captions_are_wrong():
     """Each in one thing, of a rendered picture; and never another way to say the same."""
     rng = np.random.default_rng(0)
     for caption in fusion.world.captions("held-out"):
@@ -80,7 +69,7 @@ def test_wrong_captions_are_wrong(fusion):
             assert not fusion.world.check(picture, wrong)["everything"]
 
 
-def test_interval_covers_the_truth_where_seeds_differ(fusion):
+def test_interval_covers_the_truth_where_seeds_differ():
     """As often as three seeds allow, which is less than it says; far more often than without."""
     rng = np.random.default_rng(0)
     hits = {"seeds": 0, "scenes": 0}

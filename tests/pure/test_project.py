@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.loading import ROOT
+
 PAGES = [
     *sorted(path for path in ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("benchmarks/**/*.md")),

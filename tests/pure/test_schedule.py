@@ -12,6 +12,8 @@ from comfy_extras.nodes_custom_sampler import FlipSigmas
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.versions import needs_curves
+
 schedule = sys.modules["taca_pack.taca.schedule"]
 timestep = sys.modules["taca_pack.taca.timesteps"].timestep
 Schedule, TimestepWindow = schedule.Schedule, schedule.TimestepWindow
@@ -20,7 +22,6 @@ try:
     from comfy_api.input import CurveInput
 except ImportError:  # ComfyUI before 0.20.1
     CurveInput = None
-needs_curves = pytest.mark.skipif(CurveInput is None, reason="this ComfyUI has no curves")
 
 
 @given(

@@ -19,22 +19,17 @@ import urllib.request
 from collections import Counter
 from unittest import mock
 
+import comfy_server
 import numpy as np
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_abuse import many
-from test_server import (
-    DEMO_MODEL,
-    LORA,
-    add_tiny_clip,
-    load,
-    on_the_demo_model,
-    save_lora,
-)
-from workflow import DEMO, ONE_THREAD, USERS, WIDGETS, api_form, read
+
+from support.fuzz import many
+from support.servers import DEMO_MODEL, LORA, add_tiny_clip, on_the_demo_model, save_lora
+from support.workflow import DEMO, ONE_THREAD, USERS, WIDGETS, api_form, read
 
 log = logging.getLogger(__name__)
 FUZZ = int(os.environ.get("TACA_FUZZ", "0"))
@@ -52,7 +47,7 @@ def serving(tmp_path_factory):
         loras.mkdir(parents=True)
         save_lora(loras / LORA)
         add_tiny_clip(folder / "base")
-        return load("comfy_server").serving(folder / "base", folder / "log")
+        return comfy_server.serving(folder / "base", folder / "log")
 
     with mock.patch.dict(os.environ, ONE_THREAD):
         yield serve

@@ -4,8 +4,10 @@ import re
 from urllib.parse import quote
 
 import pytest
-from page import SCREENSHOTS, browsing, chromium, serving
-from workflow import ROOT, place_files, read
+from comfy_server import serving
+
+from support.page import SCREENSHOTS, browsing, chromium
+from support.workflow import ROOT, place_files, read
 
 BLUEPRINT = ROOT / "subgraphs" / "TACA text to image.json"
 DOCS = "/extensions/comfyui-taca/docs"

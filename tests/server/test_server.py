@@ -1,64 +1,30 @@
 """The nodes and the workflows in a real ComfyUI server."""
 
-import importlib
-import importlib.util
 import io
 import json
 import os
 import re
-import shutil
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-import torch
+import run
+import world
+from comfy_server import serving
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from workflow import DEMO, NOTES, ONE_THREAD, ROOT, USERS, api_form, problems_of, read
 
-NETWORK = importlib.import_module("taca_pack.uvit.network")
-FILES = importlib.import_module("taca_pack.uvit.files")
-SCHEMA = Path(__file__).parent / "schema.json"
-DEMO_MODEL = "taca_demo_mmdit.safetensors"
-LORA = "stand_in.safetensors"
-U_VIT = "stand_in_uvit.safetensors"
+from support.servers import (
+    DEMO_MODEL,
+    LORA,
+    U_VIT,
+    add_tiny_clip,
+    on_the_demo_model,
+    save_lora,
+    save_uvit,
+)
+from support.workflow import DEMO, NOTES, ONE_THREAD, ROOT, USERS, api_form, problems_of, read
 
-
-def load(name):
-    """A module of the demo by path; its scripts import one another as scripts do."""
-    sys.path.append(str(ROOT / "demo"))
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", ROOT / "demo" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def save_lora(path):
-    """A LoRA of noise for one layer of the demo's model."""
-    layer = "joint_blocks.0.x_block.attn.proj"
-    with safe_open(ROOT / "demo/models" / DEMO_MODEL, "pt") as model:
-        name = next(key for key in model.keys() if key.endswith(f"{layer}.weight"))  # noqa: SIM118
-        rows, columns = model.get_slice(name).get_shape()
-    torch.manual_seed(0)
-    factors = {"lora_up": torch.randn(rows, 4), "lora_down": torch.randn(4, columns)}
-    save_file({f"diffusion_model.{layer}.{k}.weight": v / 4 for k, v in factors.items()}, path)
-
-
-def add_tiny_clip(base):
-    """A pack of its own, for a server that is not running yet."""
-    (base / "custom_nodes").mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("tiny_clip.py"), base / "custom_nodes")
-
-
-def save_uvit(path):
-    """A U-ViT of noise for the demo's latents and prompts."""
-    config = NETWORK.UViTConfig(3, 64, 16, 16, 2, 16, 64)
-    torch.manual_seed(0)
-    save_file(NETWORK.UViT(config).initialise().state_dict(), path, FILES.metadata_of(config, 1.5))
+SCHEMA = ROOT / "tests/schema.json"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +36,7 @@ def server(tmp_path_factory):
     add_tiny_clip(folder / "base")
     with (
         mock.patch.dict(os.environ, ONE_THREAD),
-        load("comfy_server").serving(folder / "base", folder / "log") as running,
+        serving(folder / "base", folder / "log") as running,
     ):
         yield running
 
@@ -176,47 +142,6 @@ def test_broken_workflow_is_seen(problem, object_info):
     assert problem in "\n".join(problems_of(workflow, object_info))
 
 
-STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, and what differs;
-    # None for what is not connected
-    "UNETLoader": ("UNETLoader", {"unet_name": DEMO_MODEL}),
-    "CheckpointLoaderSimple": (
-        "UNETLoader", {"unet_name": DEMO_MODEL, "weight_dtype": "default"}
-    ),
-    "ModelSamplingFlux": ("ModelSamplingSD3", {"shift": 3.0}),
-    "ModelSamplingAuraFlow": ("ModelSamplingSD3", {}),
-    "TACASweep": ("TACASweep", {"gammas": "1, 1.2", "timestep_thresholds": "970"}),
-    "TACAAttentionReport": (
-        "TACAAttentionReport", {"words": "red=1", "clip": None, "prompt": None, "vae": None}
-    ),
-    "LoadTACALoRA": ("LoadTACALoRA", {"lora_name": LORA}),
-    "CLIPTextEncode": ("TACADemoTextEncode", {"text": "a red circle left of a blue square"}),
-    "TextEncodeQwenImageEditPlus": ("TACADemoTextEncode", {"text": "a red circle"}),
-    "EmptySD3LatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
-    "EmptyFlux2LatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
-    "VAEEncode": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
-    "VAEDecode": ("TACADemoDecode", {"upscale": 1}),
-    "MakeTrainingDataset": ("TACADemoDataset", {"count": 4, "seed": 0}),
-    "TrainLoraNode": ("TrainLoraNode", {"steps": 1, "training_dtype": "fp32"}),
-    "EmptyLatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
-    "LoadUViT": ("LoadUViT", {"unet_name": U_VIT}),
-    "CLIPLoader": ("TinyCLIP", {}),
-    "CLIPVisionLoader": ("TinyCLIPVision", {}),
-    "TrainUViT": ("TrainUViT", {"steps": 2, "batch_size": 2, "blocks": 3, "width": 64}),
-}  # fmt: skip
-
-
-def on_the_demo_model(graph, object_info):
-    """A graph in API format with stand-ins; what nothing needs any more is not run."""
-    for node in graph.values():
-        kind, new = STAND_INS.get(node["class_type"], (node["class_type"], {}))
-        known = {name for group in object_info[kind]["input"].values() for name in group}
-        given = node["inputs"].items()  # a nested one is named parent.child
-        old = {name: value for name, value in given if name.partition(".")[0] in known}
-        inputs = {name: value for name, value in (old | new).items() if value is not None}
-        node.update(class_type=kind, inputs=inputs)
-    return graph
-
-
 SAID = {  # by workflows that say something about a run; a sweep shows one sheet
     "taca_flux1_attention_report": "Where TACA acts, text gets",
     "taca_flux1_schedule_preview": "TACA acts on 3 of 30 steps.",
@@ -283,7 +208,6 @@ def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
 
 def test_the_demo_draws_the_prompt(server, tmp_path):
     """The demo's own graph over HTTP: the checker finds the prompted shapes in both pictures."""
-    run, world = load("run"), load("world")
     prompt = "a red circle left of a blue square"
     graph = run.graph_of(run.options_of(["--out", str(tmp_path), "--prompt", prompt]))
     graph["model"]["inputs"]["unet_name"] = DEMO_MODEL  # the clean one, which draws it right anyway
@@ -302,7 +226,6 @@ def test_the_demo_draws_the_prompt(server, tmp_path):
 
 def test_schedule_node_replaces_the_widgets(server):
     """Through the API as a saved workflow has it, its nested widget named parent.child."""
-    run = load("run")
     prompt = ["--prompt", "a red circle left of a blue square"]
     graph = run.graph_of(run.options_of([*prompt, "--gamma", "1.7", "--threshold", "0"]))
     graph["schedule"] = run.node("TACASchedule", gamma=1.2, window="timestep",
@@ -315,7 +238,6 @@ def test_schedule_node_replaces_the_widgets(server):
 
 
 def test_bad_input_is_an_error_at_the_node(server):
-    run = load("run")
     graph = run.graph_of(run.options_of(["--captions", "1"]))
     graph["taca_model"]["inputs"]["gamma"] = float("nan")
     with pytest.raises(RuntimeError, match=r"gamma"):

@@ -678,3 +678,11 @@ FLUX_LIKE_CASES = [
 ]  # fmt: skip
 
 CASES = [*FLUX_LIKE_CASES, *OTHER_CASES, *QWEN_CASES, *SINGLE_STREAM_CASES]
+
+
+def exists(case):
+    return case.transformer == "UViT" or class_of(case) is not None
+
+
+def named(*names):
+    return [case for case in CASES if case.name in names]

@@ -1,27 +1,17 @@
-"""ComfyUI's page in a headless Chromium.
-
-As a script (``python dev.py run tests/page.py demo/workflows/*.json``) it opens workflows, saves
-them as the page does, runs those of the demo, and draws the pictures that lie beside them.
-"""
+"""ComfyUI's page in a headless Chromium."""
 
 import io
 import json
 import os
 import shutil
-import sys
-import tempfile
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from workflow import DEMO, ONE_THREAD, ROOT, TITLE, place_files, read
 
-sys.path.append(str(ROOT / "demo"))
-
-from comfy_server import serving
+from support.workflow import ROOT, TITLE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--disable-gpu", "--disable-quic", "--disable-sync"]
@@ -172,29 +162,3 @@ def browsing(server):
             yield Page(browser.new_page(viewport=SMALL), server)
         finally:
             browser.close()
-
-
-def main():
-    os.environ.update(ONE_THREAD)
-    paths = [Path(argument).resolve() for argument in sys.argv[1:]]
-    users = [read(path) for path in paths if path not in DEMO]
-    with tempfile.TemporaryDirectory() as folder:
-        base, log = Path(folder, "base"), Path(folder, "log")
-        with serving(base, log, place_files(base, users)) as server, browsing(server) as page:
-            for path in paths:
-                page.open(read(path))
-                text = json.dumps(page.saved(), indent=1, ensure_ascii=False)
-                path.write_text(text + "\n", "utf-8")
-                if path in DEMO:
-                    page.wait_for(page.run(3600)["outputs"])  # some train
-                picture = page.draw()
-                SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-                picture.save(SCREENSHOTS / f"{path.stem}.png")
-                picture.resize((800, 800 * picture.height // picture.width), Image.LANCZOS).save(
-                    path.with_suffix(".jpg"), quality=85
-                )
-                print(path.stem, picture.size, page.marked(), page.errors)  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()

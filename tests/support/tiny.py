@@ -5,10 +5,20 @@ The weights are large enough that attention is far from uniform, so that gamma s
 
 import comfy.samplers
 import comfy.sd
-import comfy.utils
 import torch
+from comfy_extras.nodes_custom_sampler import (
+    BasicGuider,
+    CFGGuider,
+    KSamplerSelect,
+    Noise_RandomNoise,
+)
 from safetensors.torch import save_file
 
+import nodes
+
+from .reference import euler
+
+KINDS = ["flux", "sd3"]
 HIDDEN = 128  # of FLUX, with its one head of 128 (16 + 56 + 56 for RoPE)
 CONTEXT = {"flux": 64, "flux-fill": 64, "schnell": 64, "sd3": 48}
 
@@ -126,3 +136,58 @@ def latent(height, width, batch=1, seed=2, channels=16):
     """Seeded latents."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, channels, height, width, generator=generator)
+
+
+def sample(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), batch=1, sampler="euler",
+           scheduler="simple", positive=None, seed=3):  # fmt: skip
+    """Latents of a run through core's KSampler function."""
+    positive = positive or conditioning(kind, text[0])
+    negative = conditioning(kind, text[1], seed=5)
+    empty = {"samples": torch.zeros(batch, 16, *size)}
+    return nodes.common_ksampler(
+        model, seed, steps, cfg, sampler, scheduler, positive, negative, empty
+    )[0]["samples"]
+
+
+def reference(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), gamma=1.2, first=1,
+              seed=3, guidance=3.5):  # fmt: skip
+    """The same run, dense, in float64, with the authors' gate."""
+    conds = [conditioning(kind, text[0]), conditioning(kind, text[1], seed=5)]
+    extra = [{"y": c[0][1]["pooled_output"]} for c in conds]
+    if kind == "flux":
+        extra = [e | {"guidance": torch.tensor([guidance])} for e in extra]
+    noise = torch.randn(1, 16, *size, generator=torch.manual_seed(seed))
+    model_sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
+    return euler(model, noise, sigmas, conds[0][0][0], conds[1][0][0], cfg, gamma, first, extra)
+
+
+def installed_on(model):
+    """Joint blocks whose forward is not their class's own."""
+    transformer = model.model.diffusion_model
+    return [b for b in transformer.modules() if "forward" in b.__dict__]
+
+
+def call(model, x, sigma, text, extra):
+    """One call of the model with its wrappers, as the sampler merges them."""
+    options = {"wrappers": model.wrappers}
+    return model.model.apply_model(x, sigma, c_crossattn=text, transformer_options=options, **extra)
+
+
+def sigmas_of(model, steps):
+    return comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", steps
+    )
+
+
+def run(node, model, kind, steps=4, cfg=1.0, size=(16, 16), text=7, sampler="euler", **more):
+    """The node, or core's SamplerCustomAdvanced, on seeded inputs; its results."""
+    positive, negative = conditioning(kind, text), conditioning(kind, text, seed=5)
+    guider = (
+        BasicGuider.execute(model, positive) if cfg == 1
+        else CFGGuider.execute(model, positive, negative, cfg)
+    ).result[0]  # fmt: skip
+    return node.execute(
+        Noise_RandomNoise(3), guider, KSamplerSelect.execute(sampler).result[0],
+        sigmas_of(model, steps), {"samples": torch.zeros(1, 16, *size)}, **more
+    ).result  # fmt: skip

@@ -2,11 +2,11 @@
 
 import json
 from itertools import combinations
-from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.loading import ROOT
+
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))
 # Threads that wait for one another stand still on a busy machine, and the demo's model needs none.
