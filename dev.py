@@ -309,7 +309,7 @@ def main() -> None:
     elif options.command == "demo":
         script(python, comfyui, ROOT / "demo" / "run.py", *options.rest)
     elif options.command == "serve":
-        script(python, comfyui, ROOT / "demo" / "comfy_server.py", *options.rest)
+        script(python, comfyui, ROOT / "hosting" / "comfy_server.py", *options.rest)
     elif options.command == "run":
         script(python, comfyui, *options.rest)
     elif options.command == "test":

@@ -12,7 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "web" / "docs" / "images"
-sys.path += [str(ROOT / "tests"), str(ROOT / "demo")]
+sys.path += [str(ROOT / "tests"), str(ROOT / "hosting")]
 
 from comfy_server import serving  # noqa: E402
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tests"), str(ROOT / "demo")]
+sys.path += [str(ROOT / "tests"), str(ROOT / "hosting")]
 
 from comfy_server import serving  # noqa: E402
 

@@ -21,6 +21,7 @@ from scipy.stats import bootstrap
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parent.parent
 SCHEMA = 2  # of the files in RESULTS
 STEPS, STEPS_INSIDE = 30, 3
 SLOW_ROUNDS = 3

@@ -12,7 +12,7 @@ PATCH = 4
 """Width and height in pixels of the patch that becomes one latent position."""
 CHANNELS = 16
 """Latent channels, as in SD3."""
-AGAIN = "Get the demo again (git checkout demo), or train it with demo/train.py."
+AGAIN = "Get the demo again (git checkout demo), or train it with demo/training/train.py."
 # ComfyUI shifts and scales SD3's latents on their way into the model and back on their way out
 # (comfy.latent_formats.SD3). The codec's latents are those outside the model, like a VAE's.
 SCALE, SHIFT = 1.5305, 0.0609

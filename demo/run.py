@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import world
-from comfy_server import ROOT, Server, serving
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from sheets import marked, plot_gamma, side_by_side, stacked
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "hosting"))
+
+from comfy_server import ROOT, Server, serving
 
 Graph = dict[str, Any]
 MODEL = "taca_demo_suppressed_mmdit.safetensors"

@@ -5,38 +5,21 @@
 
 import asyncio
 import os
-import sys
-from pathlib import Path
-
-import pytest
 
 # Servers that tests start inherit it: on shared cores, threads that spin only take time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-COMFYUI = Path(os.environ["COMFYUI_PATH"])
+import pytest
+import torch
+from comfyui import load_pack
 
-sys.path.insert(0, str(COMFYUI))
-
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing(False)
-
-import torch  # noqa: E402
-from comfy.cli_args import args as comfy_args  # noqa: E402
-
-if not torch.cuda.is_available():
-    comfy_args.cpu = True
-    comfy_args.use_pytorch_cross_attention = True
-
-import comfy.utils  # noqa: E402
-
-from support.loading import ROOT, load_pack  # noqa: E402
+import comfy.utils  # isort: skip
 
 comfy.utils.set_progress_bar_enabled(False)
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)  # the models are tiny; on two cores threads would only wait
 
-PACK = load_pack(ROOT, "taca_pack")
+PACK = load_pack()
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from support import tiny
+from support import ROOT, tiny
 from support.fuzz import CASES, many
-from support.loading import ROOT
 from support.loras import core_model, random_lora, replaced, with_lora
 from support.reference import dense_override
 from support.tiny import KINDS, sample
@@ -434,7 +433,7 @@ def test_a_damaged_demo_codec(tmp_path):
             read = codec.load(path)
         except ValueError as error:
             assert "codec.safetensors" in str(error)  # noqa: PT017
-            assert "demo/train.py" in str(error)  # noqa: PT017
+            assert "demo/training/train.py" in str(error)  # noqa: PT017
             return False
         assert read.decode(torch.randn(1, 16, 2, 2)).isfinite().all()
         assert read.embed(torch.zeros(1, len(read.positions), dtype=torch.long)).isfinite().all()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import world
 
-from support.loading import ROOT
+from support import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "alignment.py"
 

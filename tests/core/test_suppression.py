@@ -11,7 +11,7 @@ import suppression
 import torch
 import trainer
 
-from support.loading import ROOT
+from support import ROOT
 
 
 def made(model, cfg, window, gamma, share, dose=0.35, seed=0):

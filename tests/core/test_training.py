@@ -12,10 +12,10 @@ import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+from comfyui import load_pack
 from safetensors.torch import save_file
 
-from support import tiny
-from support.loading import ROOT, load_pack
+from support import ROOT, tiny
 from support.reference import dense_override
 from support.tiny import KINDS, sample
 from support.training import train

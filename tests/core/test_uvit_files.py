@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from support import tiny
+from support import ROOT, tiny
 from support.fuzz import CASES
 from support.uvit import (
     MODEL,
@@ -22,7 +22,6 @@ from support.uvit import (
     without,
     write,
 )
-from support.workflow import ROOT
 
 
 def as_pth(path, state):

@@ -1,6 +1,7 @@
 """dev.py, and the demo's client and server, around stand-ins for what takes minutes."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -17,12 +18,14 @@ import pytest
 import run
 from safetensors.numpy import save_file
 
-from support.loading import ROOT, load_script
+from support import ROOT
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and symbolic links")
 
 
-dev = load_script(ROOT / "dev.py")
+SPEC = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+dev = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(dev)
 
 
 @pytest.fixture
@@ -197,7 +200,7 @@ def test_signal_to_dev_alone_ends_everything(name, tmp_path):
     """dev.py, its script, and the process that the script runs."""
     script = tmp_path / "script.py"
     script.write_text(f"""import os, sys
-sys.path.append({str(ROOT / "demo")!r})
+sys.path.append({str(ROOT / "hosting")!r})
 import comfy_server
 with comfy_server.running([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
     print(os.getpid(), process.pid, flush=True)

@@ -7,7 +7,7 @@ import re
 import pytest
 from comfy_api.latest import io
 
-from support.loading import ROOT
+from support import ROOT
 
 LOCALES, DOCS = ROOT / "locales", ROOT / "web" / "docs"
 LANGUAGES = ("en", "zh")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.loading import ROOT
+from support import ROOT
 
 PAGES = [
     *sorted(path for path in ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")),
@@ -78,7 +78,16 @@ def test_the_code_map_has_every_module():
     modules = {path.name for path in (ROOT / "taca").glob("*.py")} - {"__init__.py"}
     named = set(re.findall(r"[a-z_]+\.py", table))
     assert named - {"__init__.py", "dev.py", "reference.py"} == modules
-    for folder in ("nodes/", "nodes/ui/", "uvit/", "demo/", "benchmarks/", "tests/"):
+    for folder in (
+        "nodes/",
+        "nodes/ui/",
+        "uvit/",
+        "demo/",
+        "demo/training/",
+        "hosting/",
+        "benchmarks/",
+        "tests/",
+    ):
         assert f"`{folder}`" in table
 
 

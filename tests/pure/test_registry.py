@@ -12,7 +12,7 @@ from comfy_config.config_parser import extract_node_configuration
 from pathspec import GitIgnoreSpec  # mypy brings it
 from PIL import Image
 
-from support.loading import ROOT
+from support import ROOT
 
 REPOSITORY = "https://github.com/taca-comfyui/taca-attention"
 RAW = "https://raw.githubusercontent.com/taca-comfyui/taca-attention/main/"

@@ -12,8 +12,8 @@ from compbench.plan import Plan
 from compbench.workflow import Workflow
 from PIL import Image
 
+from support import ROOT
 from support.comfy_stand_in import colour_of, graph_of_the_demo
-from support.workflow import ROOT
 
 NO_WORKFLOW = Workflow({}, [], "", None, "")
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from support.workflow import ROOT
+from support import ROOT
 
 NETWORK = importlib.import_module("taca_pack.uvit.network")
 FILES = importlib.import_module("taca_pack.uvit.files")

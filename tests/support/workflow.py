@@ -5,7 +5,7 @@ from itertools import combinations
 
 from PIL import Image
 
-from support.loading import ROOT
+from support import ROOT
 
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))

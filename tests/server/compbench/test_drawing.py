@@ -14,6 +14,7 @@ import pytest
 from compbench import draw
 from compbench.plan import write as put
 
+from support import ROOT
 from support.comfy_stand_in import StandIn, asked_for, changed, graph_of_the_demo, png_of
 from support.compbench import (
     api_form,
@@ -25,7 +26,6 @@ from support.compbench import (
     wait_until,
     write,
 )
-from support.workflow import ROOT
 
 
 def picture_of(unit):

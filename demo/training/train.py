@@ -1,12 +1,12 @@
 """Train the demo's model, a small MM-DiT of the SD3 architecture, from scratch on a CPU.
 
-``python demo/train.py --comfyui DIR`` renders the pictures, fits the codec, trains by rectified
-flow and writes ``taca_demo_mmdit.safetensors`` and ``taca_demo.json`` to ``demo/models`` and
-``taca_demo_codec.safetensors`` beside it, where ComfyUI does not offer it as a model. Other sizes,
-depths and texts make the models of ``benchmarks/alignment.py``. A run that was stopped goes on
-where it last saved. On a machine that does other work too, set
-``OMP_WAIT_POLICY=passive``: OpenMP's waiting threads otherwise spin on the cores that the others
-need, and a step can take twenty times as long.
+``python demo/training/train.py --comfyui DIR`` renders the pictures, fits the codec, trains by
+rectified flow and writes ``taca_demo_mmdit.safetensors`` and ``taca_demo.json`` to ``demo/models``
+and ``taca_demo_codec.safetensors`` beside it, where ComfyUI does not offer it as a model. Other
+sizes, depths and texts make the models of ``benchmarks/alignment.py``. A run that was stopped goes
+on where it last saved. On a machine that does other work too, set ``OMP_WAIT_POLICY=passive``:
+OpenMP's waiting threads otherwise spin on the cores that the others need, and a step can take
+twenty times as long.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import world
 from codec import CHANNELS, Codec, from_model, to_model
-from safetensors.torch import load_file, save_file
 from trainer import Trainer, optimisers_of, pictures_of, tokens_of
 
-HERE = Path(__file__).parent
+DEMO = Path(world.__file__).parent
+
 TOKEN = 8  # pixels to the side of an image token: 2x2 codec patches of 4 pixels
 CONTEXT = 64
 
@@ -38,9 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
-    parser.add_argument("--models", type=Path, default=HERE / "models", help="where to write")
+    parser.add_argument("--models", type=Path, default=DEMO / "models", help="where to write")
     parser.add_argument("--name", default="taca_demo", help="of the files")
-    parser.add_argument("--codec", type=Path, default=HERE, help="where to write the codec")
+    parser.add_argument("--codec", type=Path, default=DEMO, help="where to write the codec")
     parser.add_argument("--depth", type=int, default=3, help="blocks and heads; width / 64")
     parser.add_argument("--size", type=int, default=world.SIZE, help="of the pictures, in pixels")
     parser.add_argument("--text", choices=world.TEXTS, default="words")

@@ -1,4 +1,7 @@
-"""ComfyUI for the benchmarks: importing this sets it up, with the attention of ``--attention``."""
+"""A real ComfyUI in this process, for the demo's training, tests and benchmarks.
+
+Importing this sets it up: the one in COMFYUI_PATH, with the attention of ``--attention``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -17,6 +20,8 @@ import comfy.options
 
 comfy.options.enable_args_parsing(False)
 from comfy.cli_args import args  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Core chooses its attention while it is imported, so this option is read before. Core itself says
 # which package one needs.
@@ -31,13 +36,16 @@ args.use_sage_attention, args.use_flash_attention = asked == "sage", asked == "f
 args.use_pytorch_cross_attention = asked == "pytorch"
 
 
-def load_pack() -> tuple[Any, Any, Any]:
-    """The pack's modules ``patch``, ``schedule`` and ``lora_file``, loaded as core loads a pack."""
-    if "taca_pack" not in sys.modules:
-        file = Path(__file__).resolve().parent.parent / "__init__.py"
-        spec = importlib.util.spec_from_file_location("taca_pack", file)
-        sys.modules["taca_pack"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["taca_pack"])
-    names = ("patch", "schedule", "lora_file")
-    patch, schedule, lora = (importlib.import_module(f"taca_pack.taca.{name}") for name in names)
-    return patch, schedule, lora
+def load_pack(folder: Path = ROOT, name: str = "taca_pack") -> ModuleType:
+    """A node pack, loaded as core loads one; once for each name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def parts(*names: str) -> list[ModuleType]:
+    """Modules of this pack's ``taca/``."""
+    pack = load_pack().__name__
+    return [importlib.import_module(f"{pack}.taca.{name}") for name in names]

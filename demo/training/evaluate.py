@@ -1,6 +1,6 @@
 """Measure the demo's model on the held-out captions, through ComfyUI's own loader and sampler.
 
-``python demo/evaluate.py --comfyui DIR`` prints a table and stores it in the model's card,
+``python demo/training/evaluate.py --comfyui DIR`` prints a table and stores it in the model's card,
 ``demo/models/taca_demo.json``.
 """
 
@@ -13,15 +13,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import world
 from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import world
+
+DEMO = Path(world.__file__).parent
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"))
-    parser.add_argument("--models", type=Path, default=Path(__file__).parent / "models")
+    parser.add_argument("--models", type=Path, default=DEMO / "models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, default=3.0)

@@ -1,7 +1,7 @@
 """A real ComfyUI server with this pack and the demo's, and nobody else's.
 
-Run as a script (``python dev.py serve``) it stays open; the demo and the tests start and stop one.
-ComfyUI is found in COMFYUI_PATH. The server listens on this machine alone.
+Run as a script (``python dev.py serve``) it stays open; the demo, tests and benchmarks start and
+stop one. ComfyUI is found in COMFYUI_PATH. The server listens on this machine alone.
 """
 
 from __future__ import annotations
