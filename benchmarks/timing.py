@@ -66,9 +66,13 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    measure: Callable[[str], Any], names: Sequence[str], rounds: int, label: str,
-    slow: Collection[str] = (), warm_up: bool = True,
-) -> dict[str, list[Any]]:  # fmt: skip
+    measure: Callable[[str], Any],
+    names: Sequence[str],
+    rounds: int,
+    label: str,
+    slow: Collection[str] = (),
+    warm_up: bool = True,
+) -> dict[str, list[Any]]:
     """What ``measure`` gives for each name once a round, in a new order each.
 
     Those that are slow run in the first ``SLOW_ROUNDS`` rounds only; to warm up, each runs once.

@@ -111,9 +111,13 @@ class Codec:
         except (SafetensorError, OSError, TypeError) as error:
             raise ValueError(f"{path} is no codec of the TACA demo: {error}. {AGAIN}") from error
         patch, width = 3 * PATCH**2, codec.words.shape[-1:]
-        wanted = {"mean": (patch,), "encoder": (patch, CHANNELS), "decoder": (CHANNELS, patch),
-                  "words": (*codec.words.shape[:1], *width),
-                  "positions": (*codec.positions.shape[:1], *width)}  # fmt: skip
+        wanted = {
+            "mean": (patch,),
+            "encoder": (patch, CHANNELS),
+            "decoder": (CHANNELS, patch),
+            "words": (*codec.words.shape[:1], *width),
+            "positions": (*codec.positions.shape[:1], *width),
+        }
         for name, shape in wanted.items():
             tensor = getattr(codec, name)
             if tensor.shape != shape or not tensor.is_floating_point() or not tensor.numel():

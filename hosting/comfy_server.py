@@ -26,9 +26,7 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = {"comfyui-taca": ROOT, "comfyui-taca-demo": ROOT / "demo"}
-MODEL_FOLDERS = (
-    "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras"
-)  # fmt: skip
+MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras")
 TIMEOUT = 60  # seconds for one request, and without a sign of life from a server at work
 Models = Iterable[tuple[str, Path]]
 
@@ -93,9 +91,18 @@ def command(comfyui: Path, port: int, arguments: list[str]) -> list[str]:
     graphics = torch.cuda.is_available() or torch.backends.mps.is_available()
     device = [] if graphics else ["--cpu", "--use-pytorch-cross-attention"]
     return [
-        sys.executable, str(comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(port),
-        "--disable-api-nodes", "--database-url", "sqlite:///:memory:", *device, *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        str(comfyui / "main.py"),
+        "--listen",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-api-nodes",
+        "--database-url",
+        "sqlite:///:memory:",
+        *device,
+        *arguments,
+    ]
 
 
 @contextmanager

@@ -40,41 +40,65 @@ WINDOW = st.one_of(
         optional={"shape": st.sampled_from([*SHAPES, "round", ""])},
     ),
     st.fixed_dictionaries(
-        {"window": st.just("percent"), "start_percent": ANY | st.floats(0, 1),
-         "end_percent": ANY | st.floats(0, 1)},
+        {
+            "window": st.just("percent"),
+            "start_percent": ANY | st.floats(0, 1),
+            "end_percent": ANY | st.floats(0, 1),
+        },
         optional={"shape": st.sampled_from(SHAPES)},
     ),
     st.fixed_dictionaries(
         {"window": st.just("first steps"), "steps": st.integers(-3, 12)},
         optional={"shape": st.sampled_from(SHAPES)},
     ),
-)  # fmt: skip
+)
 BLOCKS = st.text(max_size=20) | st.from_regex(
     r"(double|single|joint) [0-3](-[0-3])?(, (double|single|joint) [0-3])?", fullmatch=True
 )
 GOOD_GAMMA = st.floats(0, 3)
 GOOD_WINDOW = st.one_of(
     st.fixed_dictionaries(
-        {"window": st.just("timestep"), "timestep_threshold": st.floats(0, 1000),
-         "shape": st.sampled_from(SHAPES)}
+        {
+            "window": st.just("timestep"),
+            "timestep_threshold": st.floats(0, 1000),
+            "shape": st.sampled_from(SHAPES),
+        }
     ),
     st.builds(
-        lambda a, b, shape: {"window": "percent", "start_percent": min(a, b),
-                             "end_percent": max(a, b), "shape": shape},
-        st.floats(0, 1), st.floats(0, 1), st.sampled_from(SHAPES),
+        lambda a, b, shape: {
+            "window": "percent",
+            "start_percent": min(a, b),
+            "end_percent": max(a, b),
+            "shape": shape,
+        },
+        st.floats(0, 1),
+        st.floats(0, 1),
+        st.sampled_from(SHAPES),
     ),
     st.fixed_dictionaries(
-        {"window": st.just("first steps"), "steps": st.integers(1, 5),
-         "shape": st.sampled_from(SHAPES)}
+        {
+            "window": st.just("first steps"),
+            "steps": st.integers(1, 5),
+            "shape": st.sampled_from(SHAPES),
+        }
     ),
-)  # fmt: skip
+)
 if CurveInput is not None:
     # Not at the percents of steps, where rounding would decide on which side of a point they lie.
     PLACES, HEIGHTS = [0.0, 0.13, 0.33, 0.63, 1.0], st.sampled_from([0.0, 0.25, 1.0])
-    GOOD_WINDOW |= st.lists(HEIGHTS, min_size=5, max_size=5).filter(any).map(
-        lambda heights: {"window": "curve", "curve": {"interpolation": "linear",
-                         "points": list(zip(PLACES, heights, strict=True))}}
-    )  # fmt: skip
+    GOOD_WINDOW |= (
+        st.lists(HEIGHTS, min_size=5, max_size=5)
+        .filter(any)
+        .map(
+            lambda heights: {
+                "window": "curve",
+                "curve": {
+                    "interpolation": "linear",
+                    "points": list(zip(PLACES, heights, strict=True)),
+                },
+            }
+        )
+    )
     POINTS = st.lists(st.tuples(ANY | st.floats(0, 1), ANY | st.floats(0, 1)), max_size=5)
     WINDOW |= st.fixed_dictionaries({"window": st.just("curve"), "curve": POINTS})
 WORDS = st.text(max_size=12) | st.from_regex(r"[ab]=\d{1,2}(-\d{1,2})?(, c=\d)?", fullmatch=True)
@@ -100,16 +124,22 @@ def test_any_input(pack, models, loras, data, kind, gamma, window):
         return pack["TACASchedule"].execute(gamma, dict(window)).result[0]
 
     def options():
-        return pack["TACAOptions"].execute(
-            draw(st.booleans()), draw(BLOCKS), None, draw(st.none() | st.text(max_size=5))
-        ).result[0]  # fmt: skip
+        return (
+            pack["TACAOptions"]
+            .execute(draw(st.booleans()), draw(BLOCKS), None, draw(st.none() | st.text(max_size=5)))
+            .result[0]
+        )
 
     def report():
         guider = BasicGuider.execute(patched, tiny.conditioning(kind, 7)).result[0]
         return pack["TACAAttentionReport"].execute(
-            Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0], sigmas[-2:],
-            {"samples": torch.zeros(1, 16, 4, 4)}, draw(WORDS),
-        )  # fmt: skip
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas[-2:],
+            {"samples": torch.zeros(1, 16, 4, 4)},
+            draw(WORDS),
+        )
 
     def patch():
         parts = [draw(st.none() | st.just(part)) for part in (schedule, options)]
@@ -172,8 +202,9 @@ def window_at(window, sigma, sigmas, sampling):
     if window["window"] == "timestep":
         low = window["timestep_threshold"]
     elif window["window"] == "percent":
-        high, low = (1000 * sampling.percent_to_sigma(window[p])
-                     for p in ("start_percent", "end_percent"))  # fmt: skip
+        high, low = (
+            1000 * sampling.percent_to_sigma(window[p]) for p in ("start_percent", "end_percent")
+        )
     else:
         n = window["steps"]
         high, low = 1000 * sigmas[0], 1000 * sigmas[n] + 5e-3 if n < len(sigmas) - 1 else 0.0
@@ -197,11 +228,19 @@ def lora_and_merged(models, tmp_path_factory):
 
 
 @many(SAMPLED)
-@given(kind=st.sampled_from(KINDS), gamma=GOOD_GAMMA, window=GOOD_WINDOW, text=st.integers(3, 30),
-       steps=st.integers(1, 4), size=st.sampled_from([(8, 8), (6, 10), (7, 9)]),
-       with_one=st.booleans(), words=st.sampled_from([None, "", "a=0", "a=0-2, b=1"]))  # fmt: skip
-def test_any_setting_sampled(pack, models, lora_and_merged, kind, gamma, window, text, steps, size,
-                             with_one, words):  # fmt: skip
+@given(
+    kind=st.sampled_from(KINDS),
+    gamma=GOOD_GAMMA,
+    window=GOOD_WINDOW,
+    text=st.integers(3, 30),
+    steps=st.integers(1, 4),
+    size=st.sampled_from([(8, 8), (6, 10), (7, 9)]),
+    with_one=st.booleans(),
+    words=st.sampled_from([None, "", "a=0", "a=0-2, b=1"]),
+)
+def test_any_setting_sampled(
+    pack, models, lora_and_merged, kind, gamma, window, text, steps, size, with_one, words
+):
     """The run is the dense one with the gamma that the window's words give each step, and with the
     LoRA merged in the steps inside; also through the report, which is to change nothing."""
     model, (lora, merged) = models[kind], lora_and_merged[kind]
@@ -238,17 +277,27 @@ def test_any_setting_sampled(pack, models, lora_and_merged, kind, gamma, window,
     if words is None:
         ours = sample(patched, kind, **run)
     else:
-        ours = pack["TACAAttentionReport"].execute(
-            Noise_RandomNoise(3), BasicGuider.execute(patched, positive).result[0],
-            KSamplerSelect.execute("euler").result[0], torch.tensor(sigmas),
-            {"samples": torch.zeros(1, 16, *size)}, words,
-        ).result[0]["samples"]  # fmt: skip
+        ours = (
+            pack["TACAAttentionReport"]
+            .execute(
+                Noise_RandomNoise(3),
+                BasicGuider.execute(patched, positive).result[0],
+                KSamplerSelect.execute("euler").result[0],
+                torch.tensor(sigmas),
+                {"samples": torch.zeros(1, 16, *size)},
+                words,
+            )
+            .result[0]["samples"]
+        )
     assert (ours - expected).norm() < 5e-3 * expected.norm()
     assert not replaced(model)
 
 
-STOPPED_BY = [comfy.model_management.InterruptProcessingException,
-              comfy.model_management.OOM_EXCEPTION, KeyboardInterrupt]  # fmt: skip
+STOPPED_BY = [
+    comfy.model_management.InterruptProcessingException,
+    comfy.model_management.OOM_EXCEPTION,
+    KeyboardInterrupt,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,9 +330,13 @@ def test_stopped_at_any_moment(pack, models, kind, error):
             model.get_model_object("model_sampling"), "simple", 3
         )
         pack["TACAAttentionReport"].execute(
-            Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0], sigmas,
-            {"samples": torch.zeros(1, 16, 16, 16)}, "a=1",
-        )  # fmt: skip
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas,
+            {"samples": torch.zeros(1, 16, 16, 16)},
+            "a=1",
+        )
 
     runs = [lambda: sample(taca, kind, steps=3), lambda: sample(both, kind, steps=3), report]
     chance = random.Random(0)  # noqa: S311
@@ -330,9 +383,18 @@ HOSTILE = {
     "alpha is NaN": lambda s: changed(s, "alpha", lambda t: t * torch.nan),
     "alpha is a row": lambda s: changed(s, "alpha", lambda t: torch.ones(3)),
     "alpha is a word": lambda s: changed(s, "alpha", lambda t: torch.tensor([True, False])),
-    **{str(dtype): lambda s, dtype=dtype: changed(s, "weight", lambda t: (9 * t).to(dtype))
-       for dtype in (torch.int8, torch.bool, torch.complex64, torch.float64, torch.float16,
-                     torch.float8_e4m3fn, torch.int64)},
+    **{
+        str(dtype): lambda s, dtype=dtype: changed(s, "weight", lambda t: (9 * t).to(dtype))
+        for dtype in (
+            torch.int8,
+            torch.bool,
+            torch.complex64,
+            torch.float64,
+            torch.float16,
+            torch.float8_e4m3fn,
+            torch.int64,
+        )
+    },
     "no rank": lambda s: changed(s, "weight", lambda t: t.new_zeros(0, 0)),
     "numbers alone": lambda s: changed(s, "weight", lambda t: t.new_ones(())),
     "rows": lambda s: changed(s, "weight", lambda t: t.flatten()),
@@ -346,7 +408,7 @@ HOSTILE = {
     "another pack's module": lambda s: s | {"diffusion_model.forward.diff": torch.ones(2)},
     "a long name": lambda s: s | {"x" * 200_000 + ".lora_up.weight": torch.ones(2, 2)},
     "not ASCII": lambda s: s | {"\u202e\x00\U0001f600.lora_up.weight": torch.ones(2, 2)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,8 +58,12 @@ def test_texts_differ_in_their_tokens_only():
     words, padded, phrases = (world.encode(caption, text) for text in world.TEXTS)
     assert (padded[:16] == words).all()
     assert not padded[16:].any()
-    assert [world.PHRASES[i] for i in phrases] == ["a red circle", "left of", "a blue square",
-                                                   world.PADDING]  # fmt: skip
+    assert [world.PHRASES[i] for i in phrases] == [
+        "a red circle",
+        "left of",
+        "a blue square",
+        world.PADDING,
+    ]
     every = {tuple(world.encode(c, "phrases")) for c in world.captions("train")}
     assert len(every) == len(world.captions("train"))
 
@@ -89,8 +93,11 @@ def test_paired_interval():
 
 def test_best_gamma():
     rng = np.random.default_rng(0)
-    right = {1.0: rng.random((2, 204)) < 0.5, 1.2: rng.random((2, 204)) < 0.9,
-             2.0: rng.random((2, 204)) < 0.1}  # fmt: skip
+    right = {
+        1.0: rng.random((2, 204)) < 0.5,
+        1.2: rng.random((2, 204)) < 0.9,
+        2.0: rng.random((2, 204)) < 0.1,
+    }
     assert alignment.best_gamma(right) == (1.2, 1.2, 1.2)
     same = {gamma: rng.random((2, 204)) < 0.5 for gamma in (0.8, 1.0, 1.2, 1.5, 2.0)}
     _, low, high = alignment.best_gamma(same)
@@ -102,10 +109,26 @@ def test_a_short_run(tmp_path):
     """gamma 2 over all steps ruins the demo's pictures; what is stored is not sampled again."""
 
     def run(*arguments):
-        command = [sys.executable, str(SCRIPT), "demo", "--every", "17", "--windows", "all",
-                   "--out", str(tmp_path), *arguments]  # fmt: skip
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
-                              env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            "demo",
+            "--every",
+            "17",
+            "--windows",
+            "all",
+            "--out",
+            str(tmp_path),
+            *arguments,
+        ]
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )
 
     done = run("--gammas", "2", "--seeds", "0")
     assert done.returncode == 0, done.stderr

@@ -52,8 +52,19 @@ def own_forward(model, hands_options=False):
     kept: every second call is answered from the one before."""
     flux, kept = model.model.diffusion_model, []
 
-    def forward(img, img_ids, txt, txt_ids, timesteps, y, guidance=None, control=None,
-                transformer_options=None, attn_mask=None, **kwargs):  # fmt: skip
+    def forward(
+        img,
+        img_ids,
+        txt,
+        txt_ids,
+        timesteps,
+        y,
+        guidance=None,
+        control=None,
+        transformer_options=None,
+        attn_mask=None,
+        **kwargs,
+    ):
         img, txt = flux.img_in(img), flux.txt_in(txt)
         vec = flux.time_in(timestep_embedding(timesteps, 256)) + flux.vector_in(y)
         vec = vec + flux.guidance_in(timestep_embedding(guidance, 256))

@@ -97,10 +97,11 @@ COMBINATIONS = {
     "LazyCache": lambda m, kind: LazyCacheNode.execute(m, 3.0, 0.1, 0.9, False).result[0],
 }
 NO_OPS = {
-    ("PAG", "flux"), ("PAG", "sd3"),  # it perturbs a UNet's attn1
+    ("PAG", "flux"),
+    ("PAG", "sd3"),  # it perturbs a UNet's attn1
     ("NAG", "sd3"),  # it patches what attn1 puts out, which MMDiT does not ask for
     ("EasyCache", "sd3"),  # it wraps DIFFUSION_MODEL, of which MMDiT has none
-}  # fmt: skip
+}
 """What core's own nodes do not do on these models; they are still beside TACA in workflows."""
 
 
@@ -187,9 +188,16 @@ def test_saving(folder, apply_taca, kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "sampler",
-    ["heun", "dpmpp_2s_ancestral", "res_multistep", "dpmpp_sde", "uni_pc", "euler_ancestral",
-     "dpmpp_2m"],
-)  # fmt: skip
+    [
+        "heun",
+        "dpmpp_2s_ancestral",
+        "res_multistep",
+        "dpmpp_sde",
+        "uni_pc",
+        "euler_ancestral",
+        "dpmpp_2m",
+    ],
+)
 def test_samplers_densely(folder, apply_taca, kind, sampler):
     """Several calls a step, and noise between them; in all calls, and in a window that begins or
     ends within a step."""
@@ -214,13 +222,22 @@ def test_image_to_image_densely(folder, apply_taca, kind, denoise, threshold):
 
     def drawn(m):
         return nodes.common_ksampler(
-            m, 3, 6, 1.0, "euler", "simple", tiny.conditioning(kind, TEXT),
-            tiny.conditioning(kind, TEXT), {"samples": tiny.latent(16, 16)}, denoise=denoise,
-        )[0]["samples"]  # fmt: skip
+            m,
+            3,
+            6,
+            1.0,
+            "euler",
+            "simple",
+            tiny.conditioning(kind, TEXT),
+            tiny.conditioning(kind, TEXT),
+            {"samples": tiny.latent(16, 16)},
+            denoise=denoise,
+        )[0]["samples"]
 
-    plain, expected, ours = map(drawn, (
-        model, dense(model, threshold=threshold, calls=calls), apply_taca(model, 1.4, threshold)
-    ))  # fmt: skip
+    plain, expected, ours = map(
+        drawn,
+        (model, dense(model, threshold=threshold, calls=calls), apply_taca(model, 1.4, threshold)),
+    )
     torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
     assert max(calls) < 990
     assert ((plain - expected).abs().max() > 0.05) == (max(calls) >= threshold)
@@ -288,10 +305,12 @@ def test_beside_on_families(folder, apply_taca, monkeypatch, case, name):
     plain, expected, *ours = (
         sample_family(m, case, **run)
         for m in (
-            combine(model, case), combine(dense_family(model, case, 1.4), case),
-            combine(taca, case), apply_taca(combine(model, case), 1.4, 0.0),
+            combine(model, case),
+            combine(dense_family(model, case, 1.4), case),
+            combine(taca, case),
+            apply_taca(combine(model, case), 1.4, 0.0),
         )
-    )  # fmt: skip
+    )
     effect = (plain - expected).abs().max()
     assert effect > 0.1
     # Z-Image asks no patch whether to run a block.
@@ -309,11 +328,19 @@ def test_image_to_image(folder, apply_taca, denoise, inside, caplog):
     start = {"samples": tiny.latent(16, 16)}
     runs = [
         nodes.common_ksampler(
-            m, 3, 20, 1.0, "euler", "simple", tiny.conditioning("flux", TEXT),
-            tiny.conditioning("flux", TEXT), start, denoise=denoise,
+            m,
+            3,
+            20,
+            1.0,
+            "euler",
+            "simple",
+            tiny.conditioning("flux", TEXT),
+            tiny.conditioning("flux", TEXT),
+            start,
+            denoise=denoise,
         )[0]["samples"]
         for m in (model, apply_taca(model, 1.4))
-    ]  # fmt: skip
+    ]
     said = [r for r in caplog.records if r.name == "taca"]
     assert len(said) == 1
     assert f"acted on {inside} of 20" in said[0].message
@@ -341,10 +368,12 @@ def test_two_patched_clones_and_a_shared_model_in_turn(folder, apply_taca):
     """Fifty runs of five settings in random order: each as in its first, and no memory kept."""
     model = tiny.load(folder, "flux")
     kinds = [
-        model, apply_taca(model), apply_taca(model, 1.6, 900.0),
+        model,
+        apply_taca(model),
+        apply_taca(model, 1.6, 900.0),
         SkipLayerGuidanceDiT.execute(apply_taca(model), 3.0, 0.0, 1.0, "1", "0").result[0],
         residual(apply_taca(model, 0.8, 0.0), "flux"),
-    ]  # fmt: skip
+    ]
     expected = [sample(m, "flux", steps=3) for m in kinds]
     gc.collect()
     holders = sys.getrefcount(model.model)

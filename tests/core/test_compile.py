@@ -70,10 +70,26 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     with TACA must never be taken for the plain model's."""
     untraceable = torch.compiler.disable(comfy.ldm.modules.attention.attention_pytorch.__wrapped__)
 
-    def attention(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
-                  skip_output_reshape=False, **kwargs):  # fmt: skip
-        return untraceable(q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
-                           skip_output_reshape=skip_output_reshape)  # fmt: skip
+    def attention(
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
+        return untraceable(
+            q,
+            k,
+            v,
+            heads,
+            mask=mask,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
 
     attention = comfy.ldm.modules.attention.wrap_attn(attention)
     for module in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
@@ -98,11 +114,16 @@ QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model take
 @pytest.mark.parametrize(
     ("case", "whole"),
     [
-        pytest.param(case, whole, id=f"{case}-{'whole' if whole else 'blocks'}",
-                     marks=[] if case in QUICK[whole] else pytest.mark.slow)
-        for whole in (True, False) for case in families.CASES
+        pytest.param(
+            case,
+            whole,
+            id=f"{case}-{'whole' if whole else 'blocks'}",
+            marks=[] if case in QUICK[whole] else pytest.mark.slow,
+        )
+        for whole in (True, False)
+        for case in families.CASES
     ],
-)  # fmt: skip
+)
 def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     """TACA on a compiled model and off again, twice, then compiled with TACA in it, against dense
     attention; nothing is stale, and the blocks compile in one piece.
@@ -117,9 +138,10 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     effect = (plain - expected).abs().max()
     transformer = model.model.diffusion_model
     lists = [
-        name for name, child in transformer.named_modules()
+        name
+        for name, child in transformer.named_modules()
         if type(child) is nn.ModuleList and not re.search(r"\d", name)  # not in another list
-    ]  # fmt: skip
+    ]
     fast = compiled(model, whole, lists=lists)
     runs = [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2
     first = next(each for each in families.CASES if each.transformer == case.transformer)

@@ -41,9 +41,14 @@ def test_context_windows_over_a_tall_picture(folder, apply_taca, kind, schedule)
 
     def windows(m):
         return ContextWindowsManualNode.execute(
-            m, context_length=10, context_overlap=4, context_schedule=schedule, dim=2,
-            freenoise=True, **WINDOWS,
-        ).result[0]  # fmt: skip
+            m,
+            context_length=10,
+            context_overlap=4,
+            context_schedule=schedule,
+            dim=2,
+            freenoise=True,
+            **WINDOWS,
+        ).result[0]
 
     # Ten rows or, with the frame in front that newer cores add, eleven: five or six of tokens.
     expected = sample(windows(dense_in(model, [TEXT + 20, TEXT + 24])), kind, **settings)
@@ -64,9 +69,14 @@ def test_context_windows_over_frames(case, folder, apply_taca, monkeypatch):
 
     def windows(m):
         return ContextWindowsManualNode.execute(
-            m, context_length=3, context_overlap=1, context_schedule="standard_static", dim=2,
-            freenoise=False, **WINDOWS,
-        ).result[0]  # fmt: skip
+            m,
+            context_length=3,
+            context_overlap=1,
+            context_schedule="standard_static",
+            dim=2,
+            freenoise=False,
+            **WINDOWS,
+        ).result[0]
 
     lengths = [text + 12 * n for n in range(1, frames + 1)]
     expected = sample_family(windows(dense_in(model, lengths, text=text)), case, steps=3)
@@ -84,15 +94,25 @@ def small_vae():
 
 CONTROLNETS = {
     "sd3": lambda: SD3ControlNetModel(
-        sample_size=32, num_layers=2, attention_head_dim=64, num_attention_heads=2,
-        joint_attention_dim=48, caption_projection_dim=128, pooled_projection_dim=32,
+        sample_size=32,
+        num_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=128,
+        pooled_projection_dim=32,
         pos_embed_max_size=32,
     ),
     "flux": lambda: FluxControlNetModel(
-        num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=1,
-        joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=1,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
     ),
-}  # fmt: skip
+}
 
 
 def xlabs_controlnet():
@@ -102,14 +122,19 @@ def xlabs_controlnet():
         for name, tensor in tiny.weights("flux", seed=3).items()
         if not name.startswith(("single_blocks", "final_layer"))
     }
-    more = torch.nn.ModuleDict({
-        "controlnet_blocks": torch.nn.ModuleList(torch.nn.Linear(128, 128) for _ in range(2)),
-        "pos_embed_input": torch.nn.Linear(64, 128),
-        "input_hint_block": torch.nn.Sequential(
-            *(each for i in range(8) for each in (
-                torch.nn.Conv2d(16 if i else 3, 16, 3), torch.nn.SiLU()))
-        ),
-    })  # fmt: skip
+    more = torch.nn.ModuleDict(
+        {
+            "controlnet_blocks": torch.nn.ModuleList(torch.nn.Linear(128, 128) for _ in range(2)),
+            "pos_embed_input": torch.nn.Linear(64, 128),
+            "input_hint_block": torch.nn.Sequential(
+                *(
+                    each
+                    for i in range(8)
+                    for each in (torch.nn.Conv2d(16 if i else 3, 16, 3), torch.nn.SiLU())
+                )
+            ),
+        }
+    )
     return state | families.seeded(more, 4)
 
 
@@ -128,8 +153,15 @@ def test_a_controlnet(folder, apply_taca, kind, layout, tmp_path):
     positive, negative = (tiny.conditioning(kind, TEXT, seed=s) for s in (1, 5))
     picture = torch.rand(1, 128, 128, 3, generator=torch.manual_seed(0))
     # Half of the run, so that steps with it and without follow each other.
-    given = {"control_net": control, "image": picture, "strength": 0.7, "start_percent": 0.0,
-             "end_percent": 0.5, "positive": positive, "negative": negative}  # fmt: skip
+    given = {
+        "control_net": control,
+        "image": picture,
+        "strength": 0.7,
+        "start_percent": 0.0,
+        "end_percent": 0.5,
+        "positive": positive,
+        "negative": negative,
+    }
     if layout == "XLabs":
         hinted = nodes.ControlNetApplyAdvanced().apply_controlnet(**given)
     else:
@@ -138,7 +170,7 @@ def test_a_controlnet(folder, apply_taca, kind, layout, tmp_path):
     def drawn(m, conditions=hinted):
         return nodes.common_ksampler(
             m, 3, 4, 3.0, "euler", "simple", *conditions, {"samples": torch.zeros(1, 16, *SIZE)}
-        )[0]["samples"]  # fmt: skip
+        )[0]["samples"]
 
     for name, block in control.control_model.named_modules():
         if re.fullmatch(r"\w+_blocks\.\d", name):
@@ -166,8 +198,10 @@ def adjusted(control_model):
         return override(None, q, *args, **kwargs).to(q.dtype)
 
     def adjusted_forward(*args, **kwargs):
-        with mock.patch.multiple(comfy.ldm.flux.math, optimized_attention=attend), \
-             mock.patch.multiple(mmdit, optimized_attention=attend):  # fmt: skip
+        with (
+            mock.patch.multiple(comfy.ldm.flux.math, optimized_attention=attend),
+            mock.patch.multiple(mmdit, optimized_attention=attend),
+        ):
             return forward(*args, **kwargs)
 
     with mock.patch.object(control_model, "forward", adjusted_forward):
@@ -186,14 +220,18 @@ def test_inpainting(folder, apply_taca, kind, noise_mask):
     mask = torch.zeros(1, 128, 128)
     mask[:, 32:, :80] = 1.0
     positive, negative, latent = nodes.InpaintModelConditioning().encode(
-        tiny.conditioning(kind, TEXT), tiny.conditioning(kind, TEXT, seed=5), pixels, vae, mask,
+        tiny.conditioning(kind, TEXT),
+        tiny.conditioning(kind, TEXT, seed=5),
+        pixels,
+        vae,
+        mask,
         noise_mask,
-    )  # fmt: skip
+    )
 
     def inpaint(m):
-        return nodes.common_ksampler(
-            m, 3, 4, 3.0, "euler", "simple", positive, negative, latent
-        )[0]["samples"]  # fmt: skip
+        return nodes.common_ksampler(m, 3, 4, 3.0, "euler", "simple", positive, negative, latent)[
+            0
+        ]["samples"]
 
     plain, expected, ours = map(inpaint, (model, dense(model), apply_taca(model, 1.4, 0.0)))
     torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
@@ -209,13 +247,14 @@ def test_regional_prompts(folder, apply_taca, kind):
     left, right = (torch.zeros(1, *SIZE) for _ in range(2))
     left[:, :, :8], right[:, :, 8:] = 1.0, 1.0
     positive = [
+        *nodes.ConditioningSetMask().append(tiny.conditioning(kind, TEXT), left, "default", 1.0)[0],
         *nodes.ConditioningSetMask().append(
-            tiny.conditioning(kind, TEXT), left, "default", 1.0)[0],
-        *nodes.ConditioningSetMask().append(
-            tiny.conditioning(kind, TEXT, seed=8), right, "default", 1.0)[0],
+            tiny.conditioning(kind, TEXT, seed=8), right, "default", 1.0
+        )[0],
         *nodes.ConditioningSetTimestepRange().set_range(
-            tiny.conditioning(kind, TEXT, seed=9), 0.0, 0.4)[0],
-    ]  # fmt: skip
+            tiny.conditioning(kind, TEXT, seed=9), 0.0, 0.4
+        )[0],
+    ]
     settings = {"steps": 4, "text": (TEXT, TEXT), "positive": positive}
     expected = sample(dense(model), kind, **settings)
     ours = sample(apply_taca(model, 1.4, 0.0), kind, **settings)
@@ -227,13 +266,16 @@ def test_conditioning_areas(folder, apply_taca, kind):
     """A prompt for a part of the picture: its calls are of that part's size."""
     model = tiny.load(folder, kind)
     area = nodes.ConditioningSetArea().append(
-        tiny.conditioning(kind, 9, seed=8), 64, 64, 32, 32, 1.0)[0]  # fmt: skip
+        tiny.conditioning(kind, 9, seed=8), 64, 64, 32, 32, 1.0
+    )[0]
     positive = [*tiny.conditioning(kind, TEXT), *area]
     settings = {"steps": 3, "text": (TEXT, TEXT), "positive": positive, "cfg": 1.0}
     ours = sample(apply_taca(model, 1.4, 0.0), kind, **settings)
     small, large = dense(model, text=9, size=(8, 8)), dense(model)
-    overrides = [m.model_options["transformer_options"]["optimized_attention_override"]
-                 for m in (small, large)]  # fmt: skip
+    overrides = [
+        m.model_options["transformer_options"]["optimized_attention_override"]
+        for m in (small, large)
+    ]
     both = model.clone()
 
     def override(func, q, k, v, heads, **kwargs):

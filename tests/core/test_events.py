@@ -103,8 +103,11 @@ def test_rows_in_another_order(folder, pack, gammas):
         results.append(run(guider))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert [True, False, True, False] in [rows for _, rows in gammas] or [
-        False, True, False, True
-    ] in [rows for _, rows in gammas]  # fmt: skip
+        False,
+        True,
+        False,
+        True,
+    ] in [rows for _, rows in gammas]
 
 
 def test_rows_that_nobody_knows_are_an_error(folder, pack):
@@ -115,8 +118,9 @@ def test_rows_that_nobody_knows_are_an_error(folder, pack):
         text = c["c_crossattn"].mean(0, keepdim=True).expand(4, -1, -1)
         y = torch.cat([c["y"], c["y"]])
         more = {key: torch.cat([c[key]] * 2) for key in ("guidance",) if key in c}
-        result = apply_model(torch.cat([x, x]), torch.cat([t, t]),
-                             **{**c, "c_crossattn": text, "y": y, **more})  # fmt: skip
+        result = apply_model(
+            torch.cat([x, x]), torch.cat([t, t]), **{**c, "c_crossattn": text, "y": y, **more}
+        )
         return result[:2]
 
     model = limited(pack, tiny.load(folder, "flux"))

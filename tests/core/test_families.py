@@ -39,8 +39,9 @@ def test_equals_dense(case, folder, apply_taca, monkeypatch, record_property):
 
 
 @pytest.mark.parametrize("shorter", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_equals_dense_with_cfg_in_a_batch(case, folder, apply_taca, monkeypatch, record_property,
-                                          shorter):  # fmt: skip
+def test_equals_dense_with_cfg_in_a_batch(
+    case, folder, apply_taca, monkeypatch, record_property, shorter
+):
     """Two steps of two pictures at another size, with prompts as long as each other or not."""
     why = case.fixed if shorter else case.alone
     if why:
@@ -65,12 +66,27 @@ def test_off_is_bit_identical(case, folder, apply_taca, monkeypatch):
 
 
 # Of the image tokens of a sequence, how many come before the picture's own, and its frames.
-BEFORE = {"HunyuanVideo Custom": 12, "Z-Image Omni": 16 + 8, "OmniGen2, editing": 16 + 4,
-          "Z-Image with references and no SigLIP": 16 + 8, "Boogu, editing": 16 + 4,
-          "MiniMax-H3 I2V": 2 + 12}  # fmt: skip
-FRAMES = {"CogVideoX": 3, "CogVideoX 1.5 I2V": 2, "Mochi": 2, "MiniMax-H3": 2, "MiniMax-H3 I2V": 2,
-          "HunyuanVideo": 3, "HunyuanVideo Custom": 3, "HunyuanVideo I2V": 3, "HunyuanVideo 1.5": 3,
-          "HunyuanVideo 1.5, masked": 3, "HunyuanVideo 1.5 I2V": 3}  # fmt: skip
+BEFORE = {
+    "HunyuanVideo Custom": 12,
+    "Z-Image Omni": 16 + 8,
+    "OmniGen2, editing": 16 + 4,
+    "Z-Image with references and no SigLIP": 16 + 8,
+    "Boogu, editing": 16 + 4,
+    "MiniMax-H3 I2V": 2 + 12,
+}
+FRAMES = {
+    "CogVideoX": 3,
+    "CogVideoX 1.5 I2V": 2,
+    "Mochi": 2,
+    "MiniMax-H3": 2,
+    "MiniMax-H3 I2V": 2,
+    "HunyuanVideo": 3,
+    "HunyuanVideo Custom": 3,
+    "HunyuanVideo I2V": 3,
+    "HunyuanVideo 1.5": 3,
+    "HunyuanVideo 1.5, masked": 3,
+    "HunyuanVideo 1.5 I2V": 3,
+}
 
 
 def test_is_reported(case, folder, apply_taca, monkeypatch):
@@ -147,8 +163,11 @@ DIFFUSERS = {
 def test_diffusers_files(case, folder, apply_taca, monkeypatch):
     """Published in the keys of diffusers too, which core converts: with q, k and v apart."""
     mapping = DIFFUSERS[case.name](case.config)
-    other = replace(case, name=f"{case.name} of diffusers",
-                    published=partial(families.in_keys_of_diffusers, mapping))  # fmt: skip
+    other = replace(
+        case,
+        name=f"{case.name} of diffusers",
+        published=partial(families.in_keys_of_diffusers, mapping),
+    )
     models = [families.load(each, folder, monkeypatch) for each in (case, other)]
     own, theirs = (model.model.diffusion_model.state_dict() for model in models)
     assert all(torch.equal(own[key], theirs[key]) for key in own)
@@ -199,12 +218,22 @@ def with_any_blocks(cls):
 
 
 NOT_IMAGE = {
-    "ACEStepTransformer2DModel", "AceStepConditionGenerationModel", "AudioDiffusionTransformer",
-    "HunYuanDiTPlain", "Hunyuan3Dv2", "LatentSeqMMFlowModel",  # 3D, from a picture
-    "DepthAnything3Net", "RTv4", "SAM3Model",  # look at pictures
-}  # fmt: skip
-NUNCHAKU = {"ComfyFluxWrapper", "NunchakuFluxTransformer2dModel", "ComfyFlux2Wrapper",
-            "NunchakuQwenImageTransformer2DModel"}  # fmt: skip
+    "ACEStepTransformer2DModel",
+    "AceStepConditionGenerationModel",
+    "AudioDiffusionTransformer",
+    "HunYuanDiTPlain",
+    "Hunyuan3Dv2",
+    "LatentSeqMMFlowModel",  # 3D, from a picture
+    "DepthAnything3Net",
+    "RTv4",
+    "SAM3Model",  # look at pictures
+}
+NUNCHAKU = {
+    "ComfyFluxWrapper",
+    "NunchakuFluxTransformer2dModel",
+    "ComfyFlux2Wrapper",
+    "NunchakuQwenImageTransformer2DModel",
+}
 
 
 on_newest = pytest.mark.skipif(

@@ -18,8 +18,11 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
     model = families.load(case, folder, monkeypatch)
     state = random_lora(model, rank=2)
     # MiniMax-H3 refines the text before the run, where no window is.
-    state = {k: v for k, v in state.items() if v.ndim < 3 and not (
-        "MiniMax" in case.name and ("refiner" in k or "condition_proj" in k))}  # fmt: skip
+    state = {
+        k: v
+        for k, v in state.items()
+        if v.ndim < 3 and not ("MiniMax" in case.name and ("refiner" in k or "condition_proj" in k))
+    }
     save_file(state, loras / "lora.safetensors")
     ours = pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "lora.safetensors", 0.5).result[0]
     merged = comfy.sd.load_lora_for_models(model, None, dict(state), 0.5, 0)[0]
@@ -32,8 +35,7 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
 
 @pytest.mark.parametrize("case", named("HiDream-I1"), ids=str, indirect=True)
 @pytest.mark.parametrize("algorithm", ["lora", "LoHa", "LoKr", "GLoRA"])
-def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras,
-                                   monkeypatch, algorithm):  # fmt: skip
+def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras, monkeypatch, algorithm):
     """HiDream-I1 asks some experts about no token, and core merges into them all the same."""
     model = families.load(case, folder, monkeypatch)
     asked = []
@@ -56,8 +58,9 @@ def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras,
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,
-                                          monkeypatch, caplog, wide):  # fmt: skip
+def test_what_runs_before_the_run_is_told(
+    folder, pack, apply_taca, loras, monkeypatch, caplog, wide
+):
     """MiniMax-H3's text is refined once: a LoRA's part there does nothing, and the log says so."""
     [video] = named("MiniMax-H3")
     if not exists(video):
@@ -73,8 +76,7 @@ def test_what_runs_before_the_run_is_told(folder, pack, apply_taca, loras,
 
 
 @pytest.mark.parametrize("case", named("HiDream-O1"), ids=str, indirect=True)
-def test_a_lora_that_would_stay_is_refused(case, folder, pack, apply_taca, loras,
-                                           monkeypatch):  # fmt: skip
+def test_a_lora_that_would_stay_is_refused(case, folder, pack, apply_taca, loras, monkeypatch):
     """HiDream-O1's keys of its text are kept, and a LoRA of the window would be in them."""
     model = families.load(case, folder, monkeypatch)
     save_file(random_lora(model, rank=2), loras / "lora.safetensors")

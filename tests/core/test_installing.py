@@ -90,9 +90,7 @@ def check_looks(layers):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("algorithm", [None, "lora", "full", "dora"])
-def test_what_is_put_in_looks_like_what_was_there(
-    folder, apply_taca, load_lora, kind, algorithm
-):  # fmt: skip
+def test_what_is_put_in_looks_like_what_was_there(folder, apply_taca, load_lora, kind, algorithm):
     """Blocks, linear layers and norms: other packs inspect the signature of a forward."""
     model = apply_taca(tiny.load(folder, kind))
     if algorithm:
@@ -262,9 +260,13 @@ def test_the_report_keeps_the_guiders_own_options(folder, apply_taca, pack):
 
     def sampled(node, guider, **more):
         return node.execute(
-            Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0],
-            sigmas_of(model, 4), {"samples": torch.zeros(1, 16, 16, 16)}, **more,
-        ).result[0]["samples"]  # fmt: skip
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas_of(model, 4),
+            {"samples": torch.zeros(1, 16, 16, 16)},
+            **more,
+        ).result[0]["samples"]
 
     result = sampled(pack["TACAAttentionReport"], guider, words="")
     assert seen == [7] * 4
@@ -315,9 +317,7 @@ def mixed_call(model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_devices_that_cannot_copy_without_waiting(
-    folder, apply_taca, load_lora, kind, monkeypatch
-):  # fmt: skip
+def test_devices_that_cannot_copy_without_waiting(folder, apply_taca, load_lora, kind, monkeypatch):
     """Core knows them: gamma, and which rows are inside, are moved by its rule alone."""
     for path in TACA.glob("*.py"):
         assert not re.search(r"non_blocking\s*=|\.cuda\(", path.read_text()), path
@@ -368,9 +368,7 @@ def test_an_overflow_stays_inside_the_window(folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("what", HUGE)
-def test_an_overflow_stays_inside_the_window_of_a_model(
-    folder, apply_taca, load_lora, kind, what
-):  # fmt: skip
+def test_an_overflow_stays_inside_the_window_of_a_model(folder, apply_taca, load_lora, kind, what):
     """In one call with rows of both sides of the window, on a float16 model."""
     model = tiny.load(folder, kind, dtype=torch.float16)
     model.set_model_compute_dtype(torch.float16)
@@ -419,9 +417,7 @@ def warnings_in(caplog):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_error_of_inductor_runs_uncompiled(
-    folder, apply_taca, caplog, whole
-):  # fmt: skip
+def test_an_error_of_inductor_runs_uncompiled(folder, apply_taca, caplog, whole):
     model, failed = tiny.load(folder, "flux"), []
 
     def backend(graph, inputs):
@@ -447,10 +443,26 @@ def untraceable(monkeypatch):
     """An attention kernel that breaks the graph, as SageAttention does."""
     attend = torch.compiler.disable(comfy.ldm.modules.attention.attention_pytorch.__wrapped__)
 
-    def attention(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
-                  skip_output_reshape=False, **kwargs):  # fmt: skip
-        return attend(q, k, v, heads, mask=mask, skip_reshape=skip_reshape,
-                      skip_output_reshape=skip_output_reshape)  # fmt: skip
+    def attention(
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
+        return attend(
+            q,
+            k,
+            v,
+            heads,
+            mask=mask,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
 
     attention = comfy.ldm.modules.attention.wrap_attn(attention)
     for each in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
@@ -459,9 +471,7 @@ def untraceable(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_kernel_is_traced_in_vain_once(
-    folder, apply_taca, untraceable, caplog, kind, whole
-):  # fmt: skip
+def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog, kind, whole):
     """Not again at the next prompt; and wrappers inside ours run once a step, also then."""
     calls = []
 
@@ -529,9 +539,13 @@ def test_what_acting_in_a_block_costs(folder, apply_taca, pack, kind, count):
 
 @pytest.mark.parametrize(
     ("kind", "blocks", "index", "limit"),
-    [("flux", "double_blocks", 1, 12), ("flux", "single_blocks", 1, 12),
-     ("sd3", "joint_blocks", 1, 12), ("sd3", "joint_blocks", 0, 12)],  # with attn2
-)  # fmt: skip
+    [
+        ("flux", "double_blocks", 1, 12),
+        ("flux", "single_blocks", 1, 12),
+        ("sd3", "joint_blocks", 1, 12),
+        ("sd3", "joint_blocks", 0, 12),
+    ],  # with attn2
+)
 def test_the_cost_of_a_block(folder, apply_taca, kind, blocks, index, limit):
     """All of it: a model with one block less shows it. A further attention adds two calls."""
     counts = []

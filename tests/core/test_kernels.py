@@ -40,8 +40,19 @@ class Sage:
     def __init__(self):
         self.used = []
 
-    def __call__(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
-                 skip_output_reshape=False, **kwargs):  # fmt: skip
+    def __call__(
+        self,
+        func,
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
         if not skip_reshape:
             q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
         self.used.append((q.shape[2], k.shape[2]))
@@ -195,10 +206,12 @@ class Sparse:
         model = model.clone()
         self.install(model.model_options.setdefault("transformer_options", {}))
         model.add_callback_with_key(
-            CallbacksMP.ON_PREPARE_STATE, "sparse",
-            lambda patcher, timestep, model_options:
-                self.install(model_options["transformer_options"]),
-        )  # fmt: skip
+            CallbacksMP.ON_PREPARE_STATE,
+            "sparse",
+            lambda patcher, timestep, model_options: self.install(
+                model_options["transformer_options"]
+            ),
+        )
         return model
 
 
@@ -253,9 +266,11 @@ def demanding(func, q, k, v, heads, **kwargs):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("kernel", "message"),
-    [(demanding, "as many queries as keys"),
-     (as_many_as_keys, r"TACA .* answers \d+ queries with \d+ .* take out the node")],
-)  # fmt: skip
+    [
+        (demanding, "as many queries as keys"),
+        (as_many_as_keys, r"TACA .* answers \d+ queries with \d+ .* take out the node"),
+    ],
+)
 def test_sparse_attention_that_does_not(folder, apply_taca, kind, kernel, message):
     """It cannot take split queries: the run stops with an error, nothing is left behind."""
     model = tiny.load(folder, kind)

@@ -39,15 +39,27 @@ def diffusers_model(kind):
     torch.manual_seed(7)
     if kind == "flux":
         model = FluxTransformer2DModel(
-            num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=1,
-            joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=True,
-        )  # fmt: skip
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=128,
+            num_attention_heads=1,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+        )
     else:
         model = SD3Transformer2DModel(
-            sample_size=32, num_layers=2, attention_head_dim=64, num_attention_heads=2,
-            joint_attention_dim=48, caption_projection_dim=128, pooled_projection_dim=32,
-            pos_embed_max_size=32, dual_attention_layers=(0,), qk_norm="rms_norm",
-        )  # fmt: skip
+            sample_size=32,
+            num_layers=2,
+            attention_head_dim=64,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            caption_projection_dim=128,
+            pooled_projection_dim=32,
+            pos_embed_max_size=32,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
     for name, parameter in model.named_parameters():
         if ".norm_" in name and parameter.ndim == 1 and "added" not in name:
             parameter.data.fill_(2.0)
@@ -133,13 +145,16 @@ def test_equals_the_merged_model(published, apply_taca, load_lora, loras, gamma)
     "settings",
     [
         {"use_rslora": True},
-        {"alpha_pattern": {r".*\.attn\.to_[qk]": 12, r"transformer_blocks\.0\..*": 0},
-         "rank_pattern": {r"attn\.to_\w": 8}, "use_rslora": True},
+        {
+            "alpha_pattern": {r".*\.attn\.to_[qk]": 12, r"transformer_blocks\.0\..*": 0},
+            "rank_pattern": {r"attn\.to_\w": 8},
+            "use_rslora": True,
+        },
         # The first that is all of a name's last parts counts; diffusers writes them sorted.
         {"alpha_pattern": {"^to_q": 30, "attn": 9, "o_q": 40, "to_k|to_q": 20, "to_q": 10}},
     ],
     ids=["rslora", "patterns", "first match"],
-)  # fmt: skip
+)
 def test_scales_of_peft(tmp_path, apply_taca, load_lora, loras, kind, settings):
     """The scale of each layer is what peft computes from the configuration in the file."""
     kind, model, file, merged = publish(kind, tmp_path, **settings)
@@ -186,10 +201,18 @@ def test_no_window_no_cost(published, apply_taca, load_lora, loras):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("algorithm", "naming"),
-    [("lora", "generic"), ("lora", "kohya"), ("LoHa", "generic"), ("LoKr", "generic"),
-     ("OFT", "generic"), ("dora", "generic"), ("full", "generic"), ("GLoRA", "generic"),
-     ("GLoRA, old", "kohya")],
-)  # fmt: skip
+    [
+        ("lora", "generic"),
+        ("lora", "kohya"),
+        ("LoHa", "generic"),
+        ("LoKr", "generic"),
+        ("OFT", "generic"),
+        ("dora", "generic"),
+        ("full", "generic"),
+        ("GLoRA", "generic"),
+        ("GLoRA, old", "kohya"),
+    ],
+)
 def test_formats(folder, apply_taca, load_lora, kind, algorithm, naming):
     """Whatever core reads, with the effect of core's merge."""
     model = tiny.load(folder, kind)
@@ -279,10 +302,12 @@ def test_rows_of_mixed_sigma(folder, apply_taca, load_lora, kind, algorithm):
         both.pre_run()
         try:
             return both.model.apply_model(
-                x[rows], sigma, c_crossattn=cond[0][rows],
+                x[rows],
+                sigma,
+                c_crossattn=cond[0][rows],
                 transformer_options={"wrappers": both.wrappers},
                 **{name: value[rows] for name, value in extra.items()},
-            )  # fmt: skip
+            )
         finally:
             both.cleanup()
 
@@ -342,8 +367,11 @@ def test_memory_is_comfyuis(folder, apply_taca, load_lora, kind):
     both = load_lora(apply_taca(model), state)
     size = sum(v.numel() * v.element_size() for k, v in state.items() if "alpha" not in k)
     sample(both, kind, steps=2)
-    loaded = [m for m in comfy.model_management.current_loaded_models
-              if isinstance(m.model and m.model.model, lora_module.LoRA)]  # fmt: skip
+    loaded = [
+        m
+        for m in comfy.model_management.current_loaded_models
+        if isinstance(m.model and m.model.model, lora_module.LoRA)
+    ]
     assert [m.model_memory() for m in loaded] == [size]
     assert all(p.device == both.load_device for p in loaded[0].model.model.parameters())
     comfy.model_management.unload_all_models()

@@ -58,8 +58,14 @@ def test_a_damaged_file(folder, load_lora, loras, damage):
     path = loras / "bad.safetensors"
     save_file(random_lora(model), path)
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[:-100], "garbage": b"not a file" * 9,
-                      "header": b"\xff" * 8 + data[8:], "empty": b""}[damage])  # fmt: skip
+    path.write_bytes(
+        {
+            "truncated": data[:-100],
+            "garbage": b"not a file" * 9,
+            "header": b"\xff" * 8 + data[8:],
+            "empty": b"",
+        }[damage]
+    )
     with pytest.raises(ValueError, match=r"bad\.safetensors cannot be read"):
         load_lora(model, "bad.safetensors")
 

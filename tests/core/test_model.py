@@ -104,8 +104,9 @@ def test_multi_gpu_clones_each_see_their_own_blocks(folder, apply_taca, kind):
         extra["guidance"] = torch.tensor([3.5])
     inside, outside = torch.tensor([0.95]), torch.tensor([0.5])
     # One device works inside the window while the other is outside it.
-    work = [(m, s) for m, s in ((model, inside), (clone, outside), (model, outside),
-                                (clone, inside))]  # fmt: skip
+    work = [
+        (m, s) for m, s in ((model, inside), (clone, outside), (model, outside), (clone, inside))
+    ]
 
     @torch.inference_mode()  # which, like the number of threads, each thread has of its own
     def run(i):
@@ -187,10 +188,19 @@ def test_blocks_without_text_are_no_error(folder, apply_taca, kind, monkeypatch)
     family_text = {"flux": (1, "txt"), "sd3": (0, "context")}
     joint = {name: without_text(locate) for name, locate in family.joint.items()}
     if kind == "flux":
-        monkeypatch.setattr(families, "FAMILIES", [replace(family, joint={
-            "double_blocks": joint["double_blocks"],
-            "single_blocks": lambda args, kwargs, state: (),
-        })])  # fmt: skip
+        monkeypatch.setattr(
+            families,
+            "FAMILIES",
+            [
+                replace(
+                    family,
+                    joint={
+                        "double_blocks": joint["double_blocks"],
+                        "single_blocks": lambda args, kwargs, state: (),
+                    },
+                )
+            ],
+        )
     else:
         monkeypatch.setattr(families, "FAMILIES", [replace(family, joint=joint)])
     assert torch.equal(sample(model, kind), sample(apply_taca(model), kind))
@@ -362,9 +372,12 @@ def test_other_users_of_the_override_slot(folder, apply_taca, kind, ours_first, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("weights", "dtype"),
-    [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
-     (torch.float8_e4m3fn, torch.bfloat16)],
-)  # fmt: skip
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.bfloat16),
+    ],
+)
 def test_reduced_precision(folder, apply_taca, kind, weights, dtype):
     """As far from the dense float64 step as the plain model is from its own."""
     model = tiny.load(folder, kind, dtype=weights)

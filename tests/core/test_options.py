@@ -82,10 +82,16 @@ def test_blocks(folder, limited, kind):
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [("double 0-19", "double 0-18"), ("joint 1", "has no 'joint' blocks; it has double 0-18"),
-     ("double 5-2", "not within"), ("double 0 to 3", "cannot read"), ("3", "cannot read"),
-     ("double 0-9,", "cannot read"), ("single -1", "cannot read")],
-)  # fmt: skip
+    [
+        ("double 0-19", "double 0-18"),
+        ("joint 1", "has no 'joint' blocks; it has double 0-18"),
+        ("double 5-2", "not within"),
+        ("double 0 to 3", "cannot read"),
+        ("3", "cannot read"),
+        ("double 0-9,", "cannot read"),
+        ("single -1", "cannot read"),
+    ],
+)
 def test_bad_blocks_are_refused(line, says):
     with pytest.raises(ValueError, match=says):
         parse_blocks(line, FLUX)
@@ -171,9 +177,9 @@ def test_a_combined_prompt_has_its_own_pattern(folder, limited, lengths):
     def run(prompt, positive):
         patched = limited(model, prompt=prompt)
         empty = {"samples": torch.zeros(1, 16, 16, 16)}
-        return nodes.common_ksampler(
-            patched, 3, 1, 1.0, "euler", "simple", positive, [], empty
-        )[0]["samples"]  # fmt: skip
+        return nodes.common_ksampler(patched, 3, 1, 1.0, "euler", "simple", positive, [], empty)[0][
+            "samples"
+        ]
 
     expected = (run(own, first) + run(None, second)) / 2
     torch.testing.assert_close(run(own, [*first, *second]), expected, atol=1e-4, rtol=1e-4)

@@ -114,8 +114,10 @@ def with_lora(folder, load_lora):
         generator, state = torch.manual_seed(0), {}
         for name, module in model.model.named_modules():
             if "blocks" in name and hasattr(module, "in_features"):
-                for part, shape in (("up", (module.out_features, 2)),
-                                    ("down", (2, module.in_features))):  # fmt: skip
+                for part, shape in (
+                    ("up", (module.out_features, 2)),
+                    ("down", (2, module.in_features)),
+                ):
                     weight = torch.randn(shape, generator=generator) * 0.1
                     state[f"{name}.lora_{part}.weight"] = weight
         return load_lora(model, state)
@@ -142,8 +144,9 @@ def test_inside_the_window_two_attentions_and_one_copy_of_k(folder, apply_taca, 
     """Two calls for a joint attention, of together its size; K at most once, and the outputs."""
     model = tiny.load(folder, kind)
     text, length = 20, 20 + 64
-    plain, ours = (recorded(m, kind, text=(text, text), batch=2)[0]
-                   for m in (model, apply_taca(model)))  # fmt: skip
+    plain, ours = (
+        recorded(m, kind, text=(text, text), batch=2)[0] for m in (model, apply_taca(model))
+    )
     joint = plain.attention.count((length, length))
     assert joint == BLOCKS[kind]
     assert len(ours.attention) <= len(plain.attention) + joint

@@ -23,10 +23,8 @@ CLIPS = {
     "Mage-Flow": ("mage_flow.MageFlowTokenizer", "mage_flow.MageFlowTEModel"),
     "JoyImage": ("joyimage.JoyImageTokenizer", "joyimage.JoyImageTEModel"),
     "HiDream-O1": ("hidream_o1.HiDreamO1Tokenizer", "hidream_o1.HiDreamO1TE"),
-    "HunyuanVideo": (
-        "hunyuan_video.HunyuanVideoTokenizer", "hunyuan_video.HunyuanVideoClipModel"
-    ),
-}  # fmt: skip
+    "HunyuanVideo": ("hunyuan_video.HunyuanVideoTokenizer", "hunyuan_video.HunyuanVideoClipModel"),
+}
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -57,12 +55,19 @@ def ids_at(clip, name, tokens, word):
 
 @pytest.mark.parametrize(
     ("prompt", "word", "times"),
-    [("a catfish on a plate", "cat", 0), ("a redhead woman", "red", 0),
-     ("a catfish and a cat", "cat", 1), ('a sign that says "OPEN 24 hours"', "OPEN", 1),
-     ("well-dressed, black/white", "dressed", 1), ("well-dressed, black/white", "white", 1),
-     ("a 3d-render", "render", 1), ("(a (cat:1.3):0.8) and a cat's cat_toy", "cat", 3),
-     (r"a \(big\) cat (x:1.2)", "big", 1), ("(1:1.1)(1:1.3) 11", "1", 2)],
-)  # fmt: skip
+    [
+        ("a catfish on a plate", "cat", 0),
+        ("a redhead woman", "red", 0),
+        ("a catfish and a cat", "cat", 1),
+        ('a sign that says "OPEN 24 hours"', "OPEN", 1),
+        ("well-dressed, black/white", "dressed", 1),
+        ("well-dressed, black/white", "white", 1),
+        ("a 3d-render", "render", 1),
+        ("(a (cat:1.3):0.8) and a cat's cat_toy", "cat", 3),
+        (r"a \(big\) cat (x:1.2)", "big", 1),
+        ("(1:1.1)(1:1.3) 11", "1", 2),
+    ],
+)
 @pytest.mark.parametrize("encoder", ["t5xxl", "l"])
 def test_words_end_where_words_do(prompt, word, times, encoder):
     clip = clip_of(*FLUX) if encoder == "t5xxl" else clip_of(*SD3_WITHOUT_T5, t5=False)
@@ -127,8 +132,10 @@ def test_padding_in_the_middle():
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_textual_inversion(tmp_path, vectors):
     """An embedding's ids are tensors; an encoder of another width leaves it out."""
-    torch.save({"clip_l": torch.randn(vectors, 32), "clip_g": torch.randn(vectors, 32)},
-               tmp_path / "style.pt")  # fmt: skip
+    torch.save(
+        {"clip_l": torch.randn(vectors, 32), "clip_g": torch.randn(vectors, 32)},
+        tmp_path / "style.pt",
+    )
     text = "embedding:style, a cat (embedding:style:1.2) and embedding:style a dog"
     clip = clip_of(*SD3_WITHOUT_T5, str(tmp_path), t5=False)
     tokens = of(clip, text)
@@ -142,8 +149,9 @@ def test_textual_inversion(tmp_path, vectors):
     ids = [t for t, _ in clip.tokenize(text)["t5xxl"][0] if not torch.is_tensor(t)]
     decode = clip.tokenizer.t5xxl.tokenizer.decode
     assert [decode([ids[i]]).strip() for i in (*tokens.word("cat"), *tokens.word("dog"))] == [
-        "cat", "dog"
-    ]  # fmt: skip
+        "cat",
+        "dog",
+    ]
     assert len(tokens.table) == 256
     assert sum(tokens.own()) == ids.index(1) + 1
 

@@ -52,8 +52,9 @@ def dense_shares(model, kind, gamma, text=7, size=(16, 16), words=()):
     length = text + (size[0] // 2) * (size[1] // 2)
     found, maps = [], []
 
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 **kwargs):  # fmt: skip
+    def override(
+        func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
         if not skip_reshape:
             q, k, v = (y.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
         logits = q.double() @ k.double().transpose(-2, -1) / q.shape[-1] ** 0.5
@@ -119,9 +120,11 @@ def test_only_the_positive_prompts_rows(folder, apply_taca, pack, reports):
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [("x=7", "text token 7, counted from 0, and the prompt has 7"),
-     (", ".join(f"w{i}=1" for i in range(128)), "at most 127 words")],
-)  # fmt: skip
+    [
+        ("x=7", "text token 7, counted from 0, and the prompt has 7"),
+        (", ".join(f"w{i}=1" for i in range(128)), "at most 127 words"),
+    ],
+)
 def test_words_that_cannot_be_shown_are_told(folder, pack, words, says):
     model = tiny.load(folder, "flux")
     with pytest.raises(ValueError, match=says):
@@ -188,10 +191,19 @@ def test_references_are_not_the_picture(folder, apply_taca, pack, reports, count
 
 
 def shown(pack, guider, model, words, size, **more):
-    return pack["TACAAttentionReport"].execute(
-        Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0],
-        sigmas_of(model, 1), {"samples": torch.zeros(1, 16, *size)}, words, **more
-    ).result  # fmt: skip
+    return (
+        pack["TACAAttentionReport"]
+        .execute(
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas_of(model, 1),
+            {"samples": torch.zeros(1, 16, *size)},
+            words,
+            **more,
+        )
+        .result
+    )
 
 
 @pytest.mark.parametrize("lengths", [(7, 9), (7, 7)])
@@ -224,9 +236,12 @@ def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
         report = report_module.Report({"a": [1]}, prompt)
         guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
         SamplerCustomAdvanced.execute(
-            Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0],
-            sigmas_of(model, 1), {"samples": torch.zeros(1, 16, 16, 16)},
-        )  # fmt: skip
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas_of(model, 1),
+            {"samples": torch.zeros(1, 16, 16, 16)},
+        )
         sizes = {(1, 8, 8), (1, 4, 4)} if len(positive) == 3 else {(1, 4, 4)}
         assert {m.shape for m in report.maps} == sizes
         sys.modules["taca_pack.nodes.report"].heat_maps(report, None)
@@ -282,9 +297,12 @@ def acting(model, kind, sampler, sigmas):
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", watch)
     guider = BasicGuider.execute(model, tiny.conditioning(kind, 7)).result[0]
     SamplerCustomAdvanced.execute(
-        Noise_RandomNoise(3), guider, KSamplerSelect.execute(sampler).result[0], sigmas,
+        Noise_RandomNoise(3),
+        guider,
+        KSamplerSelect.execute(sampler).result[0],
+        sigmas,
         {"samples": torch.zeros(1, 16, 16, 16)},
-    )  # fmt: skip
+    )
     return calls
 
 
@@ -301,9 +319,13 @@ def test_pure_noise_of_every_sampler(folder, apply_taca, sampler):
 
 @pytest.mark.parametrize(
     ("inside", "says"),
-    [([False] * 10, "No step is inside"), ([True] * 3 + [False] * 27, ""),
-     ([True] + [False] * 3, "single one is a quarter"), ([True] * 5 + [False] * 5, "quarter of")],
-)  # fmt: skip
+    [
+        ([False] * 10, "No step is inside"),
+        ([True] * 3 + [False] * 27, ""),
+        ([True] + [False] * 3, "single one is a quarter"),
+        ([True] * 5 + [False] * 5, "quarter of"),
+    ],
+)
 def test_advice(inside, says):
     hints = advice(inside, 1.2)
     assert len(hints) == bool(says)
@@ -324,9 +346,12 @@ def test_sweep(folder, pack):
     model = tiny.load(folder, "flux")
     models, labels = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
     assert labels == [
-        "gamma 1 (plain)", "gamma 1.2, t >= 970", "gamma 1.2, t >= 900", "gamma 1.5, t >= 970",
+        "gamma 1 (plain)",
+        "gamma 1.2, t >= 970",
+        "gamma 1.2, t >= 900",
+        "gamma 1.5, t >= 970",
         "gamma 1.5, t >= 900",
-    ]  # fmt: skip
+    ]
     assert torch.equal(sample(models[0], "flux"), sample(model, "flux"))
     assert not torch.equal(sample(models[1], "flux"), sample(models[3], "flux"))
     for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):

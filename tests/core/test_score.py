@@ -17,12 +17,24 @@ LONG = " ".join(["a red circle left of a blue square and"] * 12)
 def clip_l(tmp_path_factory):
     """transformers' CLIP ViT-L/14, and the two files that core reads."""
     config = transformers.CLIPConfig(
-        text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-                     "num_hidden_layers": 12, "projection_dim": 768, "eos_token_id": 49407},
-        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-                       "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768},
+        text_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "projection_dim": 768,
+            "eos_token_id": 49407,
+        },
+        vision_config={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
         projection_dim=768,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = transformers.CLIPModel(config)
     model = model.to_empty(device="cpu").eval()
@@ -39,13 +51,18 @@ def clip_l(tmp_path_factory):
         assert name.endswith("position_ids")
         buffer.copy_(torch.arange(buffer.shape[-1])[None])
     folder = tmp_path_factory.mktemp("clip")
-    state = {key: value.half().contiguous() for key, value in model.state_dict().items()
-             if "position_ids" not in key}  # fmt: skip
+    state = {
+        key: value.half().contiguous()
+        for key, value in model.state_dict().items()
+        if "position_ids" not in key
+    }
     text = {k: v for k, v in state.items() if k.startswith(("text_model", "text_projection"))}
     vision = {k: v for k, v in state.items() if k.startswith(("vision_model", "visual_proj"))}
     save_file(text, folder / "clip_l.safetensors")
-    save_file({k: v for k, v in text.items() if k != "text_projection.weight"},
-              folder / "clip_l_without.safetensors")  # fmt: skip
+    save_file(
+        {k: v for k, v in text.items() if k != "text_projection.weight"},
+        folder / "clip_l_without.safetensors",
+    )
     save_file(vision, folder / "clip_vision_l.safetensors")
     return model, folder
 
@@ -160,10 +177,19 @@ def test_files_that_are_no_safetensors(clip_l, loaded, score, tmp_path):
 def test_another_vision_model_is_refused(loaded, score):
     import comfy.clip_vision
 
-    other = {"model_type": "clip_vision_model", "hidden_size": 64, "image_size": 224,
-             "intermediate_size": 64, "num_attention_heads": 2, "num_channels": 3,
-             "num_hidden_layers": 2, "patch_size": 32, "projection_dim": 512,
-             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
+    other = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "image_size": 224,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "num_hidden_layers": 2,
+        "patch_size": 32,
+        "projection_dim": 512,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
     vision = comfy.clip_vision.ClipVisionModel(other)
     for weight in vision.model.parameters():
         weight.data.fill_(0.01)

@@ -60,11 +60,17 @@ def dense(model, kind, gamma, text=7, tokens=16):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("checkpointing", "depth", "batch", "bypass"),
-    [(False, 1, 1, False), (True, 1, 1, False), (True, 2, 1, False), (True, 1, 2, False),
-     (True, 1, 1, True)],
-)  # fmt: skip
-def test_gradients_are_the_dense_ones(folder, apply_taca, window, kind, checkpointing, depth, batch,
-                                      bypass):  # fmt: skip
+    [
+        (False, 1, 1, False),
+        (True, 1, 1, False),
+        (True, 2, 1, False),
+        (True, 1, 2, False),
+        (True, 1, 1, True),
+    ],
+)
+def test_gradients_are_the_dense_ones(
+    folder, apply_taca, window, kind, checkpointing, depth, batch, bypass
+):
     plain_model = tiny.load(folder, kind)
     if kind == "flux" and not checkpointing:
         # Core's FLUX adds in place, and cannot be trained so, with TACA or without.
@@ -198,15 +204,22 @@ def test_on_the_demo_model(apply_taca, window):
         x = m.model.model_sampling.noise_scaling(sigma.view(-1, 1, 1, 1), noise, x0)
         options = {"wrappers": m.wrappers}
         m.pre_run()
-        result = m.model.apply_model(x, sigma, c_crossattn=text, y=torch.zeros(64, 1),
-                                     transformer_options=options)  # fmt: skip
+        result = m.model.apply_model(
+            x, sigma, c_crossattn=text, y=torch.zeros(64, 1), transformer_options=options
+        )
         m.cleanup()
         return (result - x0).square().mean().item()
 
     lora, _ = train(
-        window(taca), None, steps=60, accumulate=4, optimizer="AdamW", rate=5e-4, rank=16,
+        window(taca),
+        None,
+        steps=60,
+        accumulate=4,
+        optimizer="AdamW",
+        rate=5e-4,
+        rank=16,
         data=([latents], [positive]),
-    )  # fmt: skip
+    )
     trained = patch_lora(taca, fit_lora(lora, model.model, "trained", 1.0))
     for t in (999, 990, 980, 971):
         assert loss(trained, t) < 0.985 * loss(taca, t)

@@ -41,8 +41,12 @@ from support.uvit import (
 CASES = int(os.environ.get("TACA_FUZZ", "300"))
 PUBLISHED = {"small": (13, 44_692_644), "small deep": (17, 58_345_636)}
 FUSIONS = {
-    "early": (0, 4), "central": (1, 3), "middle": (2, 2), "front": (0, 2), "back": (1, 4),
-}  # fmt: skip
+    "early": (0, 4),
+    "central": (1, 3),
+    "middle": (2, 2),
+    "front": (0, 2),
+    "back": (1, 4),
+}
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("small deep", marks=pytest.mark.slow)])
@@ -128,9 +132,18 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
     config = json.loads(Path(comfy.sd1_clip.__file__).with_name("sd1_clip_config.json").read_text())
     operations = comfy.ops.disable_weight_init
     text = seeded_as(comfy.clip_model.CLIPTextModel, config, torch.float32, None, operations)
-    parts = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
-             "ch": 32, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
-             "dropout": 0.0}  # fmt: skip
+    parts = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
     vae = seeded_as(comfy.ldm.models.autoencoder.AutoencoderKL, embed_dim=4, ddconfig=parts)
     vae = {key: value for key, value in vae.items() if "encoder" not in key}
     network = seeded(UViT(UViTConfig(blocks=3, width=64, side=8)))

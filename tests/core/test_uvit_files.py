@@ -83,10 +83,14 @@ def test_a_wrong_file_is_told(tmp_path, problem):
 
 
 METADATA = {  # by a file's metadata
-    "not JSON": "{", "no table": "[]", "no number": '{"text_tokens": "many"}',
-    "endless": '{"text_tokens": 1e999}', "less than none": '{"text_tokens": -2}',
-    "no scale": '{"latent_scale": 0}', "nan": '{"latent_scale": NaN}',
-}  # fmt: skip
+    "not JSON": "{",
+    "no table": "[]",
+    "no number": '{"text_tokens": "many"}',
+    "endless": '{"text_tokens": 1e999}',
+    "less than none": '{"text_tokens": -2}',
+    "no scale": '{"latent_scale": 0}',
+    "nan": '{"latent_scale": NaN}',
+}
 
 
 @pytest.mark.parametrize("what", METADATA)
@@ -100,8 +104,10 @@ def test_wrong_metadata_is_told(tmp_path, what):
 def test_another_model_is_told(tmp_path):
     """Those with a U-ViT's names among theirs too; not "download it again"."""
     pixart = {"pos_embed": torch.zeros(1, 4, 8), "blocks.0.attn.qkv.weight": torch.zeros(24, 8)}
-    mae = pixart | {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2),
-                    "decoder_pred.weight": torch.zeros(12, 8)}  # fmt: skip
+    mae = pixart | {
+        "patch_embed.proj.weight": torch.zeros(8, 3, 2, 2),
+        "decoder_pred.weight": torch.zeros(12, 8),
+    }
     for name, state in {"sd3": tiny.weights("sd3"), "pixart": pixart, "mae": mae}.items():
         save_file(state, tmp_path / f"{name}.safetensors")
     models = {"blocks": ["pixart", "mae"], "joint_blocks": ["sd3"]}
@@ -123,13 +129,24 @@ def whole_file(tmp_path_factory):
 
 SHAPES = st.lists(st.integers(0, 5), max_size=5)
 KINDS = st.sampled_from(
-    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8,
-     torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
-)  # fmt: skip
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.float8_e4m3fn,
+        torch.complex64,
+    ]
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3), max_leaves=3,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=3,
+)
 
 
 def damage_tensors(data, state):

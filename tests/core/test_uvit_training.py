@@ -31,7 +31,7 @@ def data_of(pictures=6):
     times = pictures // 3
     return TRAINING.Data(
         x.repeat(times, 1, 1, 1), context.repeat(times, 1, 1), context[:1] * 0, 0.5
-    )  # fmt: skip
+    )
 
 
 def training(folder, config=None, name="it", data=None, **changes):
@@ -155,8 +155,11 @@ def test_the_gradient_is_that_of_the_published_loss(tmp_path, grad, bf16):
     kept = (1 - betas).cumprod(0)[t - 1][:, None, None, None]
     noisy = kept**0.5 * running.data.latents[chosen] + (1 - kept) ** 0.5 * noise
     context = running.data.context[chosen] * ~empty[:, None, None]
-    leaves = {k: w.double().requires_grad_(w.is_floating_point()) for k, w in before.items()
-              if w.is_floating_point()}  # fmt: skip
+    leaves = {
+        k: w.double().requires_grad_(w.is_floating_point())
+        for k, w in before.items()
+        if w.is_floating_point()
+    }
     loss = (reference(leaves, noisy, t, context, 5, 2, 1, 3) - noise).square().mean()
     loss.backward()
     running.run(1, 1, lambda running: None)
@@ -168,14 +171,26 @@ def test_the_gradient_is_that_of_the_published_loss(tmp_path, grad, bf16):
             clear = leaf.grad.abs() > 1e-5
             assert torch.allclose(
                 moved[clear], -1e-4 * leaf.grad[clear].sign().float(), atol=1e-5
-            ), key  # fmt: skip
+            ), key
 
 
 NODE = {
-    "fusion": "intermediate", "text_blocks": 1, "conditioning": "concatenation", "blocks": 3,
-    "width": 64, "steps": 40, "batch_size": 6, "learning_rate": 3e-3, "warm_up": 5, "ema": 0.9,
-    "p_uncond": 0.1, "precision": "fp32", "seed": 0, "checkpoint": "it", "checkpoint_every": 100,
-}  # fmt: skip
+    "fusion": "intermediate",
+    "text_blocks": 1,
+    "conditioning": "concatenation",
+    "blocks": 3,
+    "width": 64,
+    "steps": 40,
+    "batch_size": 6,
+    "learning_rate": 3e-3,
+    "warm_up": 5,
+    "ema": 0.9,
+    "p_uncond": 0.1,
+    "precision": "fp32",
+    "seed": 0,
+    "checkpoint": "it",
+    "checkpoint_every": 100,
+}
 
 
 @pytest.fixture
@@ -236,9 +251,13 @@ def test_one_batch_and_other_latents(train_node):
     x = 5 * torch.randn(3, 16, 8, 8, generator=torch.manual_seed(0))
     _, _, context = inputs(UViTConfig(**TINY), 3)
     out = train_node(
-        [{"samples": x}], [[[c[None], {}] for c in context]], steps=2, fusion="early",
-        conditioning="cross-attention", precision="bf16",
-    )  # fmt: skip
+        [{"samples": x}],
+        [[[c[None], {}] for c in context]],
+        steps=2,
+        fusion="early",
+        conditioning="cross-attention",
+        precision="bf16",
+    )
     model = out.result[0].model
     assert model.latent_format.scale_factor == pytest.approx(1 / x.std().item(), abs=1e-4)
     assert model.diffusion_model.config.is_early

@@ -86,11 +86,31 @@ def test_workflow_in_the_page(path, page, server, object_info):
 def test_nested_widgets_keep_their_values(values, page, object_info):
     """TACA Schedule's window brings widgets of its own."""
     output = {"name": "schedule", "type": "TACA_SCHEDULE", "links": []}
-    node = {"id": 1, "type": "TACASchedule", "pos": [0, 0], "size": [400, 200], "flags": {},
-            "order": 0, "mode": 0, "inputs": [], "outputs": [output], "properties": {},
-            "widgets_values": values}  # fmt: skip
-    page.open({"version": 0.4, "last_node_id": 1, "last_link_id": 0, "nodes": [node], "links": [],
-               "groups": [], "config": {}, "extra": {}})  # fmt: skip
+    node = {
+        "id": 1,
+        "type": "TACASchedule",
+        "pos": [0, 0],
+        "size": [400, 200],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [output],
+        "properties": {},
+        "widgets_values": values,
+    }
+    page.open(
+        {
+            "version": 0.4,
+            "last_node_id": 1,
+            "last_link_id": 0,
+            "nodes": [node],
+            "links": [],
+            "groups": [],
+            "config": {},
+            "extra": {},
+        }
+    )
     saved, sent = page.saved(), page.api_form()
     assert saved["nodes"][0]["widgets_values"][: len(values)] == values
     assert problems_of(saved, object_info) == []

@@ -29,8 +29,12 @@ def test_equals_dense(runs, batch, gammas, per_row, mask_kind, grouped):
     n = sum(span.length for span in tokens)
     gamma = torch.tensor(gammas[:batch] if per_row else gammas[:1])
     q, k, v = (random(batch, 1 if grouped and i else 2, n, 8, seed=i) for i in range(3))
-    shape = {"full": (batch, 1, n, n), "heads": (batch, 2, n, n), "rows": (batch, 1, 1, n),
-             "bool": (batch, 1, n, n)}  # fmt: skip
+    shape = {
+        "full": (batch, 1, n, n),
+        "heads": (batch, 2, n, n),
+        "rows": (batch, 1, 1, n),
+        "bool": (batch, 1, n, n),
+    }
     mask = None if mask_kind == "none" else random(*shape[mask_kind], seed=9)
     if mask_kind == "bool":
         mask = (mask > -1.5) | torch.eye(n, dtype=torch.bool)

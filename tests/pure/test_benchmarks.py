@@ -50,13 +50,17 @@ def measured(point, constants, noise):
     """A row of ``scale`` as the model with these constants would give it."""
     row = {**point, "peak_mib": {"call": {"plain": 2.0, "inside": 2.0}}}
     for kind in ("call", "step"):
-        plain = sum(constants[k] * x for k, x in zip("ab", scale.terms(point, kind)[0],
-                                                     strict=True))  # fmt: skip
+        plain = sum(
+            constants[k] * x for k, x in zip("ab", scale.terms(point, kind)[0], strict=True)
+        )
         extra = plain * (scale.predicted({"constants": constants}, point, kind) - 1)
         again = timing.summary([plain - noise, plain, plain + noise], [plain] * 3)
         inside = [plain + extra + each * noise for each in (-1, 0, 1)]
-        row[kind] = {"plain": timing.summary([plain] * 3, [plain] * 3), "plain again": again,
-                     "inside": timing.summary(inside, [plain] * 3)}  # fmt: skip
+        row[kind] = {
+            "plain": timing.summary([plain] * 3, [plain] * 3),
+            "plain again": again,
+            "inside": timing.summary(inside, [plain] * 3),
+        }
     return row
 
 
@@ -77,10 +81,14 @@ def test_targets_say_how_far_they_were_missed(monkeypatch, tmp_path):
     row = {"ratio": 1.03, "ratio_p10": 1.02, "ratio_p90": 1.04}
     again = {"ratio": 1.0, "ratio_p10": 0.99, "ratio_p90": 1.01}
     case = {
-        "model": "flux", "size": 512, "dtype": "float32", "compiled": False,
-        "environment": {"device": "cpu"}, "peak_mib": {"plain": 100.0, "inside": 100.5},
+        "model": "flux",
+        "size": 512,
+        "dtype": "float32",
+        "compiled": False,
+        "environment": {"device": "cpu"},
+        "peak_mib": {"plain": 100.0, "inside": 100.5},
         "step": {"inside": row, "plain again": again},
-    }  # fmt: skip
+    }
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     timing.Results("model", tmp_path, CPU).add("flux, small", case)
     text = targets.table()
@@ -131,8 +139,22 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fusion, "published_config", config)
     file = tmp_path / "cost.json"
-    monkeypatch.setattr(sys, "argv", ["fusion.py", "cost", "--networks", "small", "--rounds", "2",
-                                      "--batches", "2", "--out", str(file)])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "fusion.py",
+            "cost",
+            "--networks",
+            "small",
+            "--rounds",
+            "2",
+            "--batches",
+            "2",
+            "--out",
+            str(file),
+        ],
+    )
     threads = torch.get_num_threads()
     with torch.enable_grad():
         fusion.main()
@@ -141,8 +163,11 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
     assert len(report["throughput"]) == 4
     for setting, found in report["throughput"].items():
         assert found["rounds"] == 2
-        assert set(found["fusion_at_equal_implementation"]) == {"central 1", "central 3",
-                                                                "central 5"}  # fmt: skip
+        assert set(found["fusion_at_equal_implementation"]) == {
+            "central 1",
+            "central 3",
+            "central 5",
+        }
         assert bool(found["both"]) == ("concatenation" in setting)
     assert file.with_suffix(".md").read_text().count("\n| small") == 4 * 4
 

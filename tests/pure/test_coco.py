@@ -63,8 +63,13 @@ def test_fid(pictures):
 
 def test_clip_score(pictures):
     transformers = pytest.importorskip("transformers")
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
-             "num_hidden_layers": 1, "eos_token_id": 49407}  # fmt: skip
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "eos_token_id": 49407,
+    }
     torch.manual_seed(0)
     model = transformers.CLIPModel(
         transformers.CLIPConfig(text_config=small, vision_config={**small, "patch_size": 32})
@@ -115,7 +120,7 @@ WRONG = {
     "both of caption 2": lambda drawn: (drawn / "x_2.png").write_bytes(b""),
     "does not end with the number": lambda drawn: (drawn / "cat.png").write_bytes(b""),
     "has 0 pictures": lambda drawn: [file.unlink() for file in drawn.iterdir()],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("told", WRONG)
@@ -123,13 +128,29 @@ def test_wrong_pictures_are_told(pictures, monkeypatch, told):
     WRONG[told](pictures / "drawn")
     (pictures / "coco.txt").write_text("\n".join(WORDS))
     with pytest.raises(SystemExit, match=told):
-        run(monkeypatch, "score", "--real", pictures / "real", "--drawn", pictures / "drawn",
-            "--captions", pictures / "coco.txt")  # fmt: skip
+        run(
+            monkeypatch,
+            "score",
+            "--real",
+            pictures / "real",
+            "--drawn",
+            pictures / "drawn",
+            "--captions",
+            pictures / "coco.txt",
+        )
 
 
 def test_without_torchmetrics_it_says_how_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     (pictures / "coco.txt").write_text("\n".join(WORDS))
     with pytest.raises(SystemExit, match=r"pip install '\.\[coco\]'"):
-        run(monkeypatch, "score", "--real", pictures / "real", "--drawn", pictures / "drawn",
-            "--captions", pictures / "coco.txt")  # fmt: skip
+        run(
+            monkeypatch,
+            "score",
+            "--real",
+            pictures / "real",
+            "--drawn",
+            pictures / "drawn",
+            "--captions",
+            pictures / "coco.txt",
+        )

@@ -338,13 +338,21 @@ def files(tmp_path, monkeypatch):
         ("", "demo", 3.0, None),
         ("--checkpoint whole_flux", "FLUX.1", 1.0, None),
         ("--checkpoint whole_sd3 --cfg 4", "SD3.5", 4.0, None),
-        ("--checkpoint flux --text-encoder clip_l t5 --vae vae", "FLUX.1", 1.0,
-         ("DualCLIPLoader", "flux")),
+        (
+            "--checkpoint flux --text-encoder clip_l t5 --vae vae",
+            "FLUX.1",
+            1.0,
+            ("DualCLIPLoader", "flux"),
+        ),
         ("--checkpoint sd3 --text-encoder t5 --vae vae", "SD3.5", 7.0, ("CLIPLoader", "sd3")),
-        ("--checkpoint sd3 --text-encoder clip_l clip_g t5 --vae vae", "SD3.5", 7.0,
-         ("TripleCLIPLoader", None)),
+        (
+            "--checkpoint sd3 --text-encoder clip_l clip_g t5 --vae vae",
+            "SD3.5",
+            7.0,
+            ("TripleCLIPLoader", None),
+        ),
     ],
-)  # fmt: skip
+)
 def test_own_model_is_recognised(files, line, family, cfg, loader):
     options = run.options_of(files(line))
     graph = run.graph_of(options)

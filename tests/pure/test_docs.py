@@ -149,9 +149,10 @@ def test_every_help_page_has_a_node(pack):
 def test_pictures_of_the_help_pages():
     """Each is there, none is left over, and the page finds it from any page's folder."""
     shown = {
-        target for page in all_pages()
+        target
+        for page in all_pages()
         for target in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text("utf-8"))
-    }  # fmt: skip
+    }
     there = {path.relative_to(DOCS).as_posix() for path in (DOCS / "images").iterdir()}
     assert shown == there
     assert sum((DOCS / name).stat().st_size for name in there) < 1_000_000

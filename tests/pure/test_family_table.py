@@ -17,9 +17,7 @@ def test_the_table_is_the_generated_one():
     table = page.partition("<!-- families -->\n")[2].partition("<!-- /families -->\n")[0]
     assert table == families.table(found), "run benchmarks/families.py, or with --table"
     assert not any(each["failed"] for each in found.values())
-    missing = {case.name for case in CASES}.difference(*(
-        each["models"] for each in found.values()
-    ))  # fmt: skip
+    missing = {case.name for case in CASES}.difference(*(each["models"] for each in found.values()))
     assert not missing
 
 

@@ -10,9 +10,10 @@ import pytest
 from support import ROOT
 
 PAGES = [
-    *sorted(path for path in ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")),
+    *sorted(path for path in ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("benchmarks/**/*.md")),
-]  # fmt: skip
+]
 DOCS = {"models", "exactness", "speed", "alignment", "uvit", "lora", "development"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -52,12 +53,28 @@ def test_readme_is_short_and_has_what_users_look_for():
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.split()) <= 1200
     headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
-    wanted = ["Install", "Your first picture", "Which values", "Models", "Nodes", "The LoRA",
-              "Does it help?", "Try it, test it", "FAQ", "Citation", "Licence"]  # fmt: skip
+    wanted = [
+        "Install",
+        "Your first picture",
+        "Which values",
+        "Models",
+        "Nodes",
+        "The LoRA",
+        "Does it help?",
+        "Try it, test it",
+        "FAQ",
+        "Citation",
+        "Licence",
+    ]
     assert headings == wanted
     assert text.index("![") < text.index("## Install")
-    for link in ("arxiv.org/abs/2506.07986", "vchitect.github.io/TACA", "github.com/Vchitect/TACA",
-                 "huggingface.co/ldiex/TACA", "git clone https://"):  # fmt: skip
+    for link in (
+        "arxiv.org/abs/2506.07986",
+        "vchitect.github.io/TACA",
+        "github.com/Vchitect/TACA",
+        "huggingface.co/ldiex/TACA",
+        "git clone https://",
+    ):
         assert link in text
     assert {path.stem for path in ROOT.glob("docs/*.md")} == DOCS
     linked = {Path(target).stem for page in PAGES[:20] for target in LINK.findall(page.read_text())}

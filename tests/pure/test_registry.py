@@ -19,11 +19,33 @@ RAW = "https://raw.githubusercontent.com/taca-comfyui/taca-attention/main/"
 
 BUILTINS = {"eval", "exec", "compile", "__import__", "print", "breakpoint"}
 MODULES = {
-    "subprocess", "multiprocessing", "pty", "ctypes", "importlib", "runpy", "code",  # run
-    "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib",  # what runs when it is read
-    "socket", "ssl", "urllib", "http", "ftplib", "smtplib", "requests", "httpx", "aiohttp",
-    "urllib3", "websocket", "websockets", "huggingface_hub",  # the net
-}  # fmt: skip
+    "subprocess",
+    "multiprocessing",
+    "pty",
+    "ctypes",
+    "importlib",
+    "runpy",
+    "code",  # run
+    "pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",  # what runs when it is read
+    "socket",
+    "ssl",
+    "urllib",
+    "http",
+    "ftplib",
+    "smtplib",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "urllib3",
+    "websocket",
+    "websockets",
+    "huggingface_hub",  # the net
+}
 CALLS = {
     "os": {"system", "popen", "remove", "unlink", "rmdir"},
     "torch": {"load", "save", "hub"},
@@ -39,8 +61,11 @@ def starts_process(name):
 
 def offences(source):
     """What a shipped module must not have, by line."""
-    found = [f"{i}: {m[0]}" for i, line in enumerate(source.splitlines(), 1)
-             for m in WORDS.finditer(line)]  # fmt: skip
+    found = [
+        f"{i}: {m[0]}"
+        for i, line in enumerate(source.splitlines(), 1)
+        for m in WORDS.finditer(line)
+    ]
     for node in ast.walk(ast.parse(source)):
         bad = []
         if isinstance(node, ast.Import):
@@ -151,9 +176,20 @@ def test_a_clean_module_passes():
 def test_archive_holds_what_runs_and_no_more(files, modules):
     assert {f for f in files if f.endswith(".py")} == modules
     assert {f.split("/")[0] for f in files} == {
-        "__init__.py", "nodes", "taca", "uvit", "web", "locales", "workflows", "subgraphs",
-        "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "requirements.txt",
-    }  # fmt: skip
+        "__init__.py",
+        "nodes",
+        "taca",
+        "uvit",
+        "web",
+        "locales",
+        "workflows",
+        "subgraphs",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "pyproject.toml",
+        "requirements.txt",
+    }
     kinds = {Path(f).suffix for f in files - {"LICENSE"}}
     assert kinds <= {".py", ".md", ".json", ".jpg", ".png", ".toml", ".txt"}  # no script, no model
     assert sum((ROOT / f).stat().st_size for f in files) < 5_000_000
@@ -162,12 +198,22 @@ def test_archive_holds_what_runs_and_no_more(files, modules):
 def test_what_should_not_be_in_the_archive_is_seen(tmp_path):
     """A copy with a module too many, one that is missing, and a helper that nobody imports."""
     for name, text in {
-        ".gitignore": "*.pyc", ".comfyignore": "/tests/", "__init__.py": "from .nodes import a",
-        "nodes/__init__.py": "from . import b\nfrom ..taca import c", "nodes/a.py": "",
-        "nodes/b.py": "from ..taca.d import e", "taca/__init__.py": "", "taca/c.py": "",
-        "taca/d.py": "def f():\n    from .g import h", "taca/g.py": "", "taca/loose.py": "",
-        "tests/t.py": "", "nodes/tests/t.py": "", "x.pyc": "", ".git/config": "",
-    }.items():  # fmt: skip
+        ".gitignore": "*.pyc",
+        ".comfyignore": "/tests/",
+        "__init__.py": "from .nodes import a",
+        "nodes/__init__.py": "from . import b\nfrom ..taca import c",
+        "nodes/a.py": "",
+        "nodes/b.py": "from ..taca.d import e",
+        "taca/__init__.py": "",
+        "taca/c.py": "",
+        "taca/d.py": "def f():\n    from .g import h",
+        "taca/g.py": "",
+        "taca/loose.py": "",
+        "tests/t.py": "",
+        "nodes/tests/t.py": "",
+        "x.pyc": "",
+        ".git/config": "",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     found = imported(tmp_path)

@@ -55,8 +55,10 @@ def sampling(kind, prediction=comfy.model_sampling.CONST):
     if kind == "discrete":  # as U-ViT and CogVideoX
         base, prediction = comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS
         return type("Sampling", (base, prediction), {})()
-    base = {"flux": comfy.model_sampling.ModelSamplingFlux,
-            "sd3": comfy.model_sampling.ModelSamplingDiscreteFlow}[kind]  # fmt: skip
+    base = {
+        "flux": comfy.model_sampling.ModelSamplingFlux,
+        "sd3": comfy.model_sampling.ModelSamplingDiscreteFlow,
+    }[kind]
     made = type("Sampling", (base, prediction), {})()
     made.set_parameters(shift=1.15 if kind == "flux" else 3.0)
     return made
@@ -215,8 +217,9 @@ def test_first_steps_need_a_run():
 @needs_curves
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_a_drawn_curve(kind):
-    curve = CurveInput.from_raw({"points": [[0, 1], [0.2, 0.5], [0.4, 0], [1, 0]],
-                                 "interpolation": "linear"})  # fmt: skip
+    curve = CurveInput.from_raw(
+        {"points": [[0, 1], [0.2, 0.5], [0.4, 0], [1, 0]], "interpolation": "linear"}
+    )
     model_sampling = sampling(kind)
     plan = resolve(Schedule(1.4, schedule.CurveWindow(curve)), model_sampling)
     for percent in (0.0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.39, 0.41, 0.5, 0.9):

@@ -68,26 +68,45 @@ def prompt(kind, seed, width):
     graph = {
         "file": node("UNETLoader", unet_name=DEMO_MODEL, weight_dtype="default"),
         "taca": node("TACAPatchModel", model=["file", 0], gamma=1.5, timestep_threshold=900.0),
-        "schedule": node("TACASchedule", gamma=1.8, window="percent",
-                         **{"window.start_percent": 0.0, "window.end_percent": 0.5,
-                            "window.shape": "cosine"}),
+        "schedule": node(
+            "TACASchedule",
+            gamma=1.8,
+            window="percent",
+            **{"window.start_percent": 0.0, "window.end_percent": 0.5, "window.shape": "cosine"},
+        ),
         "options": node("TACAOptions", positive_only=True, blocks="joint 0-2"),
-        "limited": node("TACAPatchModel", model=["file", 0], gamma=1.5, timestep_threshold=900.0,
-                        schedule=["schedule", 0], options=["options", 0]),
+        "limited": node(
+            "TACAPatchModel",
+            model=["file", 0],
+            gamma=1.5,
+            timestep_threshold=900.0,
+            schedule=["schedule", 0],
+            options=["options", 0],
+        ),
         "lora": node("LoadTACALoRA", model=["taca", 0], lora_name=LORA, strength=1.0),
         "sweep": node("TACASweep", model=["file", 0], gammas="1, 1.5", timestep_thresholds="900"),
-    }  # fmt: skip
+    }
     model = {"plain": "file", "options": "limited"}.get(kind, kind)
     graph |= {
         "positive": node("TACADemoTextEncode", text="a red circle left of a blue square"),
         "negative": node("TACADemoTextEncode", text=""),
         "latent": node("EmptySD3LatentImage", width=width, height=128, batch_size=1),
-        "sample": node("KSampler", model=[model, 0], seed=seed, steps=5, cfg=3.0, denoise=1.0,
-                       sampler_name="euler", scheduler="simple", positive=["positive", 0],
-                       negative=["negative", 0], latent_image=["latent", 0]),
+        "sample": node(
+            "KSampler",
+            model=[model, 0],
+            seed=seed,
+            steps=5,
+            cfg=3.0,
+            denoise=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+        ),
         "decode": node("TACADemoDecode", upscale=1, samples=["sample", 0]),
         "show": node("PreviewImage", images=["decode", 0]),
-    }  # fmt: skip
+    }
     return graph
 
 
@@ -133,10 +152,36 @@ def test_many_prompts(server, serving):
 
 
 ODD = [
-    None, True, "", "nan", "x" * 5000, "\ud83d", "1, 1.2", "a=1=2", "double 0-99", [], {}, ["file"],
-    ["file", 99], ["nobody", 0], [["file", 0]], 0, -1, 1e308, 2**70, 0.5, math.nan, -math.inf,
-    "timestep", "percent", "drawn", "../../file", "first steps", [1, 2, 3], {"a": 1},
-]  # fmt: skip
+    None,
+    True,
+    "",
+    "nan",
+    "x" * 5000,
+    "\ud83d",
+    "1, 1.2",
+    "a=1=2",
+    "double 0-99",
+    [],
+    {},
+    ["file"],
+    ["file", 99],
+    ["nobody", 0],
+    [["file", 0]],
+    0,
+    -1,
+    1e308,
+    2**70,
+    0.5,
+    math.nan,
+    -math.inf,
+    "timestep",
+    "percent",
+    "drawn",
+    "../../file",
+    "first steps",
+    [1, 2, 3],
+    {"a": 1},
+]
 MORE = ["schedule", "options", "words", "window", "window.steps", "window.curve", "clip", "prompt"]
 
 
@@ -186,8 +231,9 @@ def broken(graph, chance, info):
         elif what == 6 and links:
             (a, i), (b, j) = chance.choice(links), chance.choice(links)
             graph[a]["inputs"][i], graph[b]["inputs"][j] = (
-                graph[b]["inputs"].get(j), graph[a]["inputs"].get(i),
-            )  # fmt: skip
+                graph[b]["inputs"].get(j),
+                graph[a]["inputs"].get(i),
+            )
         elif what == 7:
             inputs[chance.choice(MORE)] = chance.choice(ODD)
         elif name in ours:

@@ -126,18 +126,33 @@ def test_blueprint_in_the_page(server, page):
     )
     page._page.evaluate(CONNECT, blueprint)
     assert page.marked() == []
-    values = {"text": "a cup", "text_1": "fog", "gamma": 1.3, "timestep_threshold": 950,
-              "width": 512, "height": 768, "seed": 7, "steps": 28, "cfg": 7,
-              "scheduler": "normal"}  # fmt: skip
+    values = {
+        "text": "a cup",
+        "text_1": "fog",
+        "gamma": 1.3,
+        "timestep_threshold": 950,
+        "width": 512,
+        "height": 768,
+        "seed": 7,
+        "steps": 28,
+        "cfg": 7,
+        "scheduler": "normal",
+    }
     assert page._page.evaluate(
         "values => app.graph.nodes[0].widgets.map(widget => {"
         " widget.value = values[widget.name]; return widget.name })",
         values,
     ) == list(values)
-    sent = {node["class_type"]: node["inputs"] for node in page.api_form().values()
-            if node["class_type"] != "CLIPTextEncode"}  # fmt: skip
-    texts = [node["inputs"]["text"] for node in page.api_form().values()
-             if node["class_type"] == "CLIPTextEncode"]  # fmt: skip
+    sent = {
+        node["class_type"]: node["inputs"]
+        for node in page.api_form().values()
+        if node["class_type"] != "CLIPTextEncode"
+    }
+    texts = [
+        node["inputs"]["text"]
+        for node in page.api_form().values()
+        if node["class_type"] == "CLIPTextEncode"
+    ]
     assert texts == ["a cup", "fog"]
     taca, sampler, size = (sent[t] for t in ("TACAPatchModel", "KSampler", "EmptySD3LatentImage"))
     assert [taca["gamma"], taca["timestep_threshold"]] == [1.3, 950]

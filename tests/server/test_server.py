@@ -93,10 +93,14 @@ def with_schedule():
     socket = next(s for s in nodes["TACAPatchModel"]["inputs"] if s["name"] == "schedule")
     socket["link"] = 1000
     nodes["TACASchedule"] = {
-        "id": 1000, "type": "TACASchedule", "pos": [0, 5000], "size": [300, 100], "inputs": [],
+        "id": 1000,
+        "type": "TACASchedule",
+        "pos": [0, 5000],
+        "size": [300, 100],
+        "inputs": [],
         "outputs": [{"name": "schedule", "type": "TACA_SCHEDULE", "links": [1000]}],
         "widgets_values": [1.2, "timestep", 970, "step"],
-    }  # fmt: skip
+    }
     target = nodes["TACAPatchModel"]
     slot = target["inputs"].index(socket)
     workflow["nodes"].append(nodes["TACASchedule"])
@@ -196,8 +200,7 @@ def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
     sheet, score = by_class["TACAContactSheet"], by_class["TACAAlignmentScore"]
     assert graph[sheet]["inputs"]["labels"] == [score, 1]
     for output in (0, 1):
-        graph[f"see {output}"] = {"class_type": "PreviewAny",
-                                  "inputs": {"source": [score, output]}}  # fmt: skip
+        graph[f"see {output}"] = {"class_type": "PreviewAny", "inputs": {"source": [score, output]}}
     outputs = server.run(graph)
     numbers, labels = (outputs[f"see {output}"]["text"] for output in (0, 1))
     assert len(numbers) == len(set(numbers)) == 2
@@ -228,8 +231,9 @@ def test_schedule_node_replaces_the_widgets(server):
     """Through the API as a saved workflow has it, its nested widget named parent.child."""
     prompt = ["--prompt", "a red circle left of a blue square"]
     graph = run.graph_of(run.options_of([*prompt, "--gamma", "1.7", "--threshold", "0"]))
-    graph["schedule"] = run.node("TACASchedule", gamma=1.2, window="timestep",
-                                 **{"window.timestep_threshold": 970.0})  # fmt: skip
+    graph["schedule"] = run.node(
+        "TACASchedule", gamma=1.2, window="timestep", **{"window.timestep_threshold": 970.0}
+    )
     expected = server.run(run.graph_of(run.options_of(prompt)))
     graph["taca_model"]["inputs"]["schedule"] = ["schedule", 0]
     given = server.run(graph)

@@ -5,15 +5,26 @@ import importlib
 import comfy.sd
 import torch
 
-TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1,
-        "num_key_value_heads": 1}  # fmt: skip
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
 TINY_T5 = {"num_layers": 1, "d_model": 64, "d_kv": 8, "d_ff": 16, "num_heads": 2}
-TINY_CLIP = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32,
-             "num_attention_heads": 2}  # fmt: skip
+TINY_CLIP = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+}
 CAUSAL = "qwen25_7b", "qwen3_4b", "qwen3_2b", "qwen25_3b", "qwen3vl_4b", "qwen3vl_8b", "llama"
 OPTIONS = {f"{name}_model_config": TINY for name in CAUSAL}
-OPTIONS |= {"t5xxl_model_config": TINY_T5, "clip_l_model_config": TINY_CLIP,
-            "clip_g_model_config": TINY_CLIP}  # fmt: skip
+OPTIONS |= {
+    "t5xxl_model_config": TINY_T5,
+    "clip_l_model_config": TINY_CLIP,
+    "clip_g_model_config": TINY_CLIP,
+}
 FLUX = "flux.FluxTokenizer", "flux.FluxClipModel"
 SD3_WITHOUT_T5 = "sd3_clip.SD3Tokenizer", "sd3_clip.SD3ClipModel"
 

@@ -103,13 +103,15 @@ class StandIn:
 
     async def serve(self, end):
         app = web.Application()
-        app.add_routes([
-            web.get("/ws", self._listen),
-            web.post("/prompt", self._prompt),
-            web.get("/history/{number}", self._history),
-            web.get("/view", self._view),
-            web.get("/system_stats", self._stats),
-        ])  # fmt: skip
+        app.add_routes(
+            [
+                web.get("/ws", self._listen),
+                web.post("/prompt", self._prompt),
+                web.get("/history/{number}", self._history),
+                web.get("/view", self._view),
+                web.get("/system_stats", self._stats),
+            ]
+        )
         runner = web.AppRunner(app, shutdown_timeout=0)
         await runner.setup()
         await web.SockSite(runner, self._socket).start()

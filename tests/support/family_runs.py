@@ -20,7 +20,7 @@ def sample(model, case, steps=1, cfg=1.0, seed=3, batch=1, shorter=0):
     negative = families.conditioning(case, seed=5, shorter=shorter)
     samples = nodes.common_ksampler(
         model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case, batch)
-    )[0]["samples"]  # fmt: skip
+    )[0]["samples"]
     return torch.cat([s.flatten() for s in samples.unbind()]) if samples.is_nested else samples
 
 
@@ -43,8 +43,9 @@ def dense(model, case, gamma, calls=None, texts=(), looks=None):
     joint = [factors(case.spans(text, case.tokens), gamma) for text in texts or case.text[:1]]
     by_shape = {adjusted.shape: adjusted for adjusted in joint}
 
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 **kwargs):  # fmt: skip
+    def override(
+        func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         adjusted = by_shape.get((q.shape[2], k.shape[2]))

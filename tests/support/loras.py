@@ -92,5 +92,8 @@ def with_lora(weights, lora):
 
 def in_blocks(weights):
     """Names of the linear layers that quantised files quantise."""
-    return [k.removesuffix(".weight") for k, v in weights.items()
-            if "blocks" in k and k.endswith(".weight") and v.ndim == 2]  # fmt: skip
+    return [
+        k.removesuffix(".weight")
+        for k, v in weights.items()
+        if "blocks" in k and k.endswith(".weight") and v.ndim == 2
+    ]

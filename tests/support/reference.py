@@ -35,8 +35,9 @@ def dense_override(gamma, text, length, calls=None):
     gamma : float or one per row; text : number of leading text tokens.
     """
 
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 **kwargs):  # fmt: skip
+    def override(
+        func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         rows = [gamma] * q.shape[0] if isinstance(gamma, float) else gamma

@@ -44,14 +44,13 @@ def save_uvit(path):
 STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, and what differs;
     # None for what is not connected
     "UNETLoader": ("UNETLoader", {"unet_name": DEMO_MODEL}),
-    "CheckpointLoaderSimple": (
-        "UNETLoader", {"unet_name": DEMO_MODEL, "weight_dtype": "default"}
-    ),
+    "CheckpointLoaderSimple": ("UNETLoader", {"unet_name": DEMO_MODEL, "weight_dtype": "default"}),
     "ModelSamplingFlux": ("ModelSamplingSD3", {"shift": 3.0}),
     "ModelSamplingAuraFlow": ("ModelSamplingSD3", {}),
     "TACASweep": ("TACASweep", {"gammas": "1, 1.2", "timestep_thresholds": "970"}),
     "TACAAttentionReport": (
-        "TACAAttentionReport", {"words": "red=1", "clip": None, "prompt": None, "vae": None}
+        "TACAAttentionReport",
+        {"words": "red=1", "clip": None, "prompt": None, "vae": None},
     ),
     "LoadTACALoRA": ("LoadTACALoRA", {"lora_name": LORA}),
     "CLIPTextEncode": ("TACADemoTextEncode", {"text": "a red circle left of a blue square"}),
@@ -67,7 +66,7 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
     "CLIPLoader": ("TinyCLIP", {}),
     "CLIPVisionLoader": ("TinyCLIPVision", {}),
     "TrainUViT": ("TrainUViT", {"steps": 2, "batch_size": 2, "blocks": 3, "width": 64}),
-}  # fmt: skip
+}
 
 
 def on_the_demo_model(graph, object_info):

@@ -87,8 +87,11 @@ def shapes_sd3():
                     linear[f"{block}.{attention}.proj"] = (h, h)
             if not last_context:
                 linear |= {f"{block}.mlp.fc1": (mlp, h), f"{block}.mlp.fc2": (h, mlp)}
-    other = {"x_embedder.proj.weight": (h, 16, 2, 2), "x_embedder.proj.bias": (h,),
-             "pos_embed": (1, 32 * 32, h)}  # fmt: skip
+    other = {
+        "x_embedder.proj.weight": (h, 16, 2, 2),
+        "x_embedder.proj.bias": (h,),
+        "pos_embed": (1, 32 * 32, h),
+    }
     return linear, norm, other
 
 
@@ -138,8 +141,19 @@ def latent(height, width, batch=1, seed=2, channels=16):
     return torch.randn(batch, channels, height, width, generator=generator)
 
 
-def sample(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), batch=1, sampler="euler",
-           scheduler="simple", positive=None, seed=3):  # fmt: skip
+def sample(
+    model,
+    kind,
+    steps=10,
+    cfg=3.0,
+    size=(16, 16),
+    text=(7, 12),
+    batch=1,
+    sampler="euler",
+    scheduler="simple",
+    positive=None,
+    seed=3,
+):
     """Latents of a run through core's KSampler function."""
     positive = positive or conditioning(kind, text[0])
     negative = conditioning(kind, text[1], seed=5)
@@ -149,8 +163,18 @@ def sample(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), batch=1,
     )[0]["samples"]
 
 
-def reference(model, kind, steps=10, cfg=3.0, size=(16, 16), text=(7, 12), gamma=1.2, first=1,
-              seed=3, guidance=3.5):  # fmt: skip
+def reference(
+    model,
+    kind,
+    steps=10,
+    cfg=3.0,
+    size=(16, 16),
+    text=(7, 12),
+    gamma=1.2,
+    first=1,
+    seed=3,
+    guidance=3.5,
+):
     """The same run, dense, in float64, with the authors' gate."""
     conds = [conditioning(kind, text[0]), conditioning(kind, text[1], seed=5)]
     extra = [{"y": c[0][1]["pooled_output"]} for c in conds]
@@ -184,10 +208,15 @@ def run(node, model, kind, steps=4, cfg=1.0, size=(16, 16), text=7, sampler="eul
     """The node, or core's SamplerCustomAdvanced, on seeded inputs; its results."""
     positive, negative = conditioning(kind, text), conditioning(kind, text, seed=5)
     guider = (
-        BasicGuider.execute(model, positive) if cfg == 1
+        BasicGuider.execute(model, positive)
+        if cfg == 1
         else CFGGuider.execute(model, positive, negative, cfg)
-    ).result[0]  # fmt: skip
+    ).result[0]
     return node.execute(
-        Noise_RandomNoise(3), guider, KSamplerSelect.execute(sampler).result[0],
-        sigmas_of(model, steps), {"samples": torch.zeros(1, 16, *size)}, **more
-    ).result  # fmt: skip
+        Noise_RandomNoise(3),
+        guider,
+        KSamplerSelect.execute(sampler).result[0],
+        sigmas_of(model, steps),
+        {"samples": torch.zeros(1, 16, *size)},
+        **more,
+    ).result

@@ -15,13 +15,30 @@ import torch
 from safetensors.torch import save_file
 
 WIDTH = 32
-TEXT = {"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2,
-        "num_hidden_layers": 2, "num_positions": 77, "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu", "eos_token_id": 49407, "vocab_size": 49408}  # fmt: skip
-VISION = {"model_type": "clip_vision_model", "hidden_size": WIDTH, "image_size": 224,
-          "intermediate_size": 64, "num_attention_heads": 2, "num_channels": 3,
-          "num_hidden_layers": 2, "patch_size": 56, "projection_dim": WIDTH,
-          "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}  # fmt: skip
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_positions": 77,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "eos_token_id": 49407,
+    "vocab_size": 49408,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": WIDTH,
+    "image_size": 224,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_channels": 3,
+    "num_hidden_layers": 2,
+    "patch_size": 56,
+    "projection_dim": WIDTH,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 
 
 class Encoder(comfy.sd1_clip.SDClipModel):

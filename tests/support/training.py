@@ -9,9 +9,22 @@ from comfy_extras.nodes_train import TrainLoraNode
 from support import tiny
 
 
-def train(model, kind, steps=2, batch=1, accumulate=1, checkpointing=True, depth=1,
-          optimizer="SGD", rate=0.1, images=3, rank=4, bypass=False, data=None,
-          seed=5):  # fmt: skip
+def train(
+    model,
+    kind,
+    steps=2,
+    batch=1,
+    accumulate=1,
+    checkpointing=True,
+    depth=1,
+    optimizer="SGD",
+    rate=0.1,
+    images=3,
+    rank=4,
+    bypass=False,
+    data=None,
+    seed=5,
+):
     """Core's trainer on seeded latents and conditionings, or on data: (LoRA tensors, losses)."""
     if data is None:
         latents = [{"samples": tiny.latent(8, 8, seed=i)} for i in range(images)]
@@ -19,13 +32,25 @@ def train(model, kind, steps=2, batch=1, accumulate=1, checkpointing=True, depth
     else:
         latents, positive = data
     settings = {
-        "batch_size": batch, "steps": steps, "grad_accumulation_steps": accumulate,
-        "learning_rate": rate, "rank": rank, "optimizer": optimizer, "loss_function": "MSE",
-        "seed": seed, "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False,
-        "algorithm": "LoRA", "gradient_checkpointing": checkpointing, "checkpoint_depth": depth,
-        "offloading": False, "existing_lora": "[None]", "bucket_mode": False,
+        "batch_size": batch,
+        "steps": steps,
+        "grad_accumulation_steps": accumulate,
+        "learning_rate": rate,
+        "rank": rank,
+        "optimizer": optimizer,
+        "loss_function": "MSE",
+        "seed": seed,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "quantized_backward": False,
+        "algorithm": "LoRA",
+        "gradient_checkpointing": checkpointing,
+        "checkpoint_depth": depth,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
         "bypass_mode": bypass,
-    }  # fmt: skip
+    }
     known = inspect.signature(TrainLoraNode.execute).parameters
     if not (checkpointing and depth == 1) and "checkpoint_depth" not in known:
         pytest.skip("this ComfyUI's trainer has no choice of checkpointing depth")

@@ -82,8 +82,13 @@ def reference(w, x, t, context, blocks, heads, first, last, cross=False, gamma=1
     half = blocks // 2
     joint_text = text
     for i in range(blocks):
-        name = (f"in_blocks.{i}" if i < half else "mid_block" if i == half
-                else f"out_blocks.{i - half - 1}")  # fmt: skip
+        name = (
+            f"in_blocks.{i}"
+            if i < half
+            else "mid_block"
+            if i == half
+            else f"out_blocks.{i - half - 1}"
+        )
         joint = first <= i <= last and not cross
         if i > half:
             skip_image, skip_text = skips.pop()
@@ -91,9 +96,7 @@ def reference(w, x, t, context, blocks, heads, first, last, cross=False, gamma=1
             if joint:
                 if skip_text is None:
                     skip_text = torch.zeros_like(joint_text)
-                joint_text = linear(
-                    f"{name}.skip_linear", torch.cat([joint_text, skip_text], -1)
-                )  # fmt: skip
+                joint_text = linear(f"{name}.skip_linear", torch.cat([joint_text, skip_text], -1))
         # [time | image | text]: the order does not matter to a softmax
         tokens = torch.cat([image, joint_text], 1) if joint else image
         scale = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.float64)
@@ -138,7 +141,7 @@ def sample(model, config, steps=4, cfg=1.0, seed=3):
     positive, negative = conditioning(config), conditioning(config, 2)
     return nodes.common_ksampler(
         model, seed, steps, cfg, "euler", "normal", positive, negative, empty
-    )[0]["samples"]  # fmt: skip
+    )[0]["samples"]
 
 
 def reference_run(config, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0, texts=None):
@@ -155,12 +158,19 @@ def reference_run(config, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0
     for t, (sigma, following) in zip(times, itertools.pairwise(levels), strict=True):
         parts = [
             reference(
-                state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, config.blocks,
-                config.width // 64, config.first, config.last,
-                config.conditioning == "cross-attention", gamma,
+                state,
+                x / (1 + sigma**2) ** 0.5,
+                torch.tensor([t + 1]),
+                context,
+                config.blocks,
+                config.width // 64,
+                config.first,
+                config.last,
+                config.conditioning == "cross-attention",
+                gamma,
             )
             for context in ([positive] if cfg == 1 else [positive, negative])
-        ]  # fmt: skip
+        ]
         epsilon = parts[-1] + cfg * (parts[0] - parts[-1])
         x = x + (following - sigma) * epsilon
     return x / scale

@@ -18,11 +18,15 @@ SOCKET = object()  # in place of a value
 TITLE = 30  # the height of a node's title, which lies above its position
 # What a user must put there, by widget: the folder of models, or of pictures in input/.
 MODELS = {
-    "unet_name": "diffusion_models", "ckpt_name": "checkpoints", "vae_name": "vae",
+    "unet_name": "diffusion_models",
+    "ckpt_name": "checkpoints",
+    "vae_name": "vae",
     "clip_name": "text_encoders",
-    "clip_name1": "text_encoders", "clip_name2": "text_encoders", "clip_name3": "text_encoders",
+    "clip_name1": "text_encoders",
+    "clip_name2": "text_encoders",
+    "clip_name3": "text_encoders",
     "lora_name": "loras",
-}  # fmt: skip
+}
 VISION = "CLIPVisionLoader"  # whose clip_name is of a folder of its own
 PICTURES = "folder"
 PICTURE_OF = ("LoadImage", "image")  # ... or one of those pictures, by node and widget
@@ -151,11 +155,16 @@ def api_form(workflow, object_info):
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     graph = {}
     for node in nodes_of(workflow):
-        inputs = {name: value
-                  for name, _, _, _, value in inputs_of(node, object_info[node["type"]])
-                  if name and value is not SOCKET}  # fmt: skip
-        inputs |= {socket["name"]: links[socket["link"]]
-                   for socket in node.get("inputs", []) if socket["link"] is not None}  # fmt: skip
+        inputs = {
+            name: value
+            for name, _, _, _, value in inputs_of(node, object_info[node["type"]])
+            if name and value is not SOCKET
+        }
+        inputs |= {
+            socket["name"]: links[socket["link"]]
+            for socket in node.get("inputs", [])
+            if socket["link"] is not None
+        }
         graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return graph
 
