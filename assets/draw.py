@@ -16,8 +16,10 @@ FINE = 4  # drawn this many times larger, then made smaller
 def tokens(draw: ImageDraw.ImageDraw, left: float, top: float, size: float) -> None:
     """Three words, a grid of four by four tokens, and the lines between, in a square."""
     unit = size / 16
-    words = [(left + 0.5 * unit, top + y * unit, width * unit)
-             for y, width in ((4, 4.2), (7.25, 3.2), (10.5, 3.8))]  # fmt: skip
+    words = [
+        (left + 0.5 * unit, top + y * unit, width * unit)
+        for y, width in ((4, 4.2), (7.25, 3.2), (10.5, 3.8))
+    ]
     for i, (x, y, width) in enumerate(words):
         for row in range(4):
             start = (x + width, y + 0.75 * unit)

@@ -12,10 +12,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "web" / "docs" / "images"
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "hosting")]
 
-from page import browsing, serving  # noqa: E402
-from workflow import api_form, place_files, read  # noqa: E402
+from comfy_server import serving  # noqa: E402
+
+from support.page import browsing  # noqa: E402
+from support.workflow import api_form, place_files, read  # noqa: E402
 
 LOADER = ("UNETLoader", {"unet_name": "flux1-dev.safetensors"})
 TACA = ("TACAPatchModel", {})
@@ -26,10 +28,12 @@ CHAINS = {
     "patch": [LOADER, TACA, SAMPLER],
     "lora": [LOADER, TACA, LORA, SAMPLER],
     "training": [
-        LOADER, TACA, ("TACATrainingWindow", {}),
+        LOADER,
+        TACA,
+        ("TACATrainingWindow", {}),
         ("TrainLoraNode", {"grad_accumulation_steps": 4, "learning_rate": 1e-4, "rank": 16}),
     ],
-}  # fmt: skip
+}
 SPREAD = """chain => {
     app.graph.clear();
     let before = null, x = 0;
@@ -66,8 +70,11 @@ def demo(server, info, name: str, **changes: dict) -> dict:  # noqa: ANN001
             kept = {k: v for k, v in node["inputs"].items() if not k.startswith("window")}
             node["inputs"] = kept | changes[node["class_type"]]
     outputs = server.run(graph)
-    return {graph[node]["class_type"]: output["images"] for node, output in outputs.items()
-            if "images" in output}  # fmt: skip
+    return {
+        graph[node]["class_type"]: output["images"]
+        for node, output in outputs.items()
+        if "images" in output
+    }
 
 
 def main() -> None:
@@ -91,10 +98,14 @@ def draw(server) -> None:  # noqa: ANN001
         ("preview", {"window": "timestep", "window.timestep_threshold": 970.0}),
         (
             "schedule",
-            {"window": "percent", "window.start_percent": 0.0, "window.end_percent": 0.2,
-             "window.shape": "cosine"},
+            {
+                "window": "percent",
+                "window.start_percent": 0.0,
+                "window.end_percent": 0.2,
+                "window.shape": "cosine",
+            },
         ),
-    ):  # fmt: skip
+    ):
         shown = demo(server, info, "schedule_preview", TACASchedule={"gamma": 1.2, **window})
         save(picture(shown["TACASchedulePreview"][0]), f"{name}.png", 720)
     shares, heat_maps = demo(server, info, "attention_report")["TACAAttentionReport"]

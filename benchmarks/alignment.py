@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfyui import load_pack  # also ComfyUI's own set-up
-from judging import DEMO, RESULTS, ROOT, interval, markdown, pyplot, store
+from judging import DEMO, RESULTS, ROOT, SHARED, interval, markdown, pyplot, store
 
-sys.path.append(str(DEMO))
+sys.path += SHARED
 
 import world
+from comfyui import load_pack, parts  # also ComfyUI's own set-up
 from subject import Subject
 
 SERIES = ROOT / "benchmarks" / "series"
@@ -68,7 +68,7 @@ class Pictures(Subject):
 
     def patched(self, setting: Setting, lora: Path | None) -> Any:
         """The model as the nodes make it."""
-        patch, schedule, lora_module = load_pack()
+        patch, schedule, lora_module = parts("patch", "schedule", "lora_file")
         model = self.model
         if setting.gamma != 1 or setting.lora:
             window = schedule.TimestepWindow(setting.threshold(self.tokens))

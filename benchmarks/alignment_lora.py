@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import sys
 from pathlib import Path
 
 import alignment
 import numpy as np
 import torch
 import world
-from comfyui import load_pack
+from comfyui import parts
 from safetensors.torch import save_file
 from subject import Subject
 
@@ -41,12 +40,12 @@ def train(
     """Write a LoRA of the model, or of the model as TACA Training Window gives it."""
     from comfy_extras.nodes_train import TrainLoraNode
 
-    patch, schedule, _ = load_pack()
+    patch, schedule, training = parts("patch", "schedule", "training")
     model = subject.model
     if taca:
         window = schedule.TimestepWindow(taca.threshold(subject.tokens))
         model = patch.patch_model(model, schedule.Schedule(taca.gamma, window))
-        model = sys.modules["taca_pack.taca.training"].training_window(model)
+        model = training.training_window(model)
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(world.captions("train"), pictures)]
     drawn = np.stack([world.render(caption, rng, subject.size) for caption in captions])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-sys.path.append(str(timing.RESULTS.parent.parent))
+sys.path.append(str(timing.ROOT))
 
 from taca.attention import temperature_adjusted_attention
 from taca.spans import Span

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from judging import RESULTS, ROOT, markdown, store, write_between
 
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from dev import COMFYUI, DEV
 from taca.families import FAMILIES, REFUSED
@@ -31,7 +31,7 @@ TESTS = {
     "test_equals_dense_with_cfg_in_a_batch": "attention",
     "test_equals_the_merged_lora": "LoRA",
 }
-FILES = ("tests/test_families.py", "tests/test_family_lora.py")
+FILES = ("tests/core/test_families.py", "tests/core/test_family_lora.py")
 
 
 def results(comfyui: Path) -> dict[str, Any]:

@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import timing
 import torch
-from judging import DEMO, ROOT, bootstrap, markdown, store
+from judging import DEMO, ROOT, SHARED, bootstrap, markdown, store
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT))
-sys.path.append(str(DEMO))
+sys.path += [*SHARED, str(ROOT)]
 
 import world
 from codec import SCALE, Codec

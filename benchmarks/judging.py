@@ -12,6 +12,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
+SHARED = [str(ROOT / folder) for folder in ("hosting", "demo", "demo/training")]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

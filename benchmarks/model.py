@@ -11,6 +11,7 @@ import argparse
 import itertools
 import logging
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from logging.handlers import BufferingHandler
 from typing import Any
 
 import attention as blocks
-import comfyui
 import numpy as np
 import timing
 import torch
 from torch import Tensor
 
-import comfy.ldm.modules.attention  # isort: skip
+sys.path.append(str(timing.ROOT / "hosting"))
+
+import comfyui  # isort: skip
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
@@ -157,7 +160,7 @@ class Methods:
     def __init__(
         self, plain: Any, model: Model, size: int, batch: int, overrides: Any, ranks: Any
     ) -> None:
-        patch, schedule, lora = comfyui.load_pack()
+        patch, schedule, lora = comfyui.parts("patch", "schedule", "lora_file")
         taca = patch.patch_model(plain, schedule.Schedule())
         self.models = {"plain": plain, "plain again": plain, "outside": taca, "inside": taca}
         for rank in ranks:

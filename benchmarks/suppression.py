@@ -57,7 +57,7 @@ def train(name: str, options: argparse.Namespace, *more: Any) -> tuple[Path, Pat
     if not all((folder / f"{name}_{part}.safetensors").exists() for part in ("mmdit", "codec")):
         places = ("--name", name, "--models", folder, "--codec", folder, "--work", folder / name)
         how = ("--steps", 2, "--pool", 1) if options.try_out else ("--compile",)
-        command = [sys.executable, DEMO / "train.py", *places, "--threads", 1, *more, *how]
+        command = [sys.executable, DEMO / "training/train.py", *places, "--threads", 1, *more, *how]
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         subprocess.run([*map(str, command)], check=True, env=environment)
     return folder / name, folder / name

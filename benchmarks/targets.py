@@ -79,7 +79,7 @@ def rows() -> Iterator[list[str]]:
         for key, what in (("inside", "57 blocks"), ("inside lora", "and a LoRA on 304 layers")):
             label, pair = f"{what} ({name})", (us[key], us["plain again"])
             yield row("host's overhead a call", label, 200, pair, HOST, 0)
-    counted = "0 more, by `tests/test_performance.py`"
+    counted = "0 more, by `tests/core/test_performance.py`"
     what = "FLUX.1, SD3.5-Medium, without and with a LoRA"
     yield ["operations outside the window", what, "0 more", counted, "", "met", ""]
 

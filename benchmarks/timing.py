@@ -21,6 +21,7 @@ from scipy.stats import bootstrap
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parent.parent
 SCHEMA = 2  # of the files in RESULTS
 STEPS, STEPS_INSIDE = 30, 3
 SLOW_ROUNDS = 3
@@ -65,9 +66,13 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    measure: Callable[[str], Any], names: Sequence[str], rounds: int, label: str,
-    slow: Collection[str] = (), warm_up: bool = True,
-) -> dict[str, list[Any]]:  # fmt: skip
+    measure: Callable[[str], Any],
+    names: Sequence[str],
+    rounds: int,
+    label: str,
+    slow: Collection[str] = (),
+    warm_up: bool = True,
+) -> dict[str, list[Any]]:
     """What ``measure`` gives for each name once a round, in a new order each.
 
     Those that are slow run in the first ``SLOW_ROUNDS`` rounds only; to warm up, each runs once.
@@ -120,7 +125,7 @@ def picture(inside: dict[str, Any], outside: dict[str, Any] | None = None) -> li
     """``ratios`` of a whole picture, of those of a step inside the window and one outside.
 
     Outside a step is by default as long as a plain one, for not one operation differs there
-    (``tests/test_performance.py``), and a measured one only adds the machine's noise.
+    (``tests/core/test_performance.py``), and a measured one only adds the machine's noise.
     """
     steps = zip(ratios(inside), ratios(outside) if outside else [1.0] * 3, strict=True)
     return [(STEPS_INSIDE * one + (STEPS - STEPS_INSIDE) * rest) / STEPS for one, rest in steps]

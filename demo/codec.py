@@ -12,7 +12,7 @@ PATCH = 4
 """Width and height in pixels of the patch that becomes one latent position."""
 CHANNELS = 16
 """Latent channels, as in SD3."""
-AGAIN = "Get the demo again (git checkout demo), or train it with demo/train.py."
+AGAIN = "Get the demo again (git checkout demo), or train it with demo/training/train.py."
 # ComfyUI shifts and scales SD3's latents on their way into the model and back on their way out
 # (comfy.latent_formats.SD3). The codec's latents are those outside the model, like a VAE's.
 SCALE, SHIFT = 1.5305, 0.0609
@@ -111,9 +111,13 @@ class Codec:
         except (SafetensorError, OSError, TypeError) as error:
             raise ValueError(f"{path} is no codec of the TACA demo: {error}. {AGAIN}") from error
         patch, width = 3 * PATCH**2, codec.words.shape[-1:]
-        wanted = {"mean": (patch,), "encoder": (patch, CHANNELS), "decoder": (CHANNELS, patch),
-                  "words": (*codec.words.shape[:1], *width),
-                  "positions": (*codec.positions.shape[:1], *width)}  # fmt: skip
+        wanted = {
+            "mean": (patch,),
+            "encoder": (patch, CHANNELS),
+            "decoder": (CHANNELS, patch),
+            "words": (*codec.words.shape[:1], *width),
+            "positions": (*codec.positions.shape[:1], *width),
+        }
         for name, shape in wanted.items():
             tensor = getattr(codec, name)
             if tensor.shape != shape or not tensor.is_floating_point() or not tensor.numel():

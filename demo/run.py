@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import world
-from comfy_server import ROOT, Server, serving
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from sheets import marked, plot_gamma, side_by_side, stacked
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "hosting"))
+
+from comfy_server import ROOT, Server, serving
 
 Graph = dict[str, Any]
 MODEL = "taca_demo_suppressed_mmdit.safetensors"
@@ -56,8 +59,9 @@ def own_model(options: argparse.Namespace) -> Graph:
     clips = {f"clip_name{i + 1}": path.name for i, path in enumerate(options.text_encoder)}
     graph: Graph = {}
     if clips:
-        graph["model"] = node("UNETLoader", unet_name=options.checkpoint.name,
-                              weight_dtype="default")  # fmt: skip
+        graph["model"] = node(
+            "UNETLoader", unet_name=options.checkpoint.name, weight_dtype="default"
+        )
         loader = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}[len(clips)]
         kind = {"type": "flux" if options.family == "FLUX.1" else "sd3"} if len(clips) < 3 else {}
         if len(clips) == 1:
@@ -70,10 +74,11 @@ def own_model(options: argparse.Namespace) -> Graph:
     return graph | {
         "positive": node("CLIPTextEncode", clip=clip, text=options.prompts[0]),
         "negative": node("CLIPTextEncode", clip=clip, text=""),
-        "latent": node("EmptySD3LatentImage", width=options.size, height=options.size,
-                       batch_size=1),
+        "latent": node(
+            "EmptySD3LatentImage", width=options.size, height=options.size, batch_size=1
+        ),
         "decode": node("VAEDecode", vae=vae),
-    }  # fmt: skip
+    }
 
 
 def graph_of(options: argparse.Namespace) -> Graph:
@@ -84,19 +89,36 @@ def graph_of(options: argparse.Namespace) -> Graph:
     if options.family == "FLUX.1":
         graph["guidance"] = node("FluxGuidance", conditioning=positive, guidance=3.5)
         positive = ["guidance", 0]
-    graph["taca_model"] = node("TACAPatchModel", model=["model", 0], gamma=options.gamma,
-                               timestep_threshold=options.threshold)  # fmt: skip
+    graph["taca_model"] = node(
+        "TACAPatchModel",
+        model=["model", 0],
+        gamma=options.gamma,
+        timestep_threshold=options.threshold,
+    )
     for name, model in (("plain", ["model", 0]), ("taca", ["taca_model", 0])):
         graph[f"{name}_sample"] = node(
-            "KSampler", model=model, seed=options.seed, steps=options.steps, cfg=options.cfg,
-            sampler_name="euler", scheduler="simple", positive=positive, negative=["negative", 0],
-            latent_image=["latent", 0], denoise=1.0,
-        )  # fmt: skip
+            "KSampler",
+            model=model,
+            seed=options.seed,
+            steps=options.steps,
+            cfg=options.cfg,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=positive,
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            denoise=1.0,
+        )
         inputs = decode["inputs"] | {"samples": [f"{name}_sample", 0]}
         graph[f"{name}_image"] = node(decode["class_type"], **inputs)
         graph[name] = node("SaveImage", images=[f"{name}_image", 0], filename_prefix=name)
-    graph["scheduler"] = node("BasicScheduler", model=["taca_model", 0], scheduler="simple",
-                              steps=options.steps, denoise=1.0)  # fmt: skip
+    graph["scheduler"] = node(
+        "BasicScheduler",
+        model=["taca_model", 0],
+        scheduler="simple",
+        steps=options.steps,
+        denoise=1.0,
+    )
     graph["sigmas"] = node("PreviewAny", source=["scheduler", 0])
     return graph
 
@@ -111,18 +133,24 @@ def report_of(caption: str, options: argparse.Namespace) -> Graph:
         "report_noise": node("RandomNoise", noise_seed=options.seed),
         "report_sampler": node("KSamplerSelect", sampler_name="euler"),
         "report_guider": node(
-            "CFGGuider", model=["taca_model", 0], positive=["report_text", 0],
-            negative=["negative", 0], cfg=options.cfg,
+            "CFGGuider",
+            model=["taca_model", 0],
+            positive=["report_text", 0],
+            negative=["negative", 0],
+            cfg=options.cfg,
         ),
         "report_sample": node(
-            "TACAAttentionReport", noise=["report_noise", 0], guider=["report_guider", 0],
-            sampler=["report_sampler", 0], sigmas=["scheduler", 0],
+            "TACAAttentionReport",
+            noise=["report_noise", 0],
+            guider=["report_guider", 0],
+            sampler=["report_sampler", 0],
+            sigmas=["scheduler", 0],
             latent_image=["report_latent", 0],
             words=", ".join(f"{word}={i}-{i + 1}" for word, i in words.items()),
         ),
         "shares": node("SaveImage", images=["report_sample", 1], filename_prefix="shares"),
         "heat_maps": node("SaveImage", images=["report_sample", 2], filename_prefix="heat_maps"),
-    }  # fmt: skip
+    }
 
 
 class Progress:
@@ -137,8 +165,11 @@ class Progress:
             share = sum(self.done.values()) / 2
             bar = "#" * int(30 * share)
             end = "\n" if share == 1 else ""
-            print(f"\r  [{bar:<30}] {int(self.count * share)} of {self.count} pictures", end=end,
-                  flush=True)  # fmt: skip
+            print(
+                f"\r  [{bar:<30}] {int(self.count * share)} of {self.count} pictures",
+                end=end,
+                flush=True,
+            )
 
 
 def family_of(checkpoint: Path) -> tuple[str, bool]:
@@ -266,11 +297,15 @@ def main() -> None:
         "captions": len(captions),
         "plain": {"right": sum(right["plain"])},
         "taca": {
-            "right": sum(right["taca"]), "gamma": options.gamma, "threshold": options.threshold,
+            "right": sum(right["taca"]),
+            "gamma": options.gamma,
+            "threshold": options.threshold,
             "steps": inside,
         },
-        "seed": options.seed, "cfg": options.cfg, "steps": len(sigma),
-    }  # fmt: skip
+        "seed": options.seed,
+        "cfg": options.cfg,
+        "steps": len(sigma),
+    }
     (out / "result.json").write_text(json.dumps(result, indent=1))
     print(
         f"right: {sum(right['plain'])} of {len(captions)} without, {sum(right['taca'])} of "

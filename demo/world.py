@@ -33,9 +33,12 @@ CRITERIA = ("count", "colour", "shape", "relation", "everything")
 """What `check` judges."""
 PADDING = "<pad>"
 VOCABULARY = (
-    PADDING, "a", *COLOURS, *SHAPES,
+    PADDING,
+    "a",
+    *COLOURS,
+    *SHAPES,
     *dict.fromkeys(word for relation in RELATIONS for word in relation.split()),
-)  # fmt: skip
+)
 
 TEXTS = {"words": TOKENS, "padded": 64, "phrases": 4}
 """Ways to tell a caption, and their lengths in tokens: a token a word and some padding, as the

@@ -4,49 +4,22 @@
 """
 
 import asyncio
-import importlib.util
 import os
-import sys
-from pathlib import Path
-
-import pytest
 
 # Servers that tests start inherit it: on shared cores, threads that spin only take time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ["COMFYUI_PATH"])
+import pytest
+import torch
+from comfyui import load_pack
 
-sys.path.insert(0, str(COMFYUI))
+import comfy.utils  # isort: skip
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing(False)
-
-import torch  # noqa: E402
-from comfy.cli_args import args as comfy_args  # noqa: E402
-
-if not torch.cuda.is_available():
-    comfy_args.cpu = True
-    comfy_args.use_pytorch_cross_attention = True
-
-import comfy.samplers  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
+comfy.utils.set_progress_bar_enabled(False)
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)  # the models are tiny; on two cores threads would only wait
 
-
-def load_pack(folder, name):
-    """Load a node pack as ComfyUI's ``load_custom_node`` does; returns the module."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-PACK = load_pack(ROOT, "taca_pack")
+PACK = load_pack()
 
 
 @pytest.fixture(scope="session")

@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "demo"))  # comfy_server
+sys.path.append(str(Path(__file__).resolve().parents[2] / "hosting"))  # comfy_server

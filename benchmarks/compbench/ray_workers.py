@@ -24,7 +24,7 @@ from .draw import Painter
 from .plan import Problem
 
 START = (
-    f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'demo/comfy_server.py'))} "
+    f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'hosting/comfy_server.py'))} "
     "--port {port} --disable-auto-launch --output-directory {folder} --temp-directory {folder}"
 )
 # The command ends when the pipe to this shell closes, so with its worker, however that ends. It

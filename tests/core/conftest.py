@@ -1,0 +1,55 @@
+"""Fixtures of the tests on models."""
+
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch._dynamo.utils import counters
+
+from support import families
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch):
+    """An empty loras folder, as ComfyUI knows it."""
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors", ".pt"})
+    )
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+@pytest.fixture
+def load_lora(pack, loras):
+    """``model, state or name -> model`` through the node Load TACA LoRA."""
+
+    def load(model, lora, strength=1.0):
+        name = lora
+        if isinstance(lora, dict):
+            name = f"{id(lora)}.safetensors"
+            save_file({k: v.contiguous() for k, v in lora.items()}, loras / name)
+        return pack["LoadTACALoRA"].execute(model, name, strength).result[0]
+
+    return load
+
+
+@pytest.fixture(params=families.CASES, ids=str)
+def case(request, record_property):
+    """Each family that this ComfyUI has; for ``benchmarks/families.py``, by its name."""
+    if not families.exists(request.param):
+        pytest.skip(f"this ComfyUI has no {request.param.name}")
+    record_property("model", request.param.name)
+    return request.param
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

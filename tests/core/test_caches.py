@@ -1,0 +1,176 @@
+"""TACA beside caches that answer some of a model's calls or blocks."""
+
+import contextlib
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from comfy.ldm.flux.layers import timestep_embedding
+from comfy.patcher_extension import WrappersMP
+
+from support import tiny
+from support.loras import random_lora
+from support.reference import (
+    TEXT,
+    dense,
+)
+from support.tiny import KINDS, installed_on, sample
+
+
+def skips(model):
+    """A cache by a DIFFUSION_MODEL wrapper: every second call is answered from the one before."""
+    model, kept = model.clone(), []
+
+    def cached(executor, x, *args, **kwargs):
+        if kept:
+            return x + kept.pop()
+        y = executor(x, *args, **kwargs)
+        kept.append(y - x)
+        return y
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "cache", cached)
+    return model
+
+
+def around(model, patches, calls=99):
+    """As older packs do: attributes of the model are others for the length of its first calls."""
+    model, left = model.clone(), [calls]
+
+    def call(function, args):
+        left[0] -= 1
+        theirs = mock.patch.multiple(model.model.diffusion_model, **patches)
+        with theirs if left[0] >= 0 else contextlib.nullcontext():
+            return function(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(call)
+    return model
+
+
+def own_forward(model, hands_options=False):
+    """As TeaCache: FLUX's forward written anew, without options for its blocks, and their sum
+    kept: every second call is answered from the one before."""
+    flux, kept = model.model.diffusion_model, []
+
+    def forward(
+        img,
+        img_ids,
+        txt,
+        txt_ids,
+        timesteps,
+        y,
+        guidance=None,
+        control=None,
+        transformer_options=None,
+        attn_mask=None,
+        **kwargs,
+    ):
+        img, txt = flux.img_in(img), flux.txt_in(txt)
+        vec = flux.time_in(timestep_embedding(timesteps, 256)) + flux.vector_in(y)
+        vec = vec + flux.guidance_in(timestep_embedding(guidance, 256))
+        more = {"vec": vec, "pe": flux.pe_embedder(torch.cat((txt_ids, img_ids), 1))}
+        if hands_options:
+            more["transformer_options"] = transformer_options
+        if kept:
+            return flux.final_layer(img + kept.pop(), vec)
+        before, tokens = img, txt.shape[1]
+        for block in flux.double_blocks:
+            img, txt = block(img=img, txt=txt, **more)
+        both = torch.cat((txt, img), 1)
+        for block in flux.single_blocks:
+            both = block(both, **more)
+        kept.append(both[:, tokens:] - before)
+        return flux.final_layer(both[:, tokens:], vec)
+
+    return around(model, {"forward_orig": forward})
+
+
+class FirstBlock(torch.nn.Module):
+    """As first-block caches: one block that stands for all, and may leave out all but the first."""
+
+    def __init__(self, double, single=()):
+        super().__init__()
+        self.double, self.single, self.kept = double, single, []
+
+    def forward(self, *streams, img=None, txt=None, **kwargs):
+        if streams:  # SD3's
+            txt, img = streams
+            txt, img = self.double[0](txt, img, **kwargs)
+        else:
+            img, txt = self.double[0](img=img, txt=txt, **kwargs)
+        first = img
+        if self.kept:
+            img = first + self.kept.pop()
+            return (txt, img) if streams else (img, txt)
+        for block in self.double[1:]:
+            if streams:
+                txt, img = block(txt, img, **kwargs)
+            else:
+                img, txt = block(img=img, txt=txt, **kwargs)
+        if self.single:
+            both = torch.cat((txt, img), 1)
+            for block in self.single:
+                both = block(both, **kwargs)
+            txt, img = both[:, : txt.shape[1]], both[:, txt.shape[1] :]
+        self.kept.append(img - first)
+        return (txt, img) if streams else (img, txt)
+
+
+def first_block(model, calls=99):
+    transformer = model.model.diffusion_model
+    if hasattr(transformer, "joint_blocks"):
+        one = FirstBlock(list(transformer.joint_blocks))
+        return around(model, {"joint_blocks": torch.nn.ModuleList([one])}, calls)
+    one = FirstBlock(list(transformer.double_blocks), list(transformer.single_blocks))
+    lists = {"double_blocks": [one], "single_blocks": []}
+    lists = {name: torch.nn.ModuleList(each) for name, each in lists.items()}
+    return around(model, lists, calls)
+
+
+CACHES = {
+    "wrapper": ("flux", skips, skips),
+    "forward": ("flux", own_forward, lambda model: own_forward(model, hands_options=True)),
+    "first block of FLUX": ("flux", first_block, first_block),
+    "first block of SD3": ("sd3", first_block, first_block),
+    "first block, then none": ("flux", *(lambda model: first_block(model, 4),) * 2),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_cache(folder, apply_taca, name, ours_first):
+    """As the packs of caches do it: what they compute has gamma, what they leave out has none."""
+    kind, cache, dense_cache = CACHES[name]
+    model = tiny.load(folder, kind)
+    settings = {"steps": 6, "text": (TEXT, TEXT)}
+    expected = sample(dense_cache(dense(model)), kind, **settings)
+    ours = cache(apply_taca(model, 1.4, 0.0)) if ours_first else apply_taca(cache(model), 1.4, 0.0)
+    torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
+    plain = sample(cache(model), kind, **settings)
+    assert (plain - expected).abs().max() > 0.1
+    assert (plain - sample(model, kind, **settings)).abs().max() > 0.1, "the cache left out calls"
+    assert not installed_on(model)
+
+
+def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
+    """A first-block cache and TACA Options' blocks: an error, not another choice of blocks."""
+    model = tiny.load(folder, "flux")
+    options = pack["TACAOptions"].execute(False, "double 1").result[0]
+    ours = pack["TACAPatchModel"].execute(model, 1.4, 0.0, None, options).result[0]
+    with pytest.raises(ValueError, match=r"'double 1' is not within .* double 0-0\. A cache"):
+        sample(first_block(ours), "flux", steps=2)
+    assert not installed_on(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_hides_the_modules_of_a_lora(folder, apply_taca, kind):
+    """A first-block cache and Load TACA LoRA: an error that names both, and nothing left behind."""
+    model = tiny.load(folder, kind)
+    taca = apply_taca(model, 1.4, 0.0)
+    lora = sys.modules["taca_pack.taca.lora_file"].fit_lora(
+        random_lora(model, only="blocks"), taca.model, "lora", 1.0
+    )
+    patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
+    with pytest.raises(RuntimeError, match=r"Load TACA LoRA does not find .* cache"):
+        sample(first_block(patch_lora(taca, lora)), kind, steps=2)
+    assert not installed_on(model)

@@ -1,0 +1,213 @@
+"""torch.compile as core's TorchCompileModel and KJNodes' nodes apply it.
+
+ComfyUI compiles with a filter that drops every guard on ``transformer_options``; what a patch
+changes there is frozen at the first trace. Dynamo alone, without a backend, shows it.
+"""
+
+import re
+import sys
+import threading
+
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention
+import comfy.ldm.modules.diffusionmodules.mmdit
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from support import families, tiny
+from support.compiling import compiled
+from support.families import exists, named
+from support.family_runs import dense
+from support.family_runs import sample as sample_family
+from support.tiny import KINDS, installed_on, sample
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+compiler = sys.modules["taca_pack.taca.compiler"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
+    """Compile before or after TACA, with and without it, in one process: never a stale result."""
+    model = tiny.load(folder, kind)
+    plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
+    fast = compiled(model, whole)
+    for m, expected in [
+        (apply_taca(fast), ours),
+        (fast, plain),
+        (compiled(apply_taca(model), whole), ours),
+        (apply_taca(fast), ours),
+        (fast, plain),
+    ]:
+        result = sample(m, kind, steps=6, text=(7, 7))
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, ours, atol=1e-2)
+    assert not counters["graph_break"]
+    assert not installed_on(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
+    fast = compiled(tiny.load(folder, kind), whole=True)
+
+    def graphs(gamma, text):
+        sample(apply_taca(fast, gamma), kind, steps=6, text=(text, text))
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs(1.2, 7) == 2
+    assert graphs(1.3, 7) == 2
+    dynamic = graphs(1.2, 9)  # dynamo makes the length dynamic: two more graphs, for all lengths
+    assert dynamic == 4
+    assert graphs(1.4, 12) == dynamic
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeypatch, caplog):
+    """With e.g. SageAttention the graph breaks and is compiled in pieces, without guards: those
+    with TACA must never be taken for the plain model's."""
+    untraceable = torch.compiler.disable(comfy.ldm.modules.attention.attention_pytorch.__wrapped__)
+
+    def attention(
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
+        return untraceable(
+            q,
+            k,
+            v,
+            heads,
+            mask=mask,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
+
+    attention = comfy.ldm.modules.attention.wrap_attn(attention)
+    for module in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
+        monkeypatch.setattr(module, "optimized_attention", attention)
+    model = tiny.load(folder, kind)
+    plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
+    fast = compiled(model, whole)
+    caplog.clear()
+    for m, expected in [(apply_taca(fast), ours), (fast, plain)] * 2:
+        result = sample(m, kind, steps=6, text=(7, 7))
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert "cannot be compiled in one piece" in caplog.text
+    assert not installed_on(model)
+
+
+QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model takes longest.
+    True: named("Qwen-Image", "Z-Image"),
+    False: named("FLUX.2", "Chroma", "Qwen-Image", "Z-Image", "HunyuanVideo"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "whole"),
+    [
+        pytest.param(
+            case,
+            whole,
+            id=f"{case}-{'whole' if whole else 'blocks'}",
+            marks=[] if case in QUICK[whole] else pytest.mark.slow,
+        )
+        for whole in (True, False)
+        for case in families.CASES
+    ],
+)
+def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
+    """TACA on a compiled model and off again, twice, then compiled with TACA in it, against dense
+    attention; nothing is stale, and the blocks compile in one piece.
+
+    Where they cannot (``Case.pieces``), steps with TACA run uncompiled, and the log says so.
+    The second order takes a third of the time: of a whole model, once for each class.
+    """
+    if not exists(case):
+        pytest.skip(f"this ComfyUI has no {case.name}")
+    model = families.load(case, folder, monkeypatch)
+    plain, expected = (sample_family(dense(model, case, gamma), case) for gamma in (1.0, 1.4))
+    effect = (plain - expected).abs().max()
+    transformer = model.model.diffusion_model
+    lists = [
+        name
+        for name, child in transformer.named_modules()
+        if type(child) is nn.ModuleList and not re.search(r"\d", name)  # not in another list
+    ]
+    fast = compiled(model, whole, lists=lists)
+    runs = [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2
+    first = next(each for each in families.CASES if each.transformer == case.transformer)
+    if case is first or not whole:
+        runs += [(compiled(apply_taca(model, 1.4), whole, lists=lists), expected), (fast, plain)]
+    for m, wanted in runs:
+        assert (sample_family(m, case) - wanted).abs().max() < 2e-3 * effect
+    assert counters["stats"]["unique_graphs"]
+    assert ("cannot be compiled" in caplog.text) == bool(case.pieces)
+    assert not installed_on(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_inductor(folder, apply_taca, kind):
+    """The compiler users have, on the whole model."""
+    model = tiny.load(folder, kind)
+    plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
+    fast = compiled(model, whole=True, backend="inductor")
+    for m, expected in [(apply_taca(fast), ours), (fast, plain)]:
+        result = sample(m, kind, steps=6, text=(7, 7))
+        torch.testing.assert_close(result, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
+def test_past_dynamos_limit_of_recompilations(folder, apply_taca, whole):
+    """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""
+    models = {kind: tiny.load(folder, kind) for kind in KINDS}
+    fast = {kind: compiled(model, whole) for kind, model in models.items()}
+    for size, text in (((8, 8), 7), ((8, 10), 9), ((12, 10), 11)):
+        for kind in KINDS:
+            settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}
+            plain = sample(models[kind], kind, **settings)
+            ours = sample(apply_taca(models[kind], 1.5), kind, **settings)
+            assert not torch.allclose(plain, ours, atol=0.1)
+            for m, expected in [(fast[kind], plain), (apply_taca(fast[kind], 1.5), ours)] * 2:
+                result = sample(m, kind, **settings)
+                torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_uncompiled_stance_is_reset_by_the_last(folder):
+    """Two devices' threads inside at once: compilation is off for both, and on again after."""
+    uncompiled = compiler.uncompiled_calls
+    is_on = torch.compile(lambda x: x * torch.compiler.is_compiling(), backend="eager")
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with uncompiled:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with uncompiled:
+        thread.start()
+        entered.wait()
+    assert not is_on(torch.ones(1))
+    leave.set()
+    thread.join()
+    assert is_on(torch.ones(1))
+
+
+def test_an_older_torch_is_told(folder, apply_taca, monkeypatch):
+    model = tiny.load(folder, "flux")
+    fast = apply_taca(compiled(model, whole=False))
+    monkeypatch.delattr(torch._dynamo, "error_on_graph_break")
+    with pytest.raises(RuntimeError, match="needs a later torch"):
+        sample(fast, "flux")
+    assert sample(apply_taca(model), "flux").isfinite().all()

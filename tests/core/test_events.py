@@ -1,0 +1,261 @@
+"""What happened in a run, counted at its calls, and whose rows they were."""
+
+import gc
+import sys
+import weakref
+
+import comfy.samplers
+import pytest
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
+
+from support import tiny
+from support.tiny import sample
+
+block = sys.modules["taca_pack.taca.block"]
+Options = sys.modules["taca_pack.taca.options"].Options
+LENGTHS = {"positive": 7, "middle": 9, "negative": 12, "empty_negative_prompt": 5}
+
+
+@pytest.fixture
+def gammas(monkeypatch):
+    """The text lengths of the joint attentions that TACA scaled, and whether in each row."""
+    seen = []
+    original = block.temperature_adjusted_attention
+
+    def spy(attend, q, k, v, gamma, layout, *args):
+        length = sum(span.length for span in layout if span.kind == "text")
+        seen.append((length, [bool(each != 1) for each in gamma.expand(len(q))]))
+        return original(attend, q, k, v, gamma, layout, *args)
+
+    monkeypatch.setattr(block, "temperature_adjusted_attention", spy)
+    return seen
+
+
+def limited(pack, model):
+    options = pack["TACAOptions"].execute(True, "").result[0]
+    return pack["TACAPatchModel"].execute(model, 1.5, 970.0, None, options).result[0]
+
+
+def run(guider, steps=1, sampler=None, batch=1, sigmas=None):
+    """One guider's run."""
+    noise = torch.randn(batch, 16, 8, 8, generator=torch.manual_seed(3))
+    sampler = sampler or comfy.samplers.sampler_object("euler")
+    sigmas = torch.linspace(1, 0, steps + 1) if sigmas is None else sigmas
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas)
+
+
+def conds(*names):
+    return [tiny.conditioning("flux", LENGTHS[name], seed=i) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("which", ["cfg", "dual", "nested", "perp-neg", "perp-neg patch"])
+def test_gamma_is_the_positive_prompts(folder, pack, gammas, which):
+    """Whatever else a guider puts into the batch, and in which order."""
+    model = limited(pack, tiny.load(folder, "flux"))
+    positive, middle, negative, empty = conds(*LENGTHS)
+    if which == "cfg":
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(positive, negative)
+    elif which in ("dual", "nested"):
+        guider = Guider_DualCFG(model)
+        guider.set_conds(positive, middle, negative)
+        guider.set_cfg(3.0, 2.0, nested=which == "nested")
+    elif which == "perp-neg":
+        guider = Guider_PerpNeg(model)
+        guider.set_conds(positive, negative, empty)
+        guider.set_cfg(3.0, 1.0)
+    else:
+        guider = comfy.samplers.CFGGuider(PerpNeg.execute(model, empty, 1.0).result[0])
+        guider.set_conds(positive, negative)
+    if which in ("cfg", "perp-neg patch"):
+        guider.set_cfg(3.0)
+    run(guider)
+    assert gammas
+    assert {length for length, rows in gammas if any(rows)} == {LENGTHS["positive"]}
+
+
+def test_rows_in_another_order(folder, pack, gammas):
+    """Tiles in one batch: t1 positive, t1 negative, t2 positive, t2 negative."""
+    lengths = tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5)
+    results = []
+    for together in (False, True):
+
+        def tiled(apply_model, given, together=together):
+            x, t, c = given["input"], given["timestep"], given["c"]
+            tiles = x.chunk(2, -1)
+            if not together:
+                return torch.cat([apply_model(tile, t, **c) for tile in tiles], -1)
+            twice = {
+                key: torch.cat([each, each]) if isinstance(each, torch.Tensor) else each
+                for key, each in c.items()
+            }
+            both = apply_model(torch.cat(tiles), torch.cat([t, t]), **twice)
+            return torch.cat(both.chunk(2), -1)
+
+        model = limited(pack, tiny.load(folder, "flux"))
+        model.set_model_unet_function_wrapper(tiled)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(*lengths)
+        guider.set_cfg(3.0)
+        results.append(run(guider))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert [True, False, True, False] in [rows for _, rows in gammas] or [
+        False,
+        True,
+        False,
+        True,
+    ] in [rows for _, rows in gammas]
+
+
+def test_rows_that_nobody_knows_are_an_error(folder, pack):
+    """A pack that mixes the texts of both prompts in each row."""
+
+    def mixed(apply_model, given):
+        x, t, c = given["input"], given["timestep"], given["c"]
+        text = c["c_crossattn"].mean(0, keepdim=True).expand(4, -1, -1)
+        y = torch.cat([c["y"], c["y"]])
+        more = {key: torch.cat([c[key]] * 2) for key in ("guidance",) if key in c}
+        result = apply_model(
+            torch.cat([x, x]), torch.cat([t, t]), **{**c, "c_crossattn": text, "y": y, **more}
+        )
+        return result[:2]
+
+    model = limited(pack, tiny.load(folder, "flux"))
+    model.set_model_unet_function_wrapper(mixed)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5))
+    guider.set_cfg(3.0)
+    with pytest.raises(ValueError, match="cannot tell which rows"):
+        run(guider)
+
+
+@pytest.mark.parametrize("threshold", [930.0, 840.0])
+@pytest.mark.parametrize("share", [1.0, 0.98, 0.95, 0.9])
+def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share, threshold):
+    """Also of a sampler that tells the model less sigma than its own, as detail samplers do.
+
+    At 0.9 two of its steps are told within one step of the run's own sigmas.
+    """
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, threshold))
+    guider.set_conds(*conds("positive", "negative"))
+    told = []
+
+    def less(model, x, sigmas, extra_args, callback, **kwargs):
+        for i, sigma in enumerate(sigmas[:-1]):
+            before = len(gammas)
+            denoised = model(x, sigma * share * x.new_ones(len(x)), **extra_args)
+            told.append(len(gammas) > before)
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            x = denoised + (x - denoised) * sigmas[i + 1] / sigma
+        return x
+
+    run(guider, sampler=comfy.samplers.KSAMPLER(less), steps=40)
+    assert f"acted on {sum(told)} of 40 steps" in caplog.records[-1].message
+    assert caplog.records[-1].levelname == ("INFO" if any(told) else "WARNING")
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm_2", "dpmpp_2m", "uni_pc", "dpmpp_sde", "euler"])
+def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
+    """As many as begin inside the window."""
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, 750.0))
+    guider.set_conds(*conds("positive", "negative"))
+    run(guider, steps=10, sampler=comfy.samplers.sampler_object(name))
+    assert "acted on 3 of 10 steps" in caplog.records[-1].message
+
+
+def test_a_model_that_never_calls_its_blocks(folder, apply_taca):
+    """A pack's own forward, which does what the blocks do by itself."""
+
+    def forward_of_a_pack(img, *args, **kwargs):
+        return img
+
+    model = apply_taca(tiny.load(folder, "flux"))
+    model.add_object_patch("diffusion_model.forward_orig", forward_of_a_pack)
+    with pytest.raises(
+        RuntimeError, match=r"no block of Flux ran.*forward_of_a_pack \(.*test_events\)"
+    ):
+        sample(model, "flux")
+
+
+def test_blocks_that_attend_by_themselves(folder, apply_taca):
+    """A part of them; the others are not enough."""
+    model = apply_taca(tiny.load(folder, "flux"))
+    double = model.model.diffusion_model.double_blocks[0]
+
+    def own_attention(img, txt, **kwargs):
+        q = img[:, :, :128]
+        return img + optimized_attention(q, q, q, 1), txt
+
+    double.forward = own_attention
+    try:
+        with pytest.raises(RuntimeError, match=r"bypassed in 1 of 4 blocks of Flux.*own_attention"):
+            sample(model, "flux")
+    finally:
+        del double.forward
+
+
+def test_blocks_that_take_no_options(folder, apply_taca):
+    """A pack's forward of the model calls the pack's forward of a block without ComfyUI's options.
+
+    That is no TypeError of ours.
+    """
+    model = apply_taca(tiny.load(folder, "flux"))
+    flux = model.model.diffusion_model
+    double = flux.double_blocks[0]
+
+    def forward_of_a_pack(img, img_ids, txt, *args, **kwargs):
+        double(flux.img_in(img), flux.txt_in(txt))
+        return img
+
+    def without_options(img, txt):
+        return img, txt
+
+    double.forward = without_options
+    model.add_object_patch("diffusion_model.forward_orig", forward_of_a_pack)
+    try:
+        with pytest.raises(RuntimeError, match=r"bypassed in 1 of 1 blocks.*without_options"):
+            sample(model, "flux")
+    finally:
+        del double.forward
+
+
+def test_a_class_that_another_clone_gave_the_model(folder, apply_taca, gammas):
+    """While it is still loaded so: the plain clone of the same loader is what it was."""
+
+    model = tiny.load(folder, "flux", seed=9)
+    live = model.model.diffusion_model
+    theirs = type("OfAPack", (type(live).__bases__[0],), dict(vars(type(live))))
+    other = model.clone()
+    other.add_object_patch("diffusion_model.__class__", theirs)
+    sample(other, "flux")
+    try:
+        assert type(live) is theirs
+        patched = apply_taca(model)
+        assert sample(patched, "flux").isfinite().all()
+        assert gammas
+    finally:
+        comfy.model_management.unload_all_models()
+
+
+@pytest.mark.parametrize("with_report", [False, True])
+def test_a_run_lets_its_guider_go(folder, apply_taca, pack, with_report):
+    """At once, and its models with it, not when the garbage collector comes by."""
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux")))
+    guider.set_conds(*conds("positive", "negative"))
+    alive = weakref.ref(guider)
+    gc.collect()
+    gc.disable()
+    try:
+        if with_report:
+            report = sys.modules["taca_pack.taca.report"]
+            guider.model_patcher = report.watched(guider.model_patcher, report.Report({}))
+        run(guider)
+        del guider
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,84 @@
+"""Load TACA LoRA on every family: what core merges, inside the window."""
+
+import comfy.sd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support import families
+from support.families import exists, named
+from support.family_runs import sample
+from support.loras import random_lora
+
+
+def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypatch):
+    """On every linear layer of the model, in the keys that core's own trainer writes."""
+    if "HiDream-O1" in case.name:
+        pytest.skip(f"{case.name}: refused, for the LoRA would stay in the keys that core keeps")
+    model = families.load(case, folder, monkeypatch)
+    state = random_lora(model, rank=2)
+    # MiniMax-H3 refines the text before the run, where no window is.
+    state = {
+        k: v
+        for k, v in state.items()
+        if v.ndim < 3 and not ("MiniMax" in case.name and ("refiner" in k or "condition_proj" in k))
+    }
+    save_file(state, loras / "lora.safetensors")
+    ours = pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "lora.safetensors", 0.5).result[0]
+    merged = comfy.sd.load_lora_for_models(model, None, dict(state), 0.5, 0)[0]
+    plain, expected, result = (sample(m, case) for m in (model, merged, ours))
+    effect = (expected - plain).abs().max()
+    assert effect > 1e-4
+    assert (result - expected).abs().max() < 5e-3 * effect
+    assert torch.equal(sample(model, case), plain)
+
+
+@pytest.mark.parametrize("case", named("HiDream-I1"), ids=str, indirect=True)
+@pytest.mark.parametrize("algorithm", ["lora", "LoHa", "LoKr", "GLoRA"])
+def test_an_expert_without_a_token(case, folder, pack, apply_taca, loras, monkeypatch, algorithm):
+    """HiDream-I1 asks some experts about no token, and core merges into them all the same."""
+    model = families.load(case, folder, monkeypatch)
+    asked = []
+    for name, module in model.model.named_modules():
+        if name.endswith(".gate"):
+
+            def gate(x, forward=module.forward):
+                chosen, *others = forward(x)
+                asked.append(chosen)
+                return torch.zeros_like(chosen), *others
+
+            monkeypatch.setattr(module, "forward", gate)
+    state = random_lora(model, algorithm, rank=2, only="experts")
+    save_file(state, loras / "lora.safetensors")
+    ours = pack["LoadTACALoRA"].execute(apply_taca(model, 1.0, 0.0), "lora.safetensors", 0.5)
+    merged = comfy.sd.load_lora_for_models(model, None, dict(state), 0.5, 0)[0]
+    expected, result = (sample(m, case) for m in (merged, ours.result[0]))
+    assert asked
+    torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_runs_before_the_run_is_told(
+    folder, pack, apply_taca, loras, monkeypatch, caplog, wide
+):
+    """MiniMax-H3's text is refined once: a LoRA's part there does nothing, and the log says so."""
+    [video] = named("MiniMax-H3")
+    if not exists(video):
+        pytest.skip("this ComfyUI has no MiniMax-H3")
+    model = families.load(video, folder, monkeypatch)
+    state = random_lora(model, rank=2, only="" if wide else "diffusion_model.blocks")
+    save_file({k: v for k, v in state.items() if v.ndim < 3}, loras / "lora.safetensors")
+    pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "lora.safetensors", 0.5)
+    told = [r.message for r in caplog.records if "have no effect" in r.message]
+    assert len(told) == wide
+    assert not wide or "MiniMax-H3" in told[0]
+    assert not wide or "lora.safetensors" in told[0]
+
+
+@pytest.mark.parametrize("case", named("HiDream-O1"), ids=str, indirect=True)
+def test_a_lora_that_would_stay_is_refused(case, folder, pack, apply_taca, loras, monkeypatch):
+    """HiDream-O1's keys of its text are kept, and a LoRA of the window would be in them."""
+    model = families.load(case, folder, monkeypatch)
+    save_file(random_lora(model, rank=2), loras / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"LoRA .* on HiDream-O1, since ComfyUI caches"):
+        pack["LoadTACALoRA"].execute(apply_taca(model), "lora.safetensors", 0.5)

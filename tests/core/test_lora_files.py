@@ -1,0 +1,122 @@
+"""LoRA files that do not fit, or only in part, or are damaged: what is said."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support import tiny
+from support.loras import (
+    NAMINGS,
+    random_lora,
+)
+from support.tiny import sample
+
+
+def test_without_taca_is_an_error(folder, load_lora):
+    model = tiny.load(folder, "flux")
+    with pytest.raises(RuntimeError, match="add TACA Patch Model"):
+        sample(load_lora(model, random_lora(model)), "flux")
+
+
+def test_strength_0_is_the_model(folder, load_lora):
+    model = tiny.load(folder, "flux")
+    assert load_lora(model, random_lora(model), 0.0) is model
+
+
+def test_fits_nowhere(folder, load_lora):
+    model = tiny.load(folder, "flux")
+    other = random_lora(tiny.load(folder, "sd3"), only="blocks")
+    with pytest.raises(ValueError, match=r"does not fit this model .* diffusion_model\.") as error:
+        load_lora(model, other)
+    assert "joint_blocks" in str(error.value)
+
+
+def test_another_size_fits_nowhere(folder, load_lora):
+    """The right names, for a larger model."""
+    model = tiny.load(folder, "flux")
+    state = {
+        key: torch.cat([t, t]) if "lora_up" in key else t for key, t in random_lora(model).items()
+    }
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_lora(model, state)
+
+
+def test_fits_partly(folder, load_lora, caplog):
+    model = tiny.load(folder, "flux")
+    state = random_lora(model)
+    weights = sum("lora_" in key for key in state)
+    state["lora_te1_text_model.lora_up.weight"] = torch.zeros(4, 4)
+    state["lora_te1_text_model.lora_down.weight"] = torch.zeros(4, 4)
+    load_lora(model, state)
+    assert f"2 of {weights + 2} tensors" in caplog.text
+    assert "lora_te1_text_model" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "header", "empty"])
+def test_a_damaged_file(folder, load_lora, loras, damage):
+    model = tiny.load(folder, "flux")
+    path = loras / "bad.safetensors"
+    save_file(random_lora(model), path)
+    data = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncated": data[:-100],
+            "garbage": b"not a file" * 9,
+            "header": b"\xff" * 8 + data[8:],
+            "empty": b"",
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=r"bad\.safetensors cannot be read"):
+        load_lora(model, "bad.safetensors")
+
+
+def test_damaged_metadata(folder, load_lora, loras):
+    model = tiny.load(folder, "flux")
+    save_file(random_lora(model), loras / "bad.safetensors", {"lora_adapter_metadata": "{not json"})
+    with pytest.raises(ValueError, match=r"bad\.safetensors cannot be read"):
+        load_lora(model, "bad.safetensors")
+
+
+@pytest.mark.parametrize("naming", list(NAMINGS))
+def test_a_model_that_is_loaded_compiled(folder, load_lora, naming):
+    """Some packs compile by an object patch, which stays on the live model after a run."""
+    model = tiny.load(folder, "flux")
+    state = random_lora(model, naming=NAMINGS[naming])
+    fast = model.clone()
+    compiled = torch.compile(model.get_model_object("diffusion_model"), backend="eager")
+    fast.add_object_patch("diffusion_model", compiled)
+    expected = load_lora(model, state)
+    fast.patch_model()
+    try:
+        names = [
+            m.get_additional_models_with_key("taca_lora")[0].model.module_names
+            for m in (load_lora(fast, state), expected)
+        ]
+    finally:
+        fast.unpatch_model()
+    assert names[0] == names[1]
+
+
+def test_a_scale_alone_is_told(folder, load_lora, caplog):
+    """DoRA's scale of a layer that has nothing else here: once, and with the count."""
+    model = tiny.load(folder, "flux")
+    state = random_lora(model)
+    tensors = sum("lora_" in key for key in state)
+    load_lora(model, state | {"other.dora_scale": torch.ones(4)})
+    [said] = [r.message for r in caplog.records if "left out" in r.message]
+    assert said.startswith(f"TACA: 1 of {tensors + 1} tensors")
+    assert "other.dora_scale" in said
+
+
+@pytest.mark.parametrize("name", ["UPPER.SAFETENSORS", "Short.Sft"])
+def test_extensions_in_any_letters(folder, load_lora, loras, name):
+    """What core's list shows is loaded."""
+    model = tiny.load(folder, "flux")
+    save_file(random_lora(model), loras / name)
+    assert load_lora(model, name) is not model
+
+
+def test_pickles_are_refused(folder, load_lora, loras):
+    torch.save({"a": torch.zeros(1)}, loras / "lora.pt")
+    with pytest.raises(ValueError, match="only safetensors"):
+        load_lora(tiny.load(folder, "flux"), "lora.pt")

@@ -1,0 +1,73 @@
+"""How an override reaches attention that is handed no options: methods of any kind."""
+
+import functools
+import sys
+from types import MethodType
+
+import comfy.ldm.modules.attention
+import pytest
+import torch
+
+reach = sys.modules["taca_pack.taca.reach"]
+
+
+def kernel(q, k, v, heads, mask=None, **kwargs):
+    return q + k + v + heads
+
+
+optimized_attention = comfy.ldm.modules.attention.wrap_attn(kernel)
+
+
+class KeywordOnly:
+    def forward(self, q, k, v, *, heads=3, scale=2.0):
+        return scale * optimized_attention(q, k, v, heads)
+
+
+def closing_over(scale):
+    class Closing:
+        def forward(self, q, k, v, heads=3):
+            return scale * optimized_attention(q, k, v, heads)
+
+    return Closing()
+
+
+def override(other, func, q, k, v, heads, **kwargs):
+    """Which one sees: it attends, and adds 100."""
+    assert other is None
+    assert func is kernel
+    return func(q, k, v, heads) + 100
+
+
+@pytest.mark.parametrize("owner", [KeywordOnly(), closing_over(2.0)], ids=["keyword", "closure"])
+@pytest.mark.parametrize("more", [{}, {"heads": 5}])
+def test_globals_of_any_method(owner, more):
+    """What it closes over and its defaults are the copy's too; its own module stays as it is."""
+    q, k, v = torch.randn(3, 1, 4, 6)
+    through = reach.through_globals
+    plain = owner.forward(q, k, v, **more)
+    forward, args, kwargs = through(owner.forward, (q, k, v), more, override)
+    torch.testing.assert_close(forward(*args, **kwargs), plain + 200)
+    assert torch.equal(owner.forward(q, k, v, **more), plain)
+
+
+class Callable:
+    def __call__(self, owner, q, k, v):
+        return optimized_attention(q, k, v, 3)
+
+
+def decorated(function):
+    """As another pack might, with a function of a module that knows no attention."""
+    return torch.no_grad()(function)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [functools.partial(KeywordOnly.forward), Callable(), decorated(KeywordOnly.forward)],
+    ids=["partial", "callable", "decorated"],
+)
+def test_globals_of_what_is_no_plain_method(function):
+    """It is called as it is, and a run then says that TACA changed nothing."""
+    forward, (q, k, v) = MethodType(function, KeywordOnly()), torch.randn(3, 1, 4, 6)
+    called = reach.through_globals(forward, (q, k, v), {}, override)
+    assert called[0] is forward
+    assert called[0](*called[1], **called[2]).shape == q.shape

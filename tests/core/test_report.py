@@ -1,0 +1,371 @@
+"""TACA Attention Report against dense softmaxes, and the other nodes that show things."""
+
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_custom_sampler import (
+    BasicGuider,
+    CFGGuider,
+    FlipSigmas,
+    KSamplerSelect,
+    Noise_RandomNoise,
+    SamplerCustomAdvanced,
+)
+
+from support import tiny
+from support.loras import replaced
+from support.reference import factor_matrix, to_float64, velocity
+from support.tiny import KINDS, run, sample, sigmas_of
+
+report_module = sys.modules["taca_pack.taca.report"]
+tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
+family_of = sys.modules["taca_pack.taca.families"].family_of
+advice = sys.modules["taca_pack.nodes.preview"].advice
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The reports that nodes make, and not only what they draw of them."""
+    made = []
+
+    class Kept(report_module.Report):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(sys.modules["taca_pack.nodes.report"], "Report", Kept)
+    return made
+
+
+def dense_shares(model, kind, gamma, text=7, size=(16, 16), words=()):
+    """By block: the share of text without TACA and with, and maps of the words, in float64."""
+    x = torch.randn(1, 16, *size, generator=torch.manual_seed(3))
+    cond = tiny.conditioning(kind, text)[0]
+    extra = {"y": cond[1]["pooled_output"]}
+    if kind == "flux":
+        extra["guidance"] = torch.tensor([3.5])
+    length = text + (size[0] // 2) * (size[1] // 2)
+    found, maps = [], []
+
+    def override(
+        func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
+        if not skip_reshape:
+            q, k, v = (y.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+        logits = q.double() @ k.double().transpose(-2, -1) / q.shape[-1] ** 0.5
+        if k.shape[2] != length:
+            out = logits.softmax(-1) @ v
+            return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+        plain = logits.softmax(-1)
+        taca = (logits * factor_matrix(length, slice(text), gamma)).softmax(-1)
+        found.append([p[:, :, text:, :text].sum(-1).mean().item() for p in (plain, taca)])
+        maps.append([taca[0, :, text:, word].sum(-1).mean(0) for word in words])
+        out = taca @ v
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    velocity(to_float64(model), model, x, torch.ones(1), cond[0], override, extra)
+    return torch.tensor(found), maps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_and_maps_are_the_dense_ones(folder, apply_taca, pack, reports, kind):
+    model = tiny.load(folder, kind)
+    node = pack["TACAAttentionReport"]
+    run(node, apply_taca(model, 1.5, 1000.0), kind, words="a=1, bc=2-4", steps=3)
+    report = reports[0]
+    table = report.table()
+    expected, maps = dense_shares(model, kind, 1.5, words=([1], [2, 3, 4]))
+    assert table.shape == (2, 3, len(report.blocks))
+    torch.testing.assert_close(table[:, 0].T, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(table[0, 1:], table[1, 1:])  # outside the window nothing differs
+    run(node, apply_taca(model, 1.5, 1000.0), kind, words="a=1, bc=2-4", steps=1)
+    expected = torch.stack([torch.stack(m) for m in maps]).mean(0)
+    ours = torch.stack(reports[1].maps).mean(0).flatten(1)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_samples_as_core_does(folder, apply_taca, pack, kind, cfg, sampler):
+    """The very latents of SamplerCustomAdvanced, and nothing left behind."""
+    model = tiny.load(folder, kind)
+    patched = apply_taca(model)
+    settings = {"cfg": cfg, "sampler": sampler, "text": 9}
+    expected = run(SamplerCustomAdvanced, patched, kind, **settings)[0]["samples"]
+    output, shares, maps, text = run(
+        pack["TACAAttentionReport"], patched, kind, words="x=2", **settings
+    )
+    assert torch.equal(output["samples"], expected)
+    assert shares.shape[-1] == maps.shape[-1] == 3
+    assert "Where TACA acts, text gets" in text
+    assert not replaced(model)
+    assert torch.equal(
+        run(SamplerCustomAdvanced, patched, kind, **settings)[0]["samples"], expected
+    )
+
+
+def test_only_the_positive_prompts_rows(folder, apply_taca, pack, reports):
+    """With CFG in one call the share is the positive prompt's, as without CFG."""
+    model = apply_taca(tiny.load(folder, "sd3"))
+    for cfg in (1.0, 3.0):
+        run(pack["TACAAttentionReport"], model, "sd3", steps=1, cfg=cfg, words="")
+    torch.testing.assert_close(reports[0].table(), reports[1].table(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("x=7", "text token 7, counted from 0, and the prompt has 7"),
+        (", ".join(f"w{i}=1" for i in range(128)), "at most 127 words"),
+    ],
+)
+def test_words_that_cannot_be_shown_are_told(folder, pack, words, says):
+    model = tiny.load(folder, "flux")
+    with pytest.raises(ValueError, match=says):
+        run(pack["TACAAttentionReport"], model, "flux", steps=1, words=words)
+    assert not replaced(model)
+
+
+def test_a_model_without_taca(folder, pack):
+    text = run(pack["TACAAttentionReport"], tiny.load(folder, "flux"), "flux", words="")[3]
+    assert text.startswith("TACA acts on no step")
+
+
+def test_the_cost(folder, apply_taca, pack, monkeypatch):
+    """At 1024 x 1024 a run's attention is asked for half of itself again, at most."""
+    model = apply_taca(tiny.load(folder, "flux"), 1.2, 0.0)
+    queries = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counting(q, *args, **kwargs):
+        queries.append(q.shape[-2])
+        return plain(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    settings = {"steps": 1, "size": (128, 128), "text": 512}
+    run(SamplerCustomAdvanced, model, "flux", **settings)
+    own = sum(queries)
+    assert own == 4 * (4096 + 512)
+    queries.clear()
+    run(pack["TACAAttentionReport"], model, "flux", words="", **settings)
+    assert own < sum(queries) < 1.5 * own
+
+
+def test_places_lie_on_a_grid(folder):
+    transformer = tiny.load(folder, "flux").model.diffusion_model
+    family = family_of(transformer)
+
+    def places(latent, image):
+        grid = family.grid(transformer, latent)
+        own = partial(family.own_places, transformer, grid)
+        return report_module.Probe(*[None] * 4, own, False, 0).places(image)
+
+    asked = places((1, 16, 128, 128), 4096)
+    assert asked.shape == (1, 32, 32)
+    assert asked[0, 0, :3].tolist() == [0, 2, 4]
+    assert asked[0, 1, 0] == 128
+    asked = places((1, 16, 13, 21), 77)
+    assert asked.shape == (1, 7, 11)
+    assert asked.flatten().tolist() == list(range(77))
+    assert places((1, 16, 16, 16), 9 * 64).shape == (1, 8, 8)  # and not the references'
+    film = places((1, 16, 49, 128, 128), 49 * 4096)
+    assert film.shape == (4, 16, 16)
+    assert film[1, 0, 0] == 13 * 4096
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_references_are_not_the_picture(folder, apply_taca, pack, reports, count):
+    """FLUX.1 Kontext: as with CFG 1 the picture's own tokens, however many references there are."""
+    model = tiny.load(folder, "flux")
+    refs = [torch.ones(1, 16, 8, 6)] * count
+    positive = tiny.conditioning("flux", 7, reference_latents=refs)
+    guider = BasicGuider.execute(apply_taca(model, 1.5, 0.0), positive).result[0]
+    shown(pack, guider, model, "a=1", (8, 6))
+    assert {m.shape for m in reports[0].maps} == {(1, 4, 3)}
+
+
+def shown(pack, guider, model, words, size, **more):
+    return (
+        pack["TACAAttentionReport"]
+        .execute(
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas_of(model, 1),
+            {"samples": torch.zeros(1, 16, *size)},
+            words,
+            **more,
+        )
+        .result
+    )
+
+
+@pytest.mark.parametrize("lengths", [(7, 9), (7, 7)])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_combined_prompts_are_kept_apart(folder, apply_taca, pack, reports, lengths, cfg):
+    """A word and the share are the first prompt's, as if there were no other."""
+    model = tiny.load(folder, "flux")
+    first, second = (tiny.conditioning("flux", n, seed=i) for i, n in enumerate(lengths, 1))
+    negative = tiny.conditioning("flux", lengths[0], seed=5)
+    for positive in (first, [*first, *second]):
+        patched = apply_taca(model, 1.5, 0.0)
+        guider = CFGGuider.execute(patched, positive, negative, cfg).result[0]
+        shown(pack, guider, model, "a=1", (16, 16))
+    alone, combined = reports
+    torch.testing.assert_close(combined.table(), alone.table(), atol=1e-5, rtol=1e-4)
+    maps = [torch.stack(report.maps).mean(0) for report in (combined, alone)]
+    torch.testing.assert_close(*maps, atol=1e-5, rtol=1e-4)
+
+
+def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
+    """Of one prompt, found by what its CLIP makes of it, in two sizes: a picture for each."""
+    model = tiny.load(folder, "flux")
+    text = tiny.conditioning("flux", 7)[0]
+    other = tiny.conditioning("flux", 7, seed=4)[0]
+    area = [text[0], {**text[1], "area": (8, 8, 0, 0), "strength": 1.0}]
+    prompt = tokens_module.PromptTokens("a", ((),) * 7)
+    model_ = apply_taca(model, 1.5, 0.0)
+    for positive in ([other, text, area], [other, area]):
+        report = report_module.Report({"a": [1]}, prompt, lambda: text[0])
+        guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
+        SamplerCustomAdvanced.execute(
+            Noise_RandomNoise(3),
+            guider,
+            KSamplerSelect.execute("euler").result[0],
+            sigmas_of(model, 1),
+            {"samples": torch.zeros(1, 16, 16, 16)},
+        )
+        sizes = {(1, 8, 8), (1, 4, 4)} if len(positive) == 3 else {(1, 4, 4)}
+        assert {m.shape for m in report.maps} == sizes
+        sys.modules["taca_pack.nodes.report"].heat_maps(report, None)
+    guider = BasicGuider.execute(report_module.watched(model_, report), [other, other]).result[0]
+    with pytest.raises(ValueError, match="none of the 2 combined conditionings is of this prompt"):
+        guider.sample(*[torch.zeros(1, 16, 16, 16)] * 2, None, sigmas_of(model, 1))
+
+
+def test_an_area_of_another_prompt(folder, apply_taca, pack, reports):
+    model = tiny.load(folder, "flux")
+    whole, area = (tiny.conditioning("flux", 7, seed=i) for i in (1, 2))
+    area[0][1] |= {"area": (8, 8, 0, 0), "strength": 1.0}
+    guider = BasicGuider.execute(apply_taca(model, 1.5, 0.0), [*whole, *area]).result[0]
+    shown(pack, guider, model, "a=1", (16, 16))
+    assert {m.shape for m in reports[0].maps} == {(1, 8, 8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_preview_says_what_the_run_does(folder, apply_taca, pack, kind, caplog):
+    caplog.set_level("INFO", logger="taca")
+    model = apply_taca(tiny.load(folder, kind), 1.3, 900.0)
+    output = pack["TACASchedulePreview"].execute(sigmas_of(model, 10), model)
+    plot, text = output.result
+    assert plot.shape[0] == 1
+    assert set(output.ui) == {"images", "animated", "text"}
+    sample(model, kind, steps=10)
+    said = next(r.message for r in caplog.records if "acted on" in r.message)
+    count = int(said.split("acted on ")[1].split(" ")[0])
+    assert f"TACA acts on {count} of 10 steps" in text
+    assert text.count("1.300") == count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_steps_from_picture_to_noise(folder, apply_taca, pack, kind):
+    """Eight steps of core's FlipSigmas: gamma acts in the calls 1 to 3, as the preview says."""
+    window = {"window": "first steps", "steps": 3}
+    schedule = pack["TACASchedule"].execute(1.3, window).result[0]
+    model = apply_taca(tiny.load(folder, kind), schedule=schedule)
+    sigmas = FlipSigmas.execute(sigmas_of(model, 8)).result[0]
+    text = pack["TACASchedulePreview"].execute(sigmas, model).result[1]
+    assert ["1.300" in line for line in text.splitlines()[-8:]] == [True] * 3 + [False] * 5
+    assert acting(model, kind, "euler", sigmas) == [True] * 3 + [False] * 5
+
+
+def acting(model, kind, sampler, sigmas):
+    """For each call of a run: whether TACA has swapped a forward for it."""
+    calls, model = [], model.clone()
+
+    def watch(executor, *args, **kwargs):
+        calls.append(bool(replaced(model)))
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", watch)
+    guider = BasicGuider.execute(model, tiny.conditioning(kind, 7)).result[0]
+    SamplerCustomAdvanced.execute(
+        Noise_RandomNoise(3),
+        guider,
+        KSamplerSelect.execute(sampler).result[0],
+        sigmas,
+        {"samples": torch.zeros(1, 16, 16, 16)},
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    "sampler", ["dpmpp_2m_sde", "dpmpp_sde", "er_sde", "sa_solver", "seeds_2", "exp_heun_2_x0"]
+)
+def test_pure_noise_of_every_sampler(folder, apply_taca, sampler):
+    """Their first call is at t = 999.97."""
+    model = apply_taca(tiny.load(folder, "flux"), 1.3, 1000.0)
+    calls = acting(model, "flux", sampler, sigmas_of(model, 6))
+    assert calls[0]
+    assert sum(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("inside", "says"),
+    [
+        ([False] * 10, "No step is inside"),
+        ([True] * 3 + [False] * 27, ""),
+        ([True] + [False] * 3, "single one is a quarter"),
+        ([True] * 5 + [False] * 5, "quarter of"),
+    ],
+)
+def test_advice(inside, says):
+    hints = advice(inside, 1.2)
+    assert len(hints) == bool(says)
+    assert says in "".join(hints)
+
+
+def test_preview_errors(folder, pack):
+    node, model = pack["TACASchedulePreview"], tiny.load(folder, "flux")
+    with pytest.raises(ValueError, match="no schedule"):
+        node.execute(sigmas_of(model, 4), model)
+    schedule = pack["TACASchedule"].execute(1.2, {"window": "timestep", "timestep_threshold": 970})
+    with pytest.raises(ValueError, match="without a step"):
+        node.execute(torch.tensor([]), model, schedule.result[0])
+
+
+def test_sweep(folder, pack):
+    """One model for each setting; gamma 1 is the plain model's bits, and only once."""
+    model = tiny.load(folder, "flux")
+    models, labels = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
+    assert labels == [
+        "gamma 1 (plain)",
+        "gamma 1.2, t >= 970",
+        "gamma 1.2, t >= 900",
+        "gamma 1.5, t >= 970",
+        "gamma 1.5, t >= 900",
+    ]
+    assert torch.equal(sample(models[0], "flux"), sample(model, "flux"))
+    assert not torch.equal(sample(models[1], "flux"), sample(models[3], "flux"))
+    for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
+        with pytest.raises(ValueError, match=says):
+            pack["TACASweep"].execute(model, bad, "970")
+
+
+def test_contact_sheet(pack):
+    node = pack["TACAContactSheet"]
+    images = [torch.rand(1, 64, 48, 3), torch.rand(2, 64, 48, 3)]
+    sheet = node.execute(images, ["one", "two"], [0], ["title"]).result[0]
+    assert sheet.shape[0] == 1
+    assert sheet.shape[2] < 3 * 64
+    wide = node.execute(images, ["one", "two"], [3], [""]).result[0]
+    assert wide.shape[2] > sheet.shape[2]
+    assert wide.shape[1] < sheet.shape[1]
+    with pytest.raises(ValueError, match="2 pictures and 3 labels"):
+        node.execute(images, ["a", "b", "c"], [0])
+    assert math.isfinite(sheet.sum().item())

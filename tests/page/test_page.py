@@ -1,0 +1,118 @@
+"""Every workflow in ComfyUI's real page; screenshots go to .dev/screenshots."""
+
+import io
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+from comfy_server import serving
+from PIL import Image
+
+from support.page import SCREENSHOTS, browsing, chromium
+from support.workflow import DEMO, ONE_THREAD, USERS, api_form, place_files, problems_of, read
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not chromium(), reason="no Chromium: install one, or name it in the variable CHROMIUM"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    models = place_files(folder / "base", map(read, USERS))
+    with (
+        mock.patch.dict(os.environ, ONE_THREAD),
+        serving(folder / "base", folder / "log", models) as running,
+    ):
+        yield running
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    with browsing(server) as page:
+        assert page.errors == []
+        yield page
+
+
+# What is trained in one is loaded in another.
+@pytest.mark.parametrize(
+    "path",
+    sorted([*DEMO, *USERS], key=lambda path: "train" not in path.stem),
+    ids=lambda path: path.stem,
+)
+def test_workflow_in_the_page(path, page, server, object_info):
+    """It opens with all its nodes and values and no error; the demo's run and are shown."""
+    workflow = read(path)
+    page.open(workflow)
+    assert page.marked() == []
+    sent = page.api_form()
+    for node in sent.values():
+        del node["_meta"]
+    assert sent == api_form(workflow, object_info)
+    if path in DEMO:
+        page.shorten({"TrainUViT": ("steps", 4)})
+        run = page.run()
+        assert run["status"]["status_str"] == "success", run["status"]["messages"]
+        page.wait_for(run["outputs"])
+        for image in (i for output in run["outputs"].values() for i in output.get("images", ())):
+            picture = Image.open(io.BytesIO(server.picture(image))).convert("RGB")
+            # In one colour at least: green on grey is as bright as the grey.
+            assert np.asarray(picture).std((0, 1)).max() > 10, f"{image['filename']} is blank"
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.draw().save(SCREENSHOTS / f"{path.stem}.png")
+    assert page.errors == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1.3, "timestep", 940],  # saved before there were shapes
+        [1.3, "timestep", 940, "linear"],
+        [1.3, "percent", 0.1, 0.4, "cosine"],
+        [1.3, "first steps", 5, "linear"],
+        [1.3, "curve", {"interpolation": "linear", "points": [[0, 1], [1, 0]]}],
+    ],
+    ids=lambda values: values[1],
+)
+def test_nested_widgets_keep_their_values(values, page, object_info):
+    """TACA Schedule's window brings widgets of its own."""
+    output = {"name": "schedule", "type": "TACA_SCHEDULE", "links": []}
+    node = {
+        "id": 1,
+        "type": "TACASchedule",
+        "pos": [0, 0],
+        "size": [400, 200],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [output],
+        "properties": {},
+        "widgets_values": values,
+    }
+    page.open(
+        {
+            "version": 0.4,
+            "last_node_id": 1,
+            "last_link_id": 0,
+            "nodes": [node],
+            "links": [],
+            "groups": [],
+            "config": {},
+            "extra": {},
+        }
+    )
+    saved, sent = page.saved(), page.api_form()
+    assert saved["nodes"][0]["widgets_values"][: len(values)] == values
+    assert problems_of(saved, object_info) == []
+    assert sent["1"]["inputs"] == api_form(saved, object_info)["1"]["inputs"]
+    assert page.errors == []

@@ -1,0 +1,187 @@
+"""What the scripts of ``benchmarks/`` compute and write; nothing is timed here."""
+
+import dataclasses
+import json
+import sys
+
+import attention
+import fusion
+import pytest
+import scale
+import targets
+import timing
+import torch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", attention.SHAPES)
+def test_every_way_is_eq_10(name):
+    """Each equals dense float64 at the shape's own mask, and a block runs on it."""
+    shape = dataclasses.replace(attention.SHAPES[name], hidden=64, heads=2, text=12)
+    names = [n for n in attention.METHODS | attention.TRIED if n != "flex compiled"]
+    with torch.inference_mode():
+        case = attention.Case(shape, 16, 2, CPU, "float32")
+        errors, skipped = case.check(names)
+        assert list(errors) == names
+        assert not skipped
+        before, after = case.step("plain"), case.step("inside")
+        assert [x.shape for x in before] == [x.shape for x in after]
+        assert not torch.equal(before[1], after[1])
+
+
+def test_a_way_that_is_wrong_is_found(monkeypatch):
+    monkeypatch.setattr(attention.Joint, "two_full", attention.Joint.plain)
+    case = attention.Case(attention.Shape(64, 2, 12), 16, 1, CPU, "float32")
+    with pytest.raises(ValueError, match="two full: off by"):
+        case.check(["plain", "two full"])
+
+
+def test_results_of_another_schema_are_refused(tmp_path):
+    results = timing.Results("model", tmp_path, CPU)
+    results.add("one", {"times_s": [1.0, 2.0], "note": "a [b] c"})
+    assert timing.Results("model", tmp_path, CPU).cases == results.cases
+    results.file.write_text(json.dumps({"environment": {}, "models": {}}))
+    with pytest.raises(SystemExit, match="move it away or delete it"):
+        timing.Results("model", tmp_path, CPU)
+
+
+def measured(point, constants, noise):
+    """A row of ``scale`` as the model with these constants would give it."""
+    row = {**point, "peak_mib": {"call": {"plain": 2.0, "inside": 2.0}}}
+    for kind in ("call", "step"):
+        plain = sum(
+            constants[k] * x for k, x in zip("ab", scale.terms(point, kind)[0], strict=True)
+        )
+        extra = plain * (scale.predicted({"constants": constants}, point, kind) - 1)
+        again = timing.summary([plain - noise, plain, plain + noise], [plain] * 3)
+        inside = [plain + extra + each * noise for each in (-1, 0, 1)]
+        row[kind] = {
+            "plain": timing.summary([plain] * 3, [plain] * 3),
+            "plain again": again,
+            "inside": timing.summary(inside, [plain] * 3),
+        }
+    return row
+
+
+def test_the_model_of_growth_is_found_again():
+    """Its constants from exact times; one point that is off within its spread moves none."""
+    constants = {"a": 2e-11, "b": 3e-11, "c": 4e-9, "d": 2e-9, "e": 2e-5}
+    rows = [measured(point, constants, 1e-6) for point in scale.points(4096, 4608)]
+    found = scale.fit(rows)
+    assert found["constants"] == pytest.approx(constants, rel=1e-3)
+    assert found["within_two_errors"][0] == found["within_two_errors"][1]
+    off = measured(scale.BASE | {"image": 256}, constants, 1e-1)
+    off["call"]["inside"]["extra_s"] = 1e-9  # almost nothing, by noise
+    assert scale.fit([*rows, off])["constants"] == pytest.approx(constants, rel=1e-3)
+    assert "extrapolated" in scale.table({"points": rows, "fit": found})
+
+
+def test_targets_say_how_far_they_were_missed(monkeypatch, tmp_path):
+    row = {"ratio": 1.03, "ratio_p10": 1.02, "ratio_p90": 1.04}
+    again = {"ratio": 1.0, "ratio_p10": 0.99, "ratio_p90": 1.01}
+    case = {
+        "model": "flux",
+        "size": 512,
+        "dtype": "float32",
+        "compiled": False,
+        "environment": {"device": "cpu"},
+        "peak_mib": {"plain": 100.0, "inside": 100.5},
+        "step": {"inside": row, "plain again": again},
+    }
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    timing.Results("model", tmp_path, CPU).add("flux, small", case)
+    text = targets.table()
+    assert targets.NO_GPU in text
+    step, peak, picture = (line for line in text.splitlines() if "flux, small" in line)
+    assert "1.030 (1.020 to 1.040) | 1.000 (0.990 to 1.010) | missed by 0.010" in step
+    assert "| 1.005 (1.005 to 1.005) |  | met |" in peak
+    assert "1.0030 (1.0020 to 1.0040)" in picture
+    assert "missed by 0.0010" in picture
+    assert "| flux, small | 100.0 | 100.5 |" in targets.memory()
+    readme = targets.README.read_text(encoding="utf-8")
+    for name in ("targets", "tried", "host"):
+        assert f"\n{name} of ours\n" in targets.write(readme, name, f"{name} of ours")
+    with pytest.raises(SystemExit, match="has no marks"):
+        targets.write(readme, "other", "")
+
+
+@pytest.mark.parametrize("kind", ["attention", "tried", "model", "scale", "host"])
+def test_committed_results_are_still_read(kind, tmp_path):
+    """Those of before have all that tables and plots are made of."""
+    (file,) = timing.RESULTS.glob(f"{kind}-*.json")
+    results = timing.Results(kind, tmp_path, CPU)
+    results.cases = timing.read(file)
+    if kind in ("attention", "tried"):
+        methods = attention.TRIED if kind == "tried" else attention.METHODS
+        results.report(kind, lambda case: attention.table(case, methods))
+        results.plot(methods)
+    else:
+        script = pytest.importorskip(kind)
+        results.report(kind, script.table)
+        if kind == "scale":
+            scale.plot(results.cases["scale"], results)
+        elif kind == "model":
+            results.plot(script.METHODS)
+    written = results.file.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    kept = file.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    assert written[1:] == kept[1:]  # but the title
+    assert results.file.with_suffix(".png").exists() or kind == "host"
+
+
+def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
+    """FLOPs, all methods in the same rounds, and the table."""
+    small = fusion.UViTConfig(7, 64, 4, 8, 2, 5, 6)
+
+    def config(blocks, shared, conditioning):
+        first, last = fusion.central(7, min(shared, 7))
+        return dataclasses.replace(small, first=first, last=last, conditioning=conditioning)
+
+    monkeypatch.setattr(fusion, "published_config", config)
+    file = tmp_path / "cost.json"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "fusion.py",
+            "cost",
+            "--networks",
+            "small",
+            "--rounds",
+            "2",
+            "--batches",
+            "2",
+            "--out",
+            str(file),
+        ],
+    )
+    threads = torch.get_num_threads()
+    with torch.enable_grad():
+        fusion.main()
+    torch.set_num_threads(threads)
+    report = json.loads(file.read_text())
+    assert len(report["throughput"]) == 4
+    for setting, found in report["throughput"].items():
+        assert found["rounds"] == 2
+        assert set(found["fusion_at_equal_implementation"]) == {
+            "central 1",
+            "central 3",
+            "central 5",
+        }
+        assert bool(found["both"]) == ("concatenation" in setting)
+    assert file.with_suffix(".md").read_text().count("\n| small") == 4 * 4
+
+
+@pytest.mark.slow
+def test_the_host_script_measures_what_it_names():
+    """TACA and its LoRA by the operations written out by hand, on all 57 blocks and 304 layers."""
+    import host
+
+    with torch.inference_mode():
+        machine = host.Host()
+        machine.check()
+        assert (machine.blocks, machine.layers) == (57, 304)
+        times = {method: [machine.calls(method, 1)[1]] for method in host.METHODS}
+        found = host.summary(times, machine)
+        assert {"deciding", "installing", "blocks", "lora layers"} <= set(found["rows"])
+        assert host.table(found | {"rounds": 1, "calls": 1}).count("\n| ") == 13

@@ -1,0 +1,212 @@
+"""Help pages, translations and the blueprint, as ComfyUI's server and page have them."""
+
+import re
+from urllib.parse import quote
+
+import pytest
+from comfy_server import serving
+
+from support.page import SCREENSHOTS, browsing, chromium
+from support.workflow import ROOT, place_files, read
+
+BLUEPRINT = ROOT / "subgraphs" / "TACA text to image.json"
+DOCS = "/extensions/comfyui-taca/docs"
+# Its model, CLIP and VAE from loaders, its picture into a preview; all with the page's own calls.
+CONNECT = """blueprint => {
+    app.graph.clear();
+    app.canvas._deserializeItems(
+        {nodes: blueprint.nodes, subgraphs: blueprint.definitions.subgraphs}, {position: [350, 0]});
+    const inner = app.graph.nodes[0];
+    const add = (type, x, y, values) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [x, y];
+        app.graph.add(node);
+        values.forEach((value, i) => node.widgets[i].value = value);
+        return node;
+    };
+    const to = (node, name) => node.connect(0, inner, inner.inputs.findIndex(i => i.name === name));
+    to(add("UNETLoader", 0, 0, ["flux1-dev.safetensors"]), "model");
+    to(add("DualCLIPLoader", 0, 150, ["t5xxl_fp16.safetensors", "clip_l.safetensors", "flux"]),
+       "clip");
+    to(add("VAELoader", 0, 350, ["ae.safetensors"]), "vae");
+    inner.connect(0, add("PreviewImage", 760, 0, []), 0);
+}"""
+STORES = """() => [...document.querySelectorAll("*")].find(e => e.__vue_app__).__vue_app__
+    .config.globalProperties.$pinia._s"""
+HELP = f"""type => {{
+    const stores = ({STORES})();
+    app.graph.clear();
+    const node = LiteGraph.createNode(type);
+    node.pos = [100, 100];
+    app.graph.add(node);
+    app.canvas.selectItems([node]);
+    stores.get("rightSidePanel").openPanel("info");
+}}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    models = place_files(folder / "base", [read(ROOT / "workflows/taca_flux1_dev.json")])
+    with serving(folder / "base", folder / "log", models) as running:
+        yield running
+
+
+in_the_page = pytest.mark.skipif(
+    not chromium(), reason="no Chromium: install one, or name it in the variable CHROMIUM"
+)
+
+
+@pytest.fixture
+def page(server):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with browsing(server) as page:
+        yield page
+
+
+def blueprint_of(server):
+    """The blueprint as the server lists and serves it."""
+    [(number, entry)] = [
+        (number, entry)
+        for number, entry in server.get("/global_subgraphs").items()
+        if entry["info"]["node_pack"] == "custom_nodes.comfyui-taca"
+    ]
+    assert entry["name"] == BLUEPRINT.stem
+    return number, server.get(f"/global_subgraphs/{number}")
+
+
+def test_blueprint_is_listed_and_right(server):
+    """Every node exists; every socket is one it has, in the page's order; every link holds."""
+    assert blueprint_of(server)[1]["data"] == BLUEPRINT.read_text("utf-8")
+    info = server.get("/object_info")
+    blueprint = read(BLUEPRINT)
+    [outer], [inner] = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"]
+    assert [i["name"] for i in outer["inputs"]] == [i["name"] for i in inner["inputs"]]
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    for node in nodes.values():
+        about = info[node["type"]]
+        known = {n: spec for group in about["input"].values() for n, spec in group.items()}
+        sockets = [socket for socket in node["inputs"] if "widget" not in socket]
+        assert node["inputs"][: len(sockets)] == sockets, "the page puts widgets last"
+        for socket in node["inputs"]:
+            kind = known[socket["name"]][0]
+            assert socket["type"] == ("COMBO" if isinstance(kind, list) else kind)
+        required = about["input"]["required"]
+        assert required.keys() <= {socket["name"] for socket in node["inputs"]}
+        assert [output["type"] for output in node["outputs"]] == about["output"]
+    for link in inner["links"]:
+        if link["origin_id"] == -10:
+            start = inner["inputs"][link["origin_slot"]]
+            assert link["id"] in start["linkIds"]
+        else:
+            start = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert link["id"] in start["links"]
+        if link["target_id"] == -20:
+            end = inner["outputs"][link["target_slot"]]
+            assert end["linkIds"] == [link["id"]]
+        else:
+            end = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert end["link"] == link["id"]
+        assert start["type"] == link["type"] == end["type"]
+
+
+@pytest.mark.slow
+@in_the_page
+def test_blueprint_in_the_page(server, page):
+    """Dropped from the library and connected, it sends what its widgets say."""
+    number, _ = blueprint_of(server)
+    page._page.wait_for_function(
+        f"number => ({STORES})().get('subgraph')?.subgraphBlueprints"
+        ".some(b => b.name.endsWith(number) && b.category === 'Subgraph Blueprints/TACA')",
+        arg=number,
+    )
+    blueprint = page._page.evaluate(
+        f"name => ({STORES})().get('subgraph').getBlueprint(name)", f"SubgraphBlueprint.{number}"
+    )
+    page._page.evaluate(CONNECT, blueprint)
+    assert page.marked() == []
+    values = {
+        "text": "a cup",
+        "text_1": "fog",
+        "gamma": 1.3,
+        "timestep_threshold": 950,
+        "width": 512,
+        "height": 768,
+        "seed": 7,
+        "steps": 28,
+        "cfg": 7,
+        "scheduler": "normal",
+    }
+    assert page._page.evaluate(
+        "values => app.graph.nodes[0].widgets.map(widget => {"
+        " widget.value = values[widget.name]; return widget.name })",
+        values,
+    ) == list(values)
+    sent = {
+        node["class_type"]: node["inputs"]
+        for node in page.api_form().values()
+        if node["class_type"] != "CLIPTextEncode"
+    }
+    texts = [
+        node["inputs"]["text"]
+        for node in page.api_form().values()
+        if node["class_type"] == "CLIPTextEncode"
+    ]
+    assert texts == ["a cup", "fog"]
+    taca, sampler, size = (sent[t] for t in ("TACAPatchModel", "KSampler", "EmptySD3LatentImage"))
+    assert [taca["gamma"], taca["timestep_threshold"]] == [1.3, 950]
+    assert [sampler[k] for k in ("seed", "steps", "cfg", "scheduler")] == [7, 28, 7, "normal"]
+    assert (size["width"], size["height"]) == (512, 768)
+    page.draw().save(SCREENSHOTS / "blueprint.png")
+    assert page.errors == []
+
+
+def test_help_and_translations_are_served(server, pack):
+    translations = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert translations[language]["nodeDefs"].keys() >= pack.keys()
+    for name in pack:
+        for file in (f"{name}.md", f"{name}/zh.md"):
+            page = server._read(f"{DOCS}/{file}").decode()
+            for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page):
+                assert server._read(f"{DOCS}/{quote(picture)}")
+
+
+@pytest.mark.slow
+@in_the_page
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_help_in_the_page(server, page, pack, language):
+    """The panel shows the page with its pictures; the node speaks the page's language."""
+    browser = page._page
+    browser.request.post(f"{server.address}/settings", data={"Comfy.Locale": language})
+    browser.goto(server.address)
+    browser.wait_for_function(
+        f"() => window.app?.graph && ({STORES})().get('workflow')?.activeWorkflow"
+    )
+    browser.wait_for_timeout(1500)  # the panels come last
+    browser.set_viewport_size({"width": 1500, "height": 1000})
+    texts = read(ROOT / "locales" / language / "nodeDefs.json")
+    page.errors.clear()
+    for name in pack:
+        browser.evaluate(HELP, name)
+        title = texts[name]["display_name"]
+        assert browser.evaluate("() => app.graph.nodes[0].title") == title
+        browser.wait_for_function(
+            "title => document.querySelector('.node-help-content h1')?.innerText === title",
+            arg=title,
+        )
+        browser.wait_for_function(
+            "() => [...document.querySelectorAll('.node-help-content img')]"
+            ".every(picture => picture.naturalWidth)"
+        )
+        names = browser.evaluate(
+            "() => app.graph.nodes[0].widgets?.map(w => [w.name.replace('.', '_'), w.label])"
+        )
+        for widget, label in names or []:
+            assert label == texts[name]["inputs"][widget]["name"]
+        if name == "TACASchedule":
+            browser.screenshot(path=SCREENSHOTS / f"help_{language}.png")
+    browser.request.post(f"{server.address}/settings", data={"Comfy.Locale": "en"})
+    # English has one page for all languages but Chinese; the page asks for its own first.
+    assert [e for e in page.errors if "/en.md" not in e] == []

@@ -1,0 +1,59 @@
+"""Text encoders as core's loader makes them, of seeded weights and tiny."""
+
+import importlib
+
+import comfy.sd
+import torch
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+TINY_T5 = {"num_layers": 1, "d_model": 64, "d_kv": 8, "d_ff": 16, "num_heads": 2}
+TINY_CLIP = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+}
+CAUSAL = "qwen25_7b", "qwen3_4b", "qwen3_2b", "qwen25_3b", "qwen3vl_4b", "qwen3vl_8b", "llama"
+OPTIONS = {f"{name}_model_config": TINY for name in CAUSAL}
+OPTIONS |= {
+    "t5xxl_model_config": TINY_T5,
+    "clip_l_model_config": TINY_CLIP,
+    "clip_g_model_config": TINY_CLIP,
+}
+FLUX = "flux.FluxTokenizer", "flux.FluxClipModel"
+SD3_WITHOUT_T5 = "sd3_clip.SD3Tokenizer", "sd3_clip.SD3ClipModel"
+
+
+def part(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"comfy.text_encoders.{module}"), name)
+
+
+def clip_of(tokenizer, encoder, folder=None, **how):
+    """A CLIP as core's loader makes it, of seeded weights and tiny."""
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.tokenizer = part(tokenizer)(embedding_directory=folder)
+    clip.tokenizer_options = {}
+    build = part(encoder)
+    build = build() if build.__name__ == "klein_te" else build
+    if encoder.endswith("HiDreamO1TE"):
+        clip.cond_stage_model = build()
+        return clip
+    encoder = build(device="meta", dtype=torch.float32, model_options=dict(OPTIONS), **how)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in encoder.named_modules():
+        if "visual" not in name.split("."):  # large, and not asked
+            for key, weight in module._parameters.items():
+                if weight is not None:
+                    noise = 0.3 * torch.randn(weight.shape, generator=generator)
+                    module._parameters[key] = torch.nn.Parameter(noise, requires_grad=False)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[key] = torch.arange(buffer.numel()).view(buffer.shape)
+    clip.cond_stage_model = encoder
+    return clip

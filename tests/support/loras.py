@@ -1,0 +1,99 @@
+"""LoRAs in the formats that core reads, and what merging them gives."""
+
+import comfy.sd
+import torch
+from comfy.weight_adapter import adapter_maps
+from safetensors.torch import save_file
+
+
+def core_model(path, state):
+    """A transformer's tensors in diffusers' layout, through a file and core's loader."""
+    save_file({k: v.clone().contiguous() for k, v in state.items()}, path)
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def replaced(model):
+    """Modules whose forward is not their class's own, or whose weights have a function."""
+    return [
+        name
+        for name, module in model.model.named_modules()
+        if "forward" in module.__dict__ or getattr(module, "weight_function", [])
+    ]
+
+
+def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, seed=1, only=""):
+    """A LoRA as core's trainer would write it: every weight and bias, or those named."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+
+    def random(*shape, scale=0.05):
+        return torch.randn(shape, generator=generator) * scale
+
+    for name, module in model.model.named_modules():
+        if not hasattr(module, "weight_function") or only not in name:
+            continue
+        key = naming.format(name.removeprefix("diffusion_model."))
+        if "{}" in naming and naming.startswith("lora_"):
+            key = key.replace(".", "_")
+        weight = module.weight
+        if weight is not None and weight.ndim >= 2:
+            rows, columns = weight.shape[0], weight[0].numel()
+            if algorithm in ("lora", "dora"):
+                state[f"{key}.lora_up.weight"] = random(rows, rank, scale=0.2)
+                state[f"{key}.lora_down.weight"] = random(rank, columns, scale=0.2)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
+                if algorithm == "dora":
+                    state[f"{key}.dora_scale"] = weight.flatten(1).norm(dim=1)[:, None] * 1.1
+            elif algorithm == "full":
+                state[f"{key}.diff"] = random(*weight.shape, scale=0.02)
+            elif algorithm.startswith("GLoRA"):
+                is_old = algorithm == "GLoRA, old"
+                side = columns if is_old else weight.shape[1]
+                shapes = [(side, rank), (rank, side), (rows, rank), (rank, columns)]
+                parts = ("a2", "a1", "b2", "b1") if is_old else ("a1", "a2", "b1", "b2")
+                for part, shape in zip(parts, shapes, strict=True):
+                    state[f"{key}.{part}.weight"] = random(*shape)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
+            else:
+                train = adapter_maps[algorithm].create_train(weight, rank=rank, alpha=1.0)
+                for part, tensor in train.named_parameters():
+                    filled = tensor.detach().clone()
+                    if part != "alpha":
+                        filled = random(*tensor.shape, scale=0.15)
+                    state[f"{key}.{part}"] = filled
+        elif weight is not None and algorithm == "full":
+            state[f"{key}.diff"] = random(*weight.shape, scale=0.3)
+        if algorithm == "full" and getattr(module, "bias", None) is not None:
+            state[f"{key}.diff_b"] = random(*module.bias.shape)
+    return state
+
+
+def merged_by_core(model, state, strength=1.0):
+    return comfy.sd.load_lora_for_models(model, None, dict(state), strength, 0)[0]
+
+
+NAMINGS = {
+    "generic": "diffusion_model.{}",  # core's trainer, ai-toolkit
+    "kohya": "lora_unet_{}",
+}
+
+
+def with_lora(weights, lora):
+    """A file's weights and, in float64, a LoRA of every linear layer with alpha 2 and rank 4."""
+    merged = dict(weights)
+    for key, up in lora.items():
+        base, is_up, _ = key.partition(".lora_up.weight")
+        if is_up:
+            name = f"{base.removeprefix('diffusion_model.')}.weight"
+            delta = 2 / 4 * up.double() @ lora[f"{base}.lora_down.weight"].double()
+            merged[name] = merged[name].double().add(delta.view(merged[name].shape)).float()
+    return merged
+
+
+def in_blocks(weights):
+    """Names of the linear layers that quantised files quantise."""
+    return [
+        k.removesuffix(".weight")
+        for k, v in weights.items()
+        if "blocks" in k and k.endswith(".weight") and v.ndim == 2
+    ]
