@@ -4,15 +4,15 @@ import sys
 
 import comfy.samplers
 import pytest
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import random, sdpa
-from test_model import sample
 
 import nodes
+from support import tiny
+from support.attention import random, sdpa
+from support.tiny import sample
 
 taca = {
     name: sys.modules[f"taca_pack.taca.{name}"]
