@@ -27,6 +27,7 @@ from .layouts import (
     mochi,
     nothing,
     one_stream,
+    qwen_image21,
     records_length,
     records_only,
     told_time,
@@ -212,7 +213,7 @@ FAMILIES = (
         ("HiDreamO1Transformer",),
         {"language_model.layers": hidream_o1},
         around=told_time,
-        reach=through_handed_attention,
+        reach=through_handed_attention(3, "optimized_attention", "make_two_pass_attention"),
         caches_text_keys=True,
     ),
     Family(  # references come before the image, in this family and the next
@@ -239,6 +240,16 @@ FAMILIES = (
     Family("Krea 2", ("SingleStreamDiT",), {"blocks": one_stream((0, "x"))}, patch=2),
     Family("Lens", ("LensTransformer2DModel",), {"transformer_blocks": IMAGE_FIRST}, patch=1),
     Family("Qwen-Image and Qwen-Image-Edit", ("QwenImageTransformer2DModel",), DIFFUSERS_BLOCKS),
+    Family(
+        "Qwen-Image 2.1",
+        ("QwenImage21Transformer2DModel",),
+        {"transformer_blocks": qwen_image21},
+        patch=1,
+        reach=through_handed_attention(
+            3, "attn_fn", "block_causal_attention", "prefix_cached_attention"
+        ),
+        caches_text_keys=True,
+    ),
     Family("JoyImage-Edit", ("JoyImageTransformer3DModel",), {"double_blocks": IMAGE_FIRST}),
     Family("Mage-Flow", ("MageFlowTransformer2DModel",), DIFFUSERS_BLOCKS),
     Family(

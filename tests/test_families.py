@@ -367,7 +367,6 @@ def test_the_training_of_some_models_is_refused(case, pack, folder, apply_taca, 
 
 def test_an_attention_that_another_node_wrapped_is_told():
     """HiDream-O1's blocks are handed theirs, with the options in it."""
-    reach = sys.modules["taca_pack.taca.reach"].through_handed_attention
-    pytest.importorskip("comfy.ldm.hidream_o1", reason="this ComfyUI has no HiDream-O1")
+    reach = next(f.reach for f in FAMILIES if f.name == "HiDream-O1")
     with pytest.raises(RuntimeError, match="another node has wrapped it"):
         reach(print, (), {"optimized_attention": partial(print)}, print)
