@@ -312,10 +312,18 @@ REFUSED = {
     "Anima": ("Anima", CROSS_ATTENTION),
     "MiniTrainDIT": ("Cosmos Predict2", CROSS_ATTENTION),
     "Kandinsky5": ("Kandinsky 5", CROSS_ATTENTION),
+    "Kandinsky6": ("Kandinsky 6", CROSS_ATTENTION),
+    "Prism": ("Prism", CROSS_ATTENTION),
     "StageB": ("Stable Cascade", ONE_WAY),
     "StageC": ("Stable Cascade", ONE_WAY),
     "UViT": ("U-ViT with text by cross-attention", CROSS_ATTENTION),
     "NaDiT": ("SeedVR2", "it restores what it is given and takes no prompt."),
+    "Trellis2": ("TRELLIS.2", "it makes a shape from a picture and takes no prompt."),
+    "MiniMaxMusic3DiT": ("MiniMax Music 3", "it makes music, and has no image tokens."),
+    "SenseNovaU15": (
+        "SenseNova-U1.5",
+        "ComfyUI runs its blocks by methods of their own, which TACA does not reach.",
+    ),
 }
 """Models that TACA cannot act on, by class: what users call them, and why."""
 
