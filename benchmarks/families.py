@@ -86,6 +86,8 @@ def table(versions: dict[str, dict[str, Any]]) -> str:
         since = {name: models[name][0]["from"] for name in names}
         tested = [n if since[n] == oldest else f"{n} ({since[n]})" for n in names]
         tokens = [span({n for run in runs for n in run[kind]}) for kind in ("text", "image")]
+        if all("a stand-in" in name for name in names):
+            oldest = f"after {[*versions][-1]}"
         verdicts = verdict(runs, "attention"), verdict(runs, "LoRA")
         rows.append([family.name, "; ".join(tested), ", ".join(tokens), *verdicts, oldest])
     head = ("family", "tested as", "text, image tokens", "attention", "LoRA", "from")

@@ -1,5 +1,6 @@
 """What ComfyUI calls a model with."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,4 +32,11 @@ class CallArguments(NamedTuple):
             0 if tokens is None else tokens.shape[1]
             for tokens in (self.c_crossattn, self.others.get("clip_fea"))
         )
-        return CallState(text, vision, num_cached=self.others.get("ar_len", 0))
+        cached = self.others.get("ar_len", 0)
+        return CallState(text, vision, num_cached=cached, references=self._references(text))
+
+    def _references(self, text: int) -> list[tuple[int, int]]:
+        """Where each reference stands in the text, behind it if nothing says so; and its tokens."""
+        references = self.others.get("ref_latents") or ()
+        slots = [*(self.others.get("image_slots") or ()), *[text] * len(references)]
+        return [(slot, math.prod(each.shape[-2:])) for slot, each in zip(slots, references)]  # noqa: B905

@@ -28,6 +28,7 @@ from .layouts import (
     mochi,
     nothing,
     one_stream,
+    qwen_image21,
     records_length,
     records_only,
     told_time,
@@ -210,7 +211,7 @@ FAMILIES = (
         ("HiDreamO1Transformer",),
         {"language_model.layers": hidream_o1},
         around=told_time,
-        reach=through_handed_attention,
+        reach=through_handed_attention(3, "optimized_attention", "make_two_pass_attention"),
         caches_text_keys=True,
     ),
     Family(  # references come before the image, in this family and the next
@@ -237,6 +238,16 @@ FAMILIES = (
     Family("Krea 2", ("SingleStreamDiT",), {"blocks": one_stream((0, "x"))}, patch=2),
     Family("Lens", ("LensTransformer2DModel",), {"transformer_blocks": IMAGE_FIRST}, patch=1),
     Family("Qwen-Image and Qwen-Image-Edit", ("QwenImageTransformer2DModel",), DIFFUSERS_BLOCKS),
+    Family(
+        "Qwen-Image 2.1",
+        ("QwenImage21Transformer2DModel",),
+        {"transformer_blocks": qwen_image21},
+        patch=1,
+        reach=through_handed_attention(
+            3, "attn_fn", "block_causal_attention", "prefix_cached_attention"
+        ),
+        caches_text_keys=True,
+    ),
     Family("JoyImage-Edit", ("JoyImageTransformer3DModel",), {"double_blocks": IMAGE_FIRST}),
     Family("Mage-Flow", ("MageFlowTransformer2DModel",), DIFFUSERS_BLOCKS),
     Family(
@@ -299,10 +310,18 @@ REFUSED = {
     "Anima": ("Anima", CROSS_ATTENTION),
     "MiniTrainDIT": ("Cosmos Predict2", CROSS_ATTENTION),
     "Kandinsky5": ("Kandinsky 5", CROSS_ATTENTION),
+    "Kandinsky6": ("Kandinsky 6", CROSS_ATTENTION),
+    "Prism": ("Prism", CROSS_ATTENTION),
     "StageB": ("Stable Cascade", ONE_WAY),
     "StageC": ("Stable Cascade", ONE_WAY),
     "UViT": ("U-ViT with text by cross-attention", CROSS_ATTENTION),
     "NaDiT": ("SeedVR2", "it restores what it is given and takes no prompt."),
+    "Trellis2": ("TRELLIS.2", "it makes a shape from a picture and takes no prompt."),
+    "MiniMaxMusic3DiT": ("MiniMax Music 3", "it makes music, and has no image tokens."),
+    "SenseNovaU15": (
+        "SenseNova-U1.5",
+        "ComfyUI runs its blocks by methods of their own, which TACA does not reach.",
+    ),
 }
 """Models that TACA cannot act on, by class: what users call them, and why."""
 

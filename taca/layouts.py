@@ -24,6 +24,8 @@ class CallState:
     num_prefix: int = 0  # before the text, neither text nor image: registers, a vision encoder's
     num_other: int = 0  # between text and image, and neither
     num_cached: int = 0  # at the start, not queries: the model keeps their keys between steps
+    # References: the text token that each stands before, and its own tokens.
+    references: Sequence[tuple[int, int]] = ()
 
 
 Locate = Callable[[Args, Kwargs, CallState], Layout]
@@ -135,6 +137,26 @@ def hidream_o1(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         rest = Span("text", num_text - 3, False)
         text = (Span("text", 3, False), Span("other", num_vision, False), rest)
     return (*text, Span("other", 1), Span("image", num_tokens - state.num_cached - 1))
+
+
+def qwen_image21(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+    """``[text with references in it | image]``, of which a block may be handed the image alone.
+
+    What comes before the image attends to nothing behind itself, and its keys are kept. So it stays
+    as it is: only the picture's own tokens ask for adjusted keys. Where a block is handed the rest
+    by itself, to keep its keys, there is nothing to adjust.
+    """
+    num_tokens = _argument(args, kwargs, 0, "x").shape[1]
+    num_before = _argument(args, kwargs, 4, "prefix_len")
+    if not state.num_text or num_before == num_tokens:
+        return ()
+    spans: list[Span] = []
+    begin = 0
+    for end, length in state.references:
+        spans += Span("text", end - begin, False), Span("image", length, False)
+        begin = end
+    spans.append(Span("text", state.num_text - begin, False))
+    return (*spans, Span("image", num_tokens - num_before))
 
 
 class Around(NamedTuple):

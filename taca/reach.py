@@ -38,27 +38,34 @@ def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Over
     return forward, args, {**kwargs, "transformer_options": {**options, OVERRIDE: chained}}
 
 
-def through_handed_attention(
-    forward: Forward, args: Args, kwargs: Kwargs, override: Override
-) -> Call:
-    """HiDream-O1's blocks: handed an attention that is closed over the options.
+def through_handed_attention(position: int, name: str, *factories: str) -> Reach:
+    """A block that is handed an attention, as this argument, that is closed over the options.
 
-    Core's own factory makes the same attention with other options. Works under torch.compile.
+    Whichever of core's factories made it makes the same one with other options. Works under
+    torch.compile.
 
-    Raises RuntimeError if the block is handed another attention than core's.
+    The reach raises RuntimeError if none of them did.
     """
-    from comfy.ldm.hidream_o1.attention import make_two_pass_attention
 
-    attention = kwargs[ATTENTION]
-    names = attention.__code__.co_freevars if isinstance(attention, FunctionType) else ()
-    if "ar_len" not in names:
+    def reach(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
+        attention = kwargs[name] if name in kwargs else args[position]
+        code = getattr(attention, "__code__", None)
+        for each in factories:
+            factory = code and attention.__globals__.get(each)
+            if factory is None or code is None or code not in factory.__code__.co_consts:
+                continue
+            cells = zip(code.co_freevars, attention.__closure__, strict=True)
+            held = {variable: cell.cell_contents for variable, cell in cells}
+            ours = factory(**{**held, "transformer_options": _with(override, held)})
+            if name in kwargs:
+                return forward, args, {**kwargs, name: ours}
+            return forward, (*args[:position], ours, *args[position + 1 :]), kwargs
         raise RuntimeError(
             "TACA does not know the attention that this model's blocks are handed: another node "
             "has wrapped it. Take that node out, or TACA Patch Model."
         )
-    held = {name: cell.cell_contents for name, cell in zip(names, attention.__closure__)}  # noqa: B905
-    ours = make_two_pass_attention(held["ar_len"], _with(override, held))
-    return forward, args, {**kwargs, ATTENTION: ours}
+
+    return reach
 
 
 def through_globals(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:

@@ -13,7 +13,7 @@ from support.loras import random_lora
 
 def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypatch):
     """On every linear layer of the model, in the keys that core's own trainer writes."""
-    if "HiDream-O1" in case.name:
+    if "HiDream-O1" in case.name or "Qwen-Image 2.1" in case.name:
         pytest.skip(f"{case.name}: refused, for the LoRA would stay in the keys that core keeps")
     model = families.load(case, folder, monkeypatch)
     state = random_lora(model, rank=2)
