@@ -13,36 +13,23 @@ import nodes
 from support import tiny
 from support.attention import random, sdpa
 from support.tiny import sample
+from support.words import (
+    PROMPT,
+    PromptTokens,
+    Words,
+    attach,
+    by_reference,
+    dense,
+    dense_words,
+    weighed,
+)
 
 taca = {
-    name: sys.modules[f"taca_pack.taca.{name}"]
-    for name in ("attention", "conditioning", "prompt_tokens", "spans", "word_weights", "words")
+    name: sys.modules[f"taca_pack.taca.{name}"] for name in ("attention", "spans", "word_weights")
 }
 adjusted, Span = taca["attention"].temperature_adjusted_attention, taca["spans"].Span
-WordWeights, Words = taca["word_weights"].WordWeights, taca["words"].Words
-PromptTokens, attach = taca["prompt_tokens"].PromptTokens, taca["conditioning"].attach
+WordWeights = taca["word_weights"].WordWeights
 WEIGHTS = st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0])
-
-
-def dense(q, k, v, w, is_image, factor=1.0, mask=None, hidden=None):
-    """sum w e^s v / sum |w| e^s for image queries, plain attention for others; float64.
-
-    w ``(b, n)`` over keys; hidden ``(b, n, n)`` has the text that does not see the other.
-    """
-    q, k, v = q.double(), k.double(), v.double()
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 * factor
-    if mask is not None:
-        mask = mask[:, None] if mask.ndim == 3 else mask
-        logits = (
-            logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-        )
-    odds = (logits - logits.amax(-1, keepdim=True)).exp()
-    w = w.double()[:, None, None, :].expand_as(odds)
-    w = torch.where(is_image[None, None, :, None], w, 1.0)
-    if hidden is not None:
-        w = w.masked_fill(hidden[:, None] & ~is_image[None, None, :, None], 0.0)
-    return (w * odds) @ v / (w.abs() * odds).sum(-1, keepdim=True)
 
 
 @settings(max_examples=120, deadline=None)
@@ -141,60 +128,6 @@ def test_a_negative_weight_about_the_mean():
 
 
 # --- whole runs -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
-
-
-def weighed(conditioning, weights, **how):
-    """A conditioning with these weights."""
-    table = ((),) * (len(weights) - how.get("num_avoided", 0))
-    return attach(
-        conditioning, Words(PromptTokens("", table), tuple(weights), (("it", 2.0),), **how)
-    )
-
-
-def dense_words(weights, gamma=1.0, inside=lambda sigma: True, threshold=0.97, num_avoided=0):
-    """Core's override: weights where a joint attention is over these text tokens and an image."""
-
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 transformer_options=None, **kwargs):  # fmt: skip
-        if not skip_reshape:
-            q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        n, sigma = k.shape[2], float(transformer_options["sigmas"][0])
-        num_text = next((t for t in weights if isinstance(t, int) and n - t in (64, 32)), 0)
-        chunks = transformer_options["cond_or_uncond"]
-        w = torch.ones(len(chunks), n)
-        is_image = torch.arange(n) >= num_text
-        if num_text and inside(sigma):
-            for row, chunk in zip(w, chunks, strict=True):
-                row[:num_text] = torch.tensor(weights.get((num_text, chunk), weights[num_text]))
-        w = w.repeat_interleave(len(q) // len(chunks), 0)
-        factor = torch.ones(n, n, dtype=torch.float64)
-        if num_text and sigma >= threshold:
-            factor[num_text:, :num_text] = gamma
-        hidden = None
-        if num_avoided and num_text == 10:
-            is_avoided = ~is_image & (torch.arange(n) >= num_text - num_avoided)
-            is_own = ~is_image & ~is_avoided
-            hidden = is_avoided[:, None] & is_own | is_own[:, None] & is_avoided
-            hidden = hidden[None]
-        out = dense(q, k, v, w, is_image, factor, mask, hidden).to(q)
-        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-    return override
-
-
-def by_reference(model, override):
-    """A clone of a model in which this override attends."""
-    model = model.clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = override
-    return model
-
-
-PROMPT = [1.0, 2.0, 1.0, 0.0, -1.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])

@@ -8,15 +8,15 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 import nodes
-from support import families
+from support import families, words
 from support.reference import dense_attention
 
 TABLE = sys.modules["taca_pack.taca.families"]
 
 
-def sample(model, case, steps=1, cfg=1.0, seed=3, batch=1, shorter=0):
+def sample(model, case, steps=1, cfg=1.0, seed=3, batch=1, shorter=0, positive=None):
     """A run through core's KSampler function, with a negative prompt that may be shorter."""
-    positive = families.conditioning(case)
+    positive = positive or families.conditioning(case)
     negative = families.conditioning(case, seed=5, shorter=shorter)
     samples = nodes.common_ksampler(
         model, seed, steps, cfg, "euler", "simple", positive, negative, families.empty(case, batch)
@@ -37,9 +37,9 @@ def factors(spans, gamma):
     return adjusted[torch.tensor(asks)]
 
 
-def dense(model, case, gamma, calls=None, texts=(), looks=None):
+def dense(model, case, gamma, calls=None, texts=(), looks=None, weights=None):
     """The model with dense attention in place of every kernel, and Eq. 10 in the joint ones, which
-    are told by their lengths, for prompts of so many tokens."""
+    are told by their lengths, for prompts of so many tokens. Keys can have weights, by place."""
     joint = [factors(case.spans(text, case.tokens), gamma) for text in texts or case.text[:1]]
     by_shape = {adjusted.shape: adjusted for adjusted in joint}
 
@@ -55,7 +55,10 @@ def dense(model, case, gamma, calls=None, texts=(), looks=None):
             mask = mask[:, None]
         if adjusted is not None and looks is not None:
             looks(q, k, adjusted, mask)
-        out = dense_attention(q, k, v, 1.0 if adjusted is None else adjusted, mask).to(q.dtype)
+        if adjusted is not None and weights:
+            out = weighted(q, k, v, case, weights, mask).to(q.dtype)
+        else:
+            out = dense_attention(q, k, v, 1.0 if adjusted is None else adjusted, mask).to(q.dtype)
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     model = model.clone()
@@ -71,6 +74,15 @@ def dense(model, case, gamma, calls=None, texts=(), looks=None):
     if not case.options:
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "dense", around)
     return model
+
+
+def weighted(q, k, v, case, weights, mask):
+    """Attention whose keys weigh for image queries."""
+    spans = case.spans(case.text[0], case.tokens)
+    asks = [kind for kind, length, *more in spans for _ in range(length) if not more]
+    w = torch.ones(1, k.shape[2])
+    w[0, list(weights)] = torch.tensor(list(weights.values()))
+    return words.dense(q, k, v, w, torch.tensor([kind == "image" for kind in asks]), mask=mask)
 
 
 def tell(record_property, model, case, texts):
