@@ -141,6 +141,22 @@ def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
     return filled
 
 
+def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int, Sequence[int]]:
+    """The characters of a textual inversion's name, by the ``id()`` of each of its vectors."""
+    name = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()]+?)(?=:[^\s():]*\)|[\s()]|$)"
+    names = re.finditer(name, text)
+    found = iter([n for n in names if tokenizer._try_get_embedding(n[1])[0] is not None])
+    places: dict[int, Sequence[int]] = {}
+    last, at = None, range(0)
+    for vector in (each for chunk in chunks for each, *_ in chunk if isinstance(each, Tensor)):
+        file = vector.untyped_storage().data_ptr()  # one for each time that a name was read
+        if file != last:
+            name, last = next(found, None), file
+            at = range(*name.span()) if name else range(0)
+        places[id(vector)] = at
+    return places
+
+
 class Locator:
     """Where in a prompt the strings lie that a tokenizer was given, one after the other.
 

@@ -1,14 +1,23 @@
 """Which token of a conditioning stands for which characters of its prompt."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from comfy.sd import CLIP
 from torch import Tensor
 
-from .encoding import MARK, Chunks, Locator, TokenId, encoded, padding_of, tokenized
+from .encoding import (
+    MARK,
+    Chunks,
+    Locator,
+    TokenId,
+    embeddings_in,
+    encoded,
+    padding_of,
+    tokenized,
+)
 
 
 class Token(NamedTuple):
@@ -16,7 +25,7 @@ class Token(NamedTuple):
 
     encoder: str  # as ComfyUI's tokenizer calls it
     start: int
-    end: int  # as start where it stands for none, as those of a template or an embedding
+    end: int  # as start where it stands for none, as those of a template
     is_padding: bool
     is_unknown: bool  # whether it stands for whatever its tokenizer has no token for
 
@@ -52,10 +61,12 @@ class PromptTokens:
             strings = frames[name].offsets.strings if name in frames else []
             locator = Locator(text, next((s for s in strings if MARK in s), MARK))
             places = [locator.locate(string) for string in part.offsets.strings]
+            spans_of = embeddings_in(text, part, chunks)
             for ids in ([each for each, *_ in chunk] for chunk in chunks):
                 numbered[name].append([(each, len(tokens) + i) for i, each in enumerate(ids)])
                 for each, is_padding in zip(ids, padding_of(ids, part), strict=True):
-                    at, is_unknown = [], False
+                    at: Sequence[int] = spans_of.get(id(each), ())
+                    is_unknown = False
                     if isinstance(each, TokenId):
                         characters = places[each.string][each.start : each.end]
                         at = [place for place in characters if place is not None]

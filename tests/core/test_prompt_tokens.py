@@ -5,26 +5,10 @@ import sys
 import pytest
 import torch
 
-from support.clips import FLUX, OPTIONS, SD3_WITHOUT_T5, TINY_T5, clip_of
+from support.clips import CLIPS, FLUX, OPTIONS, SD3_WITHOUT_T5, TINY_T5, clip_of
 
 tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
 of = tokens_module.PromptTokens.of
-
-
-CLIPS = {
-    "Qwen-Image": ("qwen_image.QwenImageTokenizer", "qwen_image.QwenImageTEModel"),
-    "Z-Image": ("z_image.ZImageTokenizer", "z_image.ZImageTEModel"),
-    "FLUX.2 Klein": ("flux.KleinTokenizer", "flux.klein_te"),
-    "Krea 2": ("krea2.Krea2Tokenizer", "krea2.Krea2TEModel"),
-    "Ovis-Image": ("ovis.OvisTokenizer", "ovis.OvisTEModel"),
-    "LongCat-Image": ("longcat_image.LongCatImageTokenizer", "longcat_image.LongCatImageTEModel"),
-    "OmniGen2": ("omnigen2.Omnigen2Tokenizer", "omnigen2.Omnigen2Model"),
-    "Boogu": ("boogu.BooguTokenizer", "boogu.BooguTEModel"),
-    "Mage-Flow": ("mage_flow.MageFlowTokenizer", "mage_flow.MageFlowTEModel"),
-    "JoyImage": ("joyimage.JoyImageTokenizer", "joyimage.JoyImageTEModel"),
-    "HiDream-O1": ("hidream_o1.HiDreamO1Tokenizer", "hidream_o1.HiDreamO1TE"),
-    "HunyuanVideo": ("hunyuan_video.HunyuanVideoTokenizer", "hunyuan_video.HunyuanVideoClipModel"),
-}
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -144,6 +128,9 @@ def test_textual_inversion(tmp_path, vectors):
     assert tokens.word("cat") == [1 + vectors + 2]
     assert tokens.word("dog") == [1 + 3 * vectors + 5]
     assert sum(tokens.own()) == 3 * vectors + 8
+    weighed = text.index("embedding", 20)
+    first = 1 + vectors + 3
+    assert tokens.covering(weighed, weighed + 15) == [*range(first, first + vectors)]
     clip = clip_of(*FLUX, str(tmp_path))  # T5 is of 64 here
     tokens = of(clip, text)
     ids = [t for t, _ in clip.tokenize(text)["t5xxl"][0] if not torch.is_tensor(t)]

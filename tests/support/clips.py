@@ -2,6 +2,7 @@
 
 import importlib
 
+import comfy.model_patcher
 import comfy.sd
 import torch
 
@@ -25,8 +26,24 @@ OPTIONS |= {
     "clip_l_model_config": TINY_CLIP,
     "clip_g_model_config": TINY_CLIP,
 }
+CPU = torch.device("cpu")
 FLUX = "flux.FluxTokenizer", "flux.FluxClipModel"
 SD3_WITHOUT_T5 = "sd3_clip.SD3Tokenizer", "sd3_clip.SD3ClipModel"
+
+CLIPS = {
+    "Qwen-Image": ("qwen_image.QwenImageTokenizer", "qwen_image.QwenImageTEModel"),
+    "Z-Image": ("z_image.ZImageTokenizer", "z_image.ZImageTEModel"),
+    "FLUX.2 Klein": ("flux.KleinTokenizer", "flux.klein_te"),
+    "Krea 2": ("krea2.Krea2Tokenizer", "krea2.Krea2TEModel"),
+    "Ovis-Image": ("ovis.OvisTokenizer", "ovis.OvisTEModel"),
+    "LongCat-Image": ("longcat_image.LongCatImageTokenizer", "longcat_image.LongCatImageTEModel"),
+    "OmniGen2": ("omnigen2.Omnigen2Tokenizer", "omnigen2.Omnigen2Model"),
+    "Boogu": ("boogu.BooguTokenizer", "boogu.BooguTEModel"),
+    "Mage-Flow": ("mage_flow.MageFlowTokenizer", "mage_flow.MageFlowTEModel"),
+    "JoyImage": ("joyimage.JoyImageTokenizer", "joyimage.JoyImageTEModel"),
+    "HiDream-O1": ("hidream_o1.HiDreamO1Tokenizer", "hidream_o1.HiDreamO1TE"),
+    "HunyuanVideo": ("hunyuan_video.HunyuanVideoTokenizer", "hunyuan_video.HunyuanVideoClipModel"),
+}
 
 
 def part(path):
@@ -38,7 +55,8 @@ def clip_of(tokenizer, encoder, folder=None, **how):
     """A CLIP as core's loader makes it, of seeded weights and tiny."""
     clip = comfy.sd.CLIP(no_init=True)
     clip.tokenizer = part(tokenizer)(embedding_directory=folder)
-    clip.tokenizer_options = {}
+    clip.tokenizer_options, clip.layer_idx = {}, None
+    clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
     build = part(encoder)
     build = build() if build.__name__ == "klein_te" else build
     if encoder.endswith("HiDreamO1TE"):
@@ -56,4 +74,6 @@ def clip_of(tokenizer, encoder, folder=None, **how):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[key] = torch.arange(buffer.numel()).view(buffer.shape)
     clip.cond_stage_model = encoder
+    clip.patcher = comfy.model_patcher.ModelPatcher(encoder, CPU, CPU)
+    clip.patcher.is_clip = True
     return clip

@@ -1,0 +1,133 @@
+"""Prompts with weights: by core's tokenizers, and encoders of core's that are tiny."""
+
+import sys
+
+import pytest
+import torch
+
+import nodes
+from support.clips import CLIPS, FLUX, SD3_WITHOUT_T5, clip_of
+
+conditioning = sys.modules["taca_pack.taca.conditioning"]
+KEY = sys.modules["taca_pack.taca.words"].KEY
+TEXT = "a (blue scarf:1.5) on a chair, (fog:0) and (pillows:-1)"
+PLAIN = "a blue scarf on a chair, fog and pillows"
+ENCODERS = CLIPS | {"FLUX.1": FLUX, "SD3": SD3_WITHOUT_T5}
+
+
+def clip_named(name):
+    try:
+        return clip_of(*ENCODERS[name], **({"t5": False} if name == "SD3" else {}))
+    except ImportError:
+        pytest.skip(f"this ComfyUI has no {name}")
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "HiDream-O1"])
+def test_the_conditioning_is_that_of_the_plain_text(name, pack):
+    clip = clip_named(name)
+    ((text, extras),) = pack["TACATextEncode"].execute(clip, TEXT).result[0]
+    ((expected, theirs),) = nodes.CLIPTextEncode().encode(clip, PLAIN)[0]
+    assert torch.equal(text, expected)
+    assert set(extras) == {*theirs, KEY, "hooks"}
+    words = extras[KEY]
+    of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of(clip, PLAIN)
+    weights = [1.0] * text.shape[1]
+    for word, weight in (("blue scarf", 1.5), ("fog", 0.0), ("pillows", -1.0)):
+        start = PLAIN.index(word)
+        for i in of.word(word):
+            # HunyuanVideo's tokenizer, as transformers 5 reads it, knows no spaces: "a bl", "ue s".
+            (at,) = {(token.start, token.end) for token in of.table[i]}
+            written = [k for k in range(*at) if PLAIN[k] != " "]
+            inside = sum(start <= k < start + len(word) for k in written) / len(written)
+            weights[i] = 1 + inside * (weight - 1)
+    assert list(words.weights) == pytest.approx(weights)
+    assert len({*weights}) >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "weights"),
+    [
+        ("a ((red:2):1.5) b", "a red b", {"red": 2.0}),  # as core: the inner one replaces
+        ("a ((red)) b", "a red b", {"red": 1.1 * 1.1}),
+        ("a (red (dark blue:0.5):2) b", "a red dark blue b", {"red ": 2.0, "dark blue": 0.5}),
+        (r"a \(red\) b", r"a \(red\) b", {}),
+        (r"a (\(red\):2) b", r"a \(red\) b", {r"\(red\)": 2.0}),
+        ("(red:1.0) b", "red b", {}),
+        ("(a red\nscarf:-0.5)", "a red\nscarf", {"a red\nscarf": -0.5}),
+        ("(红色围巾:1.5) 和雾", "红色围巾 和雾", {"红色围巾": 1.5}),
+        ("a (b", r"a \(b", {}),
+        ("(10:30:2) b", "10:30 b", {"10:30": 2.0}),
+        ("", "", {}),
+    ],
+)
+def test_weights_as_core_reads_them(text, plain, weights):
+    parsed = conditioning.parse(text)
+    assert parsed.text == plain
+    found = {plain[start:end]: weight for start, end, weight in parsed.phrases}
+    assert found == pytest.approx(weights)
+    assert len(parsed.weights) == len(plain)
+
+
+def test_a_weight_that_is_no_number():
+    for weight in ("nan", "inf", "-inf"):
+        with pytest.raises(ValueError, match="the weight of 'fog' must be a number"):
+            conditioning.parse(f"a (fog:{weight})")
+
+
+def test_words_beyond_a_chunk_and_across_brackets():
+    clip = clip_named("SD3")
+    text = "word " * 80 + "(scarf:2) and (blue:3)berry"
+    ((_, extras),) = conditioning.encode(clip, text)
+    of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of(
+        clip, conditioning.parse(text).text
+    )
+    weights = extras[KEY].weights
+    assert {weights[i] for i in of.word("scarf")} == {2.0}
+    assert min(of.word("scarf")) > 77
+    (berry,) = of.word("blueberry")
+    assert weights[berry] == pytest.approx((4 * 3 + 5) / 9)
+
+
+def test_an_embedding(tmp_path):
+    torch.save({"clip_l": torch.randn(3, 32), "clip_g": torch.randn(3, 32)}, tmp_path / "style.pt")
+    clip = clip_of(*SD3_WITHOUT_T5, str(tmp_path), t5=False)
+    ((_, extras),) = conditioning.encode(clip, "a cat, (embedding:style:1.5) embedding:style")
+    assert [w for w in extras[KEY].weights if w != 1] == [1.5] * 3
+
+
+def test_a_word_that_is_cut_off_or_unknown():
+    """Z-Image's cut-off is none; Mochi-like limits are: by a tokenizer that stops at 77."""
+    clip = clip_named("FLUX.1")
+    parsed = conditioning.parse("a (\U0001f9e3:2) scarf")
+    with pytest.raises(ValueError, match="TACA cannot weigh '\U0001f9e3'"):
+        conditioning.words_of(clip, parsed)
+
+
+def test_a_conditioning_of_another_node(pack):
+    clip = clip_named("FLUX.1")
+    encode = pack["TACAWeighWords"].execute
+    tokens = clip.tokenize(PLAIN)
+    theirs = clip.encode_from_tokens_scheduled(tokens, add_dict={"guidance": 2.5})
+    ((_, extras),) = encode(theirs, clip, TEXT).result[0]
+    assert extras["guidance"] == 2.5
+    assert extras[KEY].weights.count(-1.0) == len(
+        sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of(clip, PLAIN).word("pillows")
+    )
+    assert KEY not in theirs[0][1]
+    other = [[torch.cat([theirs[0][0]] * 2, 1), {}]]
+    with pytest.raises(ValueError, match="this conditioning has 512 text tokens, and the text has"):
+        encode(other, clip, TEXT)
+
+
+def test_what_to_avoid_is_behind_the_prompt(pack):
+    clip = clip_named("FLUX.1")
+    ((text, extras),) = pack["TACATextEncode"].execute(clip, PLAIN, "red pillows", 2.0).result[0]
+    of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of
+    own = of(clip, "red pillows").covering(0, 11)
+    ((plain, _),) = nodes.CLIPTextEncode().encode(clip, PLAIN)[0]
+    ((other, _),) = nodes.CLIPTextEncode().encode(clip, "red pillows")[0]
+    assert torch.equal(text, torch.cat([plain, other[:, own]], 1))
+    words = extras[KEY]
+    assert words.weights == (1.0,) * plain.shape[1] + (-2.0,) * len(own)
+    assert words.num_avoided == len(own)
+    assert "hooks" not in pack["TACATextEncode"].execute(clip, PLAIN).result[0][0][1]
