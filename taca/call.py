@@ -48,7 +48,10 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
             instead = for_masks(call.transformer_options, like, run.takes_masks)
         override = partial(taca_override, gamma, words, instead)
         plain = partial(taca_override, None, words, instead)
-        for block in sites.blocks if words is None else sites.all_blocks:
+        blocks = sites.blocks if words is None else sites.all_blocks
+        if words is not None and words.avoided is not None:
+            blocks = [*blocks, *sites.refiners]
+        for block in blocks:
             own = override if block.module in sites.adjusted else plain
             wrap = partial(joint_forward, block=block, state=state, override=own, seen=seen)
             swaps.append((block.module, wrap))

@@ -143,8 +143,8 @@ def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
 
 def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int, Sequence[int]]:
     """The characters of a textual inversion's name, by the ``id()`` of each of its vectors."""
-    name = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()]+?)(?=:[^\s():]*\)|[\s()]|$)"
-    names = re.finditer(name, text)
+    pattern = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()]+?)(?=:[^\s():]*\)|[\s()]|$)"
+    names = re.finditer(pattern, text)
     found = iter([n for n in names if tokenizer._try_get_embedding(n[1])[0] is not None])
     places: dict[int, Sequence[int]] = {}
     last, at = None, range(0)

@@ -31,6 +31,7 @@ from .layouts import (
     qwen_image21,
     records_length,
     records_only,
+    text_alone,
     told_time,
     two_streams,
     with_prefix,
@@ -65,6 +66,8 @@ class Family:
     own_image: Literal["first", "last", "left"] = "first"
     patch: int = 0  # side of a token in latents, where the model does not say it in ``patch_size``
     required_attrs: tuple[str, ...] = ()  # of its model, where another's class has the same name
+    refiner: str = ""  # path of blocks in which the text attends to itself first
+    mixes_text: bool = False  # whether it does so where TACA does not reach
     before_run: tuple[str, ...] = ()  # modules that ComfyUI runs on the text outside any window
     # Whether ComfyUI keeps the keys of the text from step to step and from run to run. What a LoRA
     # made of them would stay there.
@@ -81,6 +84,11 @@ class Family:
         chosen = parse_blocks(limit, {name: len(blocks) for name, blocks in lists.items()})
         for name, i in chosen:
             yield JointBlock(self._attending(lists[name][i]), self.joint[name], self.reach)
+
+    def refiner_blocks(self, diffusion_model: nn.Module) -> list[JointBlock]:
+        """The blocks in which text attends to text alone, before it meets the picture."""
+        blocks = part_of(diffusion_model, self.refiner) if self.refiner else ()
+        return [JointBlock(uncompiled(block), text_alone, self.reach) for block in blocks]
 
     def observed_blocks(self, diffusion_model: nn.Module, limit: str = "") -> list[JointBlock]:
         """These joint blocks, and all others that show where their tokens are."""
@@ -174,6 +182,7 @@ FAMILIES = (
         FLUX_BLOCKS,
         around=glyphs,
         own_image="last",
+        mixes_text=True,
     ),
     Family(
         "SD3 and SD3.5",
@@ -192,6 +201,7 @@ FAMILIES = (
         },
         around=filled_up,
         own_image="last",
+        refiner="context_refiner",
     ),
     Family(
         "HiDream-I1 and HiDream-E1",
@@ -211,6 +221,7 @@ FAMILIES = (
         ("HiDreamO1Transformer",),
         {"language_model.layers": hidream_o1},
         around=told_time,
+        mixes_text=True,
         reach=through_handed_attention(3, "optimized_attention", "make_two_pass_attention"),
         caches_text_keys=True,
     ),
@@ -218,6 +229,7 @@ FAMILIES = (
         "OmniGen2",
         ("OmniGen2Transformer2DModel",),
         {"layers": one_stream((0, "hidden_states"))},
+        refiner="context_refiner",
         own_image="last",
     ),
     Family(
@@ -230,12 +242,19 @@ FAMILIES = (
             "single_stream_layers": one_stream((0, "hidden_states")),
         },
         own_image="last",
+        refiner="context_refiner",
     ),
     # Without a prompt (its unconditional pass) Ideogram's sequence is the image alone.
     Family(
         "Ideogram 4", ("Ideogram4Transformer2DModel",), {"layers": one_stream((0, "x"))}, patch=1
     ),
-    Family("Krea 2", ("SingleStreamDiT",), {"blocks": one_stream((0, "x"))}, patch=2),
+    Family(
+        "Krea 2",
+        ("SingleStreamDiT",),
+        {"blocks": one_stream((0, "x"))},
+        patch=2,
+        mixes_text=True,
+    ),
     Family("Lens", ("LensTransformer2DModel",), {"transformer_blocks": IMAGE_FIRST}, patch=1),
     Family("Qwen-Image and Qwen-Image-Edit", ("QwenImageTransformer2DModel",), DIFFUSERS_BLOCKS),
     Family(
@@ -267,6 +286,7 @@ FAMILIES = (
         ("MiniMaxH3Model",),
         {"blocks": minimax},
         own_image="last",
+        mixes_text=True,
         before_run=("condition_proj", "token_refiner"),
     ),
     Family(

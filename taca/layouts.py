@@ -105,6 +105,11 @@ def records_only(locate: Locate) -> Locate:
     return locate_nothing
 
 
+def text_alone(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+    """A block of the text, called with it alone."""
+    return (Span("text", _argument(args, kwargs, 0, "x").shape[1]),)
+
+
 def mochi(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
     """``[image | text]``: the block itself crops the padding of its text."""
     image, text = _argument(args, kwargs, 0, "x"), _argument(args, kwargs, 2, "y")

@@ -46,6 +46,7 @@ class HookSites(NamedTuple):
     lists: dict[str, tuple[nn.Module, ...]]  # its lists of blocks, when these sites were found
     blocks: list[JointBlock]  # those that get TACA, or show where tokens are
     all_blocks: list[JointBlock]  # the same where words weigh, which they do in every joint block
+    refiners: list[JointBlock]  # in which words to avoid are kept from the prompt's
     adjusted: frozenset[nn.Module]  # those that get TACA
     loras: list[LoRA]
     lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
@@ -87,6 +88,7 @@ class Run:
             _lists(transformer, (*family.before, *family.joint)),
             family.observed_blocks(transformer, limit),
             family.observed_blocks(transformer),
+            family.refiner_blocks(transformer),
             frozenset(block.module for block in family.joint_blocks(transformer, limit)),
             loras,
             wraps,

@@ -103,8 +103,15 @@ class RunWords:
         if not any(row.words and (row.share or row.words.num_avoided) for row in rows):
             return None
         transformer = uncompiled(transformer)
+        family = family_of(transformer)
+        if family.mixes_text and any(row.words and row.words.num_avoided for row in rows):
+            raise ValueError(
+                f"TACA cannot avoid words on {family.name}: its text attends to itself before it "
+                f"meets the picture. Leave avoid empty; give a word of the prompt a negative "
+                f"weight, or use a negative prompt."
+            )
         num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
-        around = family_of(transformer).around_prompt(transformer, num_text, call)
+        around = family.around_prompt(transformer, num_text, call)
         sizes = num_text, len(around.before), len(around.behind), around.cut
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:

@@ -1,9 +1,10 @@
 """Words that weigh on every family of models, in runs against dense float64."""
 
+import pytest
 import torch
 
 from support import families
-from support.family_runs import dense, sample
+from support.family_runs import TABLE, dense, sample
 from support.words import weighed
 
 WEIGHTS = [1.0, 2.0, 0.0, 0.5, 1.0, -1.0, 3.0]
@@ -42,3 +43,38 @@ def test_words_weigh(case, folder, monkeypatch):
     expected = sample(dense(model, case, 1.0, weights=at), case)
     assert (sample(model, case) - expected).abs().max() > 3e-4
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_avoided_is_not_seen_by_the_prompt(case, folder, monkeypatch):
+    """What is avoided changes the picture, and no key of the prompt; or the model is refused."""
+    texts = families.conditioning(case), families.conditioning(case)
+    for ((_, extras),) in texts:
+        if "attention_mask" in extras:  # which hides the last tokens
+            extras["attention_mask"] = torch.ones_like(extras["attention_mask"])
+    model = families.load(case, folder, monkeypatch)
+    texts[1][0][0][:, -3:] *= -2
+    weights = [1.0] * (case.text[0] - 3) + [-1.0] * 3
+    positives = [weighed(text, weights, num_avoided=3) for text in texts]
+    mixes = TABLE.family_of(model.model.diffusion_model).mixes_text
+    if mixes or case.name == "PixelDiT":  # whose case has more text than it takes
+        reason = "TACA cannot avoid words on" if mixes else "cuts off what is to be avoided"
+        with pytest.raises(ValueError, match=reason):
+            sample(model, case, positive=positives[0])
+        return
+    own = text_places(case)[: case.text[0] - 3]
+    keys, joint = [], sum(length for _, length, *_ in case.spans(case.text[0], case.tokens))
+
+    def looks(func, q, k, v, heads, *args, **kwargs):
+        each = k if kwargs.get("skip_reshape") else k.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if each.shape[2] == joint:
+            keys.append(each[:, :, own])
+        return func(q, k, v, heads, *args, **kwargs)
+
+    pictures = []
+    for positive in positives:
+        observed = model.clone()
+        observed.model_options["transformer_options"]["optimized_attention_override"] = looks
+        pictures.append(sample(observed, case, positive=positive))
+    if case.name not in ("Mochi", "Ernie-Image"):  # cropped by the mask; asks no override
+        assert torch.equal(keys[0], keys[len(keys) // 2])
+    assert not torch.equal(*pictures)
