@@ -27,7 +27,7 @@ import torch
 import world
 from alignment import JUDGED, WINDOWS, Pictures, Setting
 from comfyui import load_pack
-from judging import DEMO, RESULTS, ROOT, markdown, pyplot, store, write_between
+from reporting import DEMO, RESULTS, ROOT, markdown, pyplot, store, write_between
 
 RECORD = RESULTS / "suppression.json"
 PAGE = ROOT / "docs" / "alignment.md"
