@@ -23,10 +23,10 @@ import comfy.sd
 import comfy.utils
 import numpy as np
 import torch
+import train_lora
 import world
 from alignment import JUDGED, WINDOWS, Pictures, Setting
 from comfyui import load_pack
-from lora import train as train_lora
 from reporting import DEMO, RESULTS, ROOT, markdown, pyplot, store, write_between
 
 RECORD = RESULTS / "suppression.json"
@@ -94,7 +94,7 @@ def with_lora(
     file = options.work / f"{name}_lora.safetensors"
     if not file.exists():
         how |= {"steps": 2, "pictures": 4} if options.try_out else {}
-        train_lora(Pictures(*files, torch.float32), file, **how)
+        train_lora.train(Pictures(*files, torch.float32), file, **how)
     return Trained(name, 0, 0.35, files, file)
 
 

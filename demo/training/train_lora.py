@@ -1,10 +1,10 @@
 """Train a LoRA for a model of the demo's world, by core's trainer; with TACA, inside its window.
 
-``python dev.py run demo/training/lora.py MODEL --threshold 953 --out FILE`` writes a LoRA that
-``benchmarks/alignment.py NAME --lora FILE`` tries: gamma alone, LoRA alone, both (the paper's Table
-4, in small). Differences from the paper's recipe (section 4.1): every linear layer and not the
-attention alone, alpha 1 and not the rank, the loss on x0 and not on the velocity (as core's trainer
-has it), pictures of the demo's world, hundreds of steps and not 10,000.
+``python dev.py run demo/training/train_lora.py MODEL --threshold 953 --out FILE`` writes a LoRA
+that ``benchmarks/alignment.py NAME --lora FILE`` tries: gamma alone, LoRA alone, both (the paper's
+Table 4, in small). Differences from the paper's recipe (section 4.1): every linear layer and not
+the attention alone, alpha 1 and not the rank, the loss on x0 and not on the velocity (as core's
+trainer has it), pictures of the demo's world, hundreds of steps and not 10,000.
 """
 
 from __future__ import annotations
