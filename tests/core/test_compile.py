@@ -166,21 +166,21 @@ def test_inductor(folder, apply_taca, kind):
         torch.testing.assert_close(result, expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("kind", TRACED)
 @pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 @torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
-def test_past_dynamos_limit_of_recompilations(folder, apply_taca, whole):
+def test_past_dynamos_limit_of_recompilations(folder, apply_taca, kind, whole):
     """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""
-    models = {kind: tiny.load(folder, kind) for kind in KINDS}
-    fast = {kind: compiled(model, whole) for kind, model in models.items()}
+    model = tiny.load(folder, kind)
+    fast = compiled(model, whole)
     for size, text in (((8, 8), 7), ((8, 10), 9), ((12, 10), 11)):
-        for kind in KINDS:
-            settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}
-            plain = sample(models[kind], kind, **settings)
-            ours = sample(apply_taca(models[kind], 1.5), kind, **settings)
-            assert not torch.allclose(plain, ours, atol=0.1)
-            for m, expected in [(fast[kind], plain), (apply_taca(fast[kind], 1.5), ours)] * 2:
-                result = sample(m, kind, **settings)
-                torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+        settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}
+        plain = sample(model, kind, **settings)
+        ours = sample(apply_taca(model, 1.5), kind, **settings)
+        assert not torch.allclose(plain, ours, atol=0.1)
+        for m, expected in [(fast, plain), (apply_taca(fast, 1.5), ours)] * 2:
+            result = sample(m, kind, **settings)
+            torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_uncompiled_stance_is_reset_by_the_last(folder):
