@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import DEMO, RESULTS, ROOT, SHARED, interval, markdown, pyplot, store
+from reporting import DEMO, RESULTS, ROOT, SHARED, interval, markdown, pyplot, store
 
 sys.path += SHARED
 

@@ -2,8 +2,8 @@
 
 Pure torch, random weights, one block shaped as those of FLUX.1, SD3.5-Medium and -Large,
 Qwen-Image and Chroma: all blocks of a model cost alike, so its ratios are those of a model whose
-steps are spent in such blocks. ``--tried`` times other ways to scale the text keys instead.
-``README.md`` says how to read the result.
+steps are spent in such blocks. ``README.md`` says how to read the
+result.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import psutil
 import timing
 import torch
+from reporting import ROOT, markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-sys.path.append(str(timing.ROOT))
+sys.path.append(str(ROOT))
 
 from taca.attention import temperature_adjusted_attention
 from taca.spans import Span
@@ -83,7 +84,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 class Joint(NamedTuple):
-    """A joint attention, and every way to do it, by its name in ``METHODS`` or ``TRIED``."""
+    """A joint attention, and every way to do it, by its name in ``METHODS``."""
 
     q: Tensor  # as k and v (B, heads, N, D)
     k: Tensor
@@ -113,7 +114,7 @@ class Joint(NamedTuple):
         joint = (self.attend, self.q, self.k, self.v, self.gamma, layout, self.mask)
         return temperature_adjusted_attention(*joint, out_dim=1)
 
-    plain_again, cloned = plain, inside
+    plain_again = plain
 
     def two_full(self) -> Tensor:  # the paper's "selective recomposition": rows picked
         adjusted = self.rows(self.scaled())[:, self.text :]
@@ -140,65 +141,16 @@ class Joint(NamedTuple):
     def flex_compiled(self) -> Tensor:
         return self.flex(compile_once(flex_attention, dynamic=False))
 
-    def two_calls(self, image_keys: Tensor | None = None) -> list[Tensor]:
-        keys = self.k if image_keys is None else image_keys
-        image = self.rows(keys, slice(self.text, None))
-        return [self.rows(self.k, slice(self.text)), image]
 
-    def joined(self, image_keys: Tensor | None = None) -> Tensor:
-        return torch.cat(self.two_calls(image_keys), 1)
-
-    def in_place(self, join: Callable[..., Tensor] = torch.cat) -> Tensor:
-        first = self.k[:, :, : self.text]
-        own = first.clone()
-        first.mul_(self.gamma)
-        image = self.rows(self.k, slice(self.text, None))
-        first.copy_(own)
-        return join([self.rows(self.k, slice(self.text)), image], 1)
-
-    def one_buffer(self) -> Tensor:
-        def join(parts: list[Tensor], _: int) -> Tensor:
-            output = parts[0].new_empty(len(self.q), self.q.shape[2], parts[0].shape[2])
-            output[:, : self.text], output[:, self.text :] = parts
-            return output
-
-        return self.in_place(join)
-
-    def written_once(self) -> Tensor:
-        keys, text = torch.empty_like(self.k), self.text
-        torch.mul(self.k[:, :, :text], self.gamma.to(keys.dtype), out=keys[:, :, :text])
-        keys[:, :, text:].copy_(self.k[:, :, text:])
-        return self.joined(keys)
-
-    def cat(self) -> Tensor:
-        first = (self.k[:, :, : self.text] * self.gamma).to(self.k.dtype)
-        return self.joined(torch.cat([first, self.k[:, :, self.text :]], 2))
-
-    def rows_again(self) -> Tensor:
-        output = self.rows(self.scaled())
-        output[:, : self.text] = self.rows(self.k, slice(self.text))
-        return output
-
-
-PLAIN = {"plain": "plain", "plain again": "plain, again"}
-METHODS = PLAIN | {
+METHODS = {
+    "plain": "plain",
+    "plain again": "plain, again",
     "inside": "TACA, inside the window",
     "two full": "paper: two full attentions",
     "flex compiled": "paper: flex, compiled",
     "flex": "paper: flex, uncompiled",
     "dense": "paper: dense matrix",
 }
-TRIED = PLAIN | {
-    "two calls": "two calls, nothing else (no TACA)",
-    "joined": "and their outputs joined by `cat` (no TACA)",
-    "in place": "text keys scaled where they lie, and put back",
-    "one buffer": "the same, both outputs copied into one buffer instead of `cat`",
-    "written once": "K written once (`mul(out=)` and `copy_`)",
-    "cloned": "**TACA: K cloned, its text keys scaled**",
-    "cat": "text keys scaled, then `cat` with the rest",
-    "rows again": "all queries with scaled K, text queries again with K",
-}
-NO_TACA = ("plain", "plain again", "two calls", "joined")
 SLOW = ("flex", "dense")
 
 
@@ -349,8 +301,7 @@ class Case:
             except Exception as error:
                 skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 continue
-            output = torch.cat(output, 1) if isinstance(output, list) else output
-            wanted = right[name not in NO_TACA]
+            wanted = right[not name.startswith("plain")]
             found[name] = (output[0, rows].double() - wanted).abs().max().item()
             if not found[name] <= TOLERANCE[self.dtype]:
                 raise ValueError(f"{name}: off by {found[name]:.1e}")
@@ -360,14 +311,14 @@ class Case:
 # Reporting
 
 
-def table(result: dict[str, Any], methods: dict[str, str]) -> str:
+def table(result: dict[str, Any]) -> str:
     """One case as Markdown."""
     kinds = {kind: label for kind, label in KINDS.items() if kind in result}
     units = itertools.product(("", " (ms)", ", peak MiB"), kinds.values())
     head = ["method", *(label + unit for unit, label in units)]
     head += ["30 steps"] * ("step" in kinds) + ["max error"]
     rows = []
-    for name, label in methods.items():
+    for name, label in METHODS.items():
         if name not in result["max_abs_error"]:
             reason = result["skipped"].get(name, "not measured")
             rows.append([label, f"skipped: {reason}", *[""] * (len(head) - 2)])
@@ -377,10 +328,10 @@ def table(result: dict[str, Any], methods: dict[str, str]) -> str:
         cells += [timing.peak_cell(result["peak_mib"][kind], name) for kind in kinds]
         if "step" in kinds:
             whole = timing.picture(result["step"][name])
-            cells.append("" if name in NO_TACA else timing.ranged(whole, 4))
+            cells.append("" if name.startswith("plain") else timing.ranged(whole, 4))
         rows.append([*cells, f"{result['max_abs_error'][name]:.0e}"])
     tokens = f"{result['text_tokens']} text + {result['image_tokens']} image tokens"
-    return f"{tokens}{MASKED[result['mask']]}.\n\n{timing.markdown(head, rows)}"
+    return f"{tokens}{MASKED[result['mask']]}.\n\n{markdown(head, rows)}"
 
 
 @torch.inference_mode()  # as ComfyUI runs its nodes
@@ -390,18 +341,16 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     add("--kinds", nargs="+", choices=KINDS, help="attention alone (3 times the rounds), block")
-    add("--tried", action="store_true", help="other ways to scale the text keys")
     options = timing.parse_cases(parser, TOLERANCE)
     warnings.filterwarnings("ignore", message=".*flex_attention")
-    device, tried = torch.device(options.device), options.tried
-    methods, kinds = TRIED if tried else METHODS, options.kinds or list(KINDS)[: 2 - tried]
-    results = timing.Results("tried" if tried else "attention", options.out, device)
+    device, kinds = torch.device(options.device), options.kinds or list(KINDS)
+    results = timing.Results("attention", options.out, device)
     cases = itertools.product(options.shapes, options.sizes, options.dtypes, options.batches)
     for name, size, dtype, batch in cases:
         shape, image = SHAPES[name], (size // 16) ** 2
         label = f"{name}, {size}², {dtype}, batch {batch}"
         case = Case(shape, image, batch, device, dtype, int("step" in kinds))
-        found, skipped = case.check(list(methods))
+        found, skipped = case.check(list(METHODS))
         result = {"shape": name, "size": size, "batch": batch, "dtype": dtype, "mask": shape.mask}
         result |= {"image_tokens": image, "text_tokens": shape.text, "peak_mib": {}}
         result |= {"max_abs_error": found, "skipped": skipped}
@@ -410,10 +359,9 @@ def main() -> None:
             result[kind], peaks = case.measure(kind, list(found), often, label)
             result["peak_mib"][kind] = peaks
         results.add(label, result | {"environment": timing.environment(device, options.clock)})
-        print(f"\n### {label}\n\n{table(result, methods)}", flush=True)
-    title = "Ways to scale the text keys" if tried else "One joint block, and its attention"
-    results.report(title, partial(table, methods=methods))
-    results.plot(methods)
+        print(f"\n### {label}\n\n{table(result)}", flush=True)
+    results.report("One joint block, and its attention", table)
+    results.plot(METHODS)
 
 
 if __name__ == "__main__":

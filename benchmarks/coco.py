@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import interval
 from PIL import Image, ImageOps
+from reporting import interval
 from torch import Tensor
 
 COUNT = 30_000

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from judging import RESULTS, ROOT, markdown, store, write_between
+from reporting import RESULTS, ROOT, markdown, store, write_between
 
 sys.path.append(str(ROOT))
 

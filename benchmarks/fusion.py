@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import timing
 import torch
-from judging import DEMO, ROOT, SHARED, bootstrap, markdown, store
+from reporting import DEMO, ROOT, SHARED, bootstrap, markdown, store
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -338,11 +338,8 @@ def throughput(
         config = published_config(PUBLISHED[name], shared, conditioning)
         works[method] = work_of(config, method.partition(", ")[2], what, batch, device)
         works[method]()
-    times: dict[str, list[float]] = {method: [] for method in works}
-    order = np.random.default_rng(0)
-    for _ in range(rounds):
-        for method in order.permutation(list(works)):
-            times[method].append(timing.seconds(works[method], device))
+    timed = lambda method: timing.seconds(works[method], device)  # noqa: E731
+    times = timing.interleaved(timed, list(works), rounds, f"{name}, {what}", warm_up=False)
 
     def ratios(slow: str, fast: str) -> dict[str, list[float]]:
         """Of one method to another, where both were timed; ``{}`` in a name is each fusion."""

@@ -23,9 +23,9 @@ import model as models
 import numpy as np
 import timing
 import torch
+from reporting import markdown
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
 from comfy.patcher_extension import WrappersMP  # isort: skip
 import comfy.sd  # isort: skip
@@ -178,11 +178,6 @@ def summary(times: dict[str, list[list[list[float]]]], host: Host) -> dict[str, 
     }
     found: dict[str, Any] = {"blocks": host.blocks, "layers": host.layers, "rows": {}}
     found["plain_ms"] = round(1e3 * float(np.median(parts["plain"][0])), 3)
-    disabled, called = (
-        Timer(f"{call}(1)", "def nothing(x): return x", timer=timing.clock).timeit(10000).mean
-        for call in ("torch.compiler.disable(nothing)", "nothing")
-    )
-    found["disable_us"] = round(1e6 * host.blocks * (disabled - called), 1)
     for key, (label, values) in rows.items():
         us = {name: round(each, 1) for name, each in timing.spread(1e6 * values).items()}
         found["rows"][key] = {"label": label, "us": us["median"], **us}
@@ -199,8 +194,7 @@ def table(case: dict[str, Any]) -> str:
     return (
         f"Microseconds of a call, beside the plain call's {case['plain_ms']} ms: of the medians of "
         f"{case['calls']} calls of each kind in {case['rounds']} rounds.\n\n"
-        f"{timing.markdown(head, rows)}\n\n`torch.compiler.disable`, made and called once for each "
-        f"of {case['blocks']} blocks, costs {case['disable_us']:.0f} here."
+        f"{markdown(head, rows)}"
     )
 
 

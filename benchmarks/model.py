@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +18,12 @@ from logging.handlers import BufferingHandler
 from typing import Any
 
 import attention as blocks
-import numpy as np
 import timing
 import torch
+from reporting import ROOT, markdown
 from torch import Tensor
 
-sys.path.append(str(timing.ROOT / "hosting"))
+sys.path.append(str(ROOT / "hosting"))
 
 import comfyui  # isort: skip
 import comfy.ldm.modules.attention
@@ -50,7 +48,6 @@ METHODS = {
     "dense": "paper: dense matrix",
 }
 T_INSIDE, T_OUTSIDE = 0.99, 0.5
-PROFILED = 3
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 
 
@@ -239,31 +236,6 @@ def check(methods: Methods, names: list[str], uncompiled: dict[str, Tensor]) -> 
     return found
 
 
-def hot_spots(methods: Methods, device: torch.device) -> list[dict[str, Any]]:
-    """Operations, or kernels, that take longest more inside the window than in a plain call."""
-    own = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-
-    def profiled(call: Callable[[], Any]) -> dict[str, Any]:
-        with torch.profiler.profile() as profile:
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        times: dict[str, Any] = defaultdict(lambda: np.zeros(2))
-        for event in profile.key_averages():
-            key = re.sub(r"(CompiledFxGraph|Region:) \S+", r"\1", event.key)  # a name of its own
-            times[key] += np.array([getattr(event, own) / 1000, event.count])
-        return times
-
-    kinds, rows = ("plain", "inside"), []
-    runs = [[methods.run(kind, profiled) for kind in kinds] for _ in range(PROFILED)]
-    for key in {key for pair in runs for times in pair for key in times}:
-        plain, inside = np.median([[times[key] for times in pair] for pair in runs], axis=0)
-        (ms, calls), before = (inside - plain).round(3).tolist(), float(plain[0].round(3))
-        rows.append({"operation": key, "ms": ms, "plain_ms": before, "calls": int(calls)})
-    # What runs more often first: the rest differs by the machine's spread alone.
-    return sorted(rows, key=lambda row: (not row["calls"], -abs(row["ms"])))[:10]
-
-
 def heading(case: dict[str, Any]) -> str:
     kinds = {"depth": "double", "depth_single_blocks": "single"}
     kinds |= {"num_blocks": "joint", "num_layers": "joint"}
@@ -277,7 +249,7 @@ def heading(case: dict[str, Any]) -> str:
 
 def table(case: dict[str, Any]) -> str:
     """Ratios as Markdown."""
-    steps, rows, hot = case["step"], [], []
+    steps, rows = case["step"], []
     for name, label in METHODS.items():
         if name in steps:
             row, pictures = steps[name], ["", ""]
@@ -288,17 +260,9 @@ def table(case: dict[str, Any]) -> str:
                 pictures = [timing.ranged(way, 4) for way in ways]
             peak = timing.peak_cell(case["peak_mib"], name, 1)
             rows.append([label, timing.cell(row), f"{row['median_s']:.4g}", *pictures, peak])
-    for row in case["profile"]:
-        ms, plain, calls = f"{row['ms']:+.2f}", f"{row['plain_ms']:.2f}", f"{row['calls']:+d}"
-        hot.append([f"`{row['operation']}`", ms, plain, calls])
     head = ["", "one step", "seconds", "30 steps", "30 steps, outside as measured", "peak MiB"]
-    where = (
-        f"Where the time goes that a step inside the window takes more (medians of {PROFILED} "
-        f"profiled calls; with no call more it is the machine's spread):"
-    )
     notes = [f"TACA says: {note}" for note in case["notes"]]
-    hottest = timing.markdown(["operation", "ms more", "plain, ms", "calls more"], hot)
-    return "\n\n".join([timing.markdown(head, rows), where, hottest, *notes])
+    return "\n\n".join([markdown(head, rows), *notes])
 
 
 def measure(
@@ -334,7 +298,6 @@ def measure(
         )
         peaks = {each: methods.run(each, peak) for each in names}
         found = {"step": timing.summaries(times), "peak_mib": peaks}
-        found["profile"] = hot_spots(methods, device)
     finally:
         logging.getLogger().removeHandler(said)
     notes, others = ([], [])

@@ -22,6 +22,7 @@ import attention as blocks
 import numpy as np
 import timing
 import torch
+from reporting import markdown
 from scipy.optimize import nnls
 
 HEAD, HEADS = 128, 24  # FLUX's
@@ -174,7 +175,7 @@ def table(report: dict[str, Any]) -> str:
         rows.append(cells)
     head = ["image", "text", "batch", "blocks", "heads", "call, plain again"]
     head += [f"{kind}{what}" for kind in KINDS for what in ("", " by the model", ", peak MiB")]
-    text = timing.markdown(head, rows)
+    text = markdown(head, rows)
     if not fitted:
         return text
     errors, (inside, of) = fitted["errors"], fitted["within_two_errors"]

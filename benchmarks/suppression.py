@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import alignment
-import alignment_lora
 import comfy.sd
 import comfy.utils
 import numpy as np
 import torch
+import train_lora
 import world
 from alignment import JUDGED, WINDOWS, Pictures, Setting
 from comfyui import load_pack
-from judging import DEMO, RESULTS, ROOT, markdown, pyplot, store, write_between
+from reporting import DEMO, RESULTS, ROOT, markdown, pyplot, store, write_between
 
 RECORD = RESULTS / "suppression.json"
 PAGE = ROOT / "docs" / "alignment.md"
@@ -94,7 +94,7 @@ def with_lora(
     file = options.work / f"{name}_lora.safetensors"
     if not file.exists():
         how |= {"steps": 2, "pictures": 4} if options.try_out else {}
-        alignment_lora.train(Pictures(*files, torch.float32), file, **how)
+        train_lora.train(Pictures(*files, torch.float32), file, **how)
     return Trained(name, 0, 0.35, files, file)
 
 
@@ -114,7 +114,7 @@ def trainings(options: argparse.Namespace) -> Iterator[Trained]:
         if kind == "taca-lora":
             for gamma in (1.2, 1.0):
                 name = f"{SUPPRESSED}{ALONE}{gamma:g}"
-                yield with_lora(name, COMMITTED[SUPPRESSED], options, taca=Setting(gamma))
+                yield with_lora(name, COMMITTED[SUPPRESSED], options, taca=(gamma, 970.0))
 
 
 def settings(model: Trained) -> list[Setting]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import timing
+from reporting import markdown, write_between
 
 README = timing.RESULTS.parent / "README.md"
 NO_GPU = "not measured: no GPU was at hand"
@@ -87,7 +88,7 @@ def rows() -> Iterator[list[str]]:
 def table() -> str:
     """All targets as Markdown."""
     head = ["target", "case", "at most", "measured", "plain against plain", "", "why"]
-    return timing.markdown(head, rows())
+    return markdown(head, rows())
 
 
 def memory() -> str:
@@ -101,7 +102,7 @@ def memory() -> str:
         ]
         for name, case in read("model").items()
     ]
-    return timing.markdown(["peak MiB of a step", *names.values()], found)
+    return markdown(["peak MiB of a step", *names.values()], found)
 
 
 def quoted(kind: str) -> str:
@@ -111,24 +112,12 @@ def quoted(kind: str) -> str:
     return re.sub("^## (.+)$", r"**\1**", "\n\n".join(texts), flags=re.MULTILINE)
 
 
-def write(readme: str, name: str, text: str) -> str:
-    """The README with this text between the marks of that name, or SystemExit without them."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-    before, first, rest = readme.partition(begin)
-    _, last, after = rest.partition(end)
-    if not (first and last):
-        raise SystemExit(f"{README.name} has no marks {begin.strip()} and {end.strip()}.")
-    return f"{before}{begin}\n{text}\n\n{end}{after}"
-
-
 def main() -> None:
-    readme = README.read_text(encoding="utf-8")
     parts = {"targets": f"{table()}\n\n{memory()}", "tried": quoted("tried")}
     parts["host"] = quoted("host")
     for name, text in parts.items():
         print(f"\n{text}")
-        readme = write(readme, name, text)
-    README.write_text(readme, encoding="utf-8")
+        write_between(README, name, f"\n{text}\n\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from reporting import RESULTS, pyplot
 from scipy.stats import bootstrap
 from torch.utils.benchmark import Timer
 
-RESULTS = Path(__file__).resolve().parent / "results"
-ROOT = RESULTS.parent.parent
 SCHEMA = 2  # of the files in RESULTS
 STEPS, STEPS_INSIDE = 30, 3
 SLOW_ROUNDS = 3
@@ -191,12 +190,6 @@ def said(environment: dict[str, Any]) -> str:
 # Tables and plots
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table."""
-    first, *rest = (f"| {' | '.join(map(str, row))} |" for row in (head, *rows))
-    return "\n".join([first, "|" + "---|" * len(head), *rest])
-
-
 def ranged(values: Sequence[float], digits: int = 3, dash: str = "-") -> str:
     """Three numbers in their order, the middle one first."""
     low, middle, high = (f"{value:.{digits}f}" for value in values)
@@ -273,14 +266,9 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def subplots(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
-    """A figure that needs no window, and its axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """A figure and its axes."""
     options |= {"figsize": (8 if columns == 1 else 4 * columns, 4 * rows), "squeeze": False}
-    return pyplot.subplots(rows, columns, layout="constrained", **options)
+    return pyplot().subplots(rows, columns, layout="constrained", **options)
 
 
 def errorbar(axis: Any, places: list[Any], rows: list[Any], ratio: str, **style: Any) -> None:

@@ -4,7 +4,9 @@
 """
 
 import asyncio
+import logging
 import os
+import sys
 
 # Servers that tests start inherit it: on shared cores, threads that spin only take time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -12,14 +14,38 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from comfyui import load_pack
+from hypothesis import HealthCheck, settings
 
 import comfy.utils  # isort: skip
 
 comfy.utils.set_progress_bar_enabled(False)
 torch.set_grad_enabled(False)
+# Whatever the machine does beside: no deadline. A failure comes again: the same examples each time.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
 torch.set_num_threads(1)  # the models are tiny; on two cores threads would only wait
 
 PACK = load_pack()
+
+
+class Deprecations(logging.Handler):
+    """Core logs that a function is deprecated: an error where the pack calls it."""
+
+    def emit(self, record):
+        frame = sys._getframe() if "deprecated" in record.getMessage() else None
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith(PACK.__name__):
+                raise DeprecationWarning(record.getMessage())
+            frame = frame.f_back
+
+
+logging.getLogger().addHandler(Deprecations(logging.WARNING))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from statistics import fmean, variance
 from typing import Any
 
 from PIL import Image
+from reporting import markdown
 
 from .plan import GENEVAL, Category, Plan, Problem, setting
 
@@ -202,11 +203,11 @@ def table(scores: Scores, plan: Plan) -> str:
             known = dict(zip(PAPER_COLUMNS, values, strict=True))
             cells = [f"{known[c]:.4f}" if c in known else "" for c in columns]
             rows.append([f"paper: {model}", *cells])
-        parts.append(_markdown(["T2I-CompBench", *columns], rows))
+        parts.append(markdown(["T2I-CompBench", *columns], rows))
     if tags:
         groups = [[scores[tag]] for tag in tags] + [[scores[tag] for tag in tags]]
         rows = [[name, *(_cell(group, name, plain) for group in groups)] for name in names]
-        parts.append(_markdown(["GenEval", *tags, "overall"], rows))
+        parts.append(markdown(["GenEval", *tags, "overall"], rows))
     if len(names) > 1:
         parts.append(f"In brackets: the difference to {plain}, with its 95 % interval.")
     return "\n\n".join(parts)
@@ -222,8 +223,3 @@ def _cell(columns: list[dict[str, list[float]]], name: str, plain: str) -> str:
     differences = [[b - a for a, b in zip(c[plain], c[name], strict=True)] for c in columns]
     half = 1.96 * sum(variance(d) / len(d) for d in differences) ** 0.5 / len(columns)
     return f"{text} ({fmean(map(fmean, differences)):+.4f} ± {half:.4f})"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

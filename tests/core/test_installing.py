@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 from support import tiny
-from support.compiling import compiled
+from support.compiling import TRACED, compiled
 from support.loras import random_lora
 from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
 
@@ -469,7 +469,7 @@ def untraceable(monkeypatch):
         monkeypatch.setattr(each, "optimized_attention", attention)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRACED)
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog, kind, whole):
     """Not again at the next prompt; and wrappers inside ours run once a step, also then."""

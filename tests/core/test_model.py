@@ -1,5 +1,6 @@
 """TACA on real FLUX and SD3.5 models, through core's loaders and core's sampler."""
 
+import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,27 +16,27 @@ from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD
 import nodes
 from support import tiny
 from support.reference import dense_override, image_tokens, to_float64, velocity
-from support.tiny import KINDS, call, installed_on, reference, sample
+from support.tiny import KINDS, call, installed_on, reference, sample, sigmas_of
 
 comfy.utils.set_progress_bar_enabled(False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("size", "text", "cfg"),
+    ("size", "text", "cfg", "steps"),
     [
-        ((16, 16), (7, 7), 3.0),
-        ((17, 13), (7, 12), 3.0),  # odd sizes, unequal prompts
-        ((10, 24), (77, 512), 1.0),
-        ((12, 12), (333, 20), 5.0),
+        ((16, 16), (7, 7), 3.0, 30),
+        ((17, 13), (7, 12), 3.0, 30),  # odd sizes, unequal prompts
+        ((10, 24), (77, 512), 1.0, 10),
+        ((12, 12), (333, 20), 5.0, 10),
     ],
 )
-def test_the_picture_is_the_authors(folder, apply_taca, kind, size, text, cfg):
-    """A whole 30-step run is the dense float64 run with gamma in the first three steps."""
+def test_the_picture_is_the_authors(folder, apply_taca, kind, size, text, cfg, steps):
+    """A whole run is the dense float64 run with gamma in the first tenth of the steps."""
     model = tiny.load(folder, kind)
-    settings = {"steps": 30, "cfg": cfg, "size": size, "text": text}
+    settings = {"steps": steps, "cfg": cfg, "size": size, "text": text}
     ours = sample(apply_taca(model), kind, **settings).double()
-    theirs = reference(model, kind, first=3, **settings)
+    theirs = reference(model, kind, first=steps // 10, **settings)
     plain = sample(model, kind, **settings).double()
     error = (ours - theirs).abs().max()
     effect = (ours - plain).abs().max()
@@ -145,7 +146,7 @@ def test_model_sampling_in_front_or_behind(folder, apply_taca, kind, caplog):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_calls_that_a_cache_answers_are_counted(folder, apply_taca, kind, caplog):
-    """No call but the first reaches the blocks: an error of nobody, and said at the end."""
+    """No call but the first reaches the blocks: the run is that of its change, and it is said."""
     caplog.set_level("INFO", logger="taca")
     plain = tiny.load(folder, kind)
     known = []
@@ -155,13 +156,26 @@ def test_calls_that_a_cache_answers_are_counted(folder, apply_taca, kind, caplog
             known.append(executor(x, *args, **kwargs) - x)
         return x + known[0]
 
-    results = {}
+    sigmas = sigmas_of(plain, 10).double()
+    noise = torch.randn(1, 16, 16, 16, generator=torch.manual_seed(3)).double()
+    [[text, more]] = tiny.conditioning(kind, 7)
+    extra = {"y": more["pooled_output"]} | (
+        {"guidance": torch.tensor([3.5])} if kind == "flux" else {}
+    )
+    expected = {}
     for gamma in (1.0, 1.2):
         known.clear()
         model = apply_taca(plain, gamma, 900.0)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "cache", cache)
-        results[gamma] = sample(model, kind, steps=10, cfg=1.0)
-    assert not torch.allclose(results[1.0], results[1.2], atol=1e-3)  # the first call's gamma
+        result = sample(model, kind, steps=10, cfg=1.0)
+        override = dense_override(gamma, 7, 7 + image_tokens(noise))
+        x = noise * sigmas[0]
+        kept = sigmas[0] * velocity(to_float64(plain), plain, x, sigmas[:1], text, override, extra)
+        for sigma, following in itertools.pairwise(sigmas):
+            x = x + (following - sigma) / sigma * kept
+        expected[gamma] = plain.model.process_latent_out(x)
+        assert (result - expected[gamma]).abs().max() < 1e-4
+    assert (expected[1.0] - expected[1.2]).abs().max() > 1e-2  # the first call's gamma
     said = caplog.records[-1].message
     assert "acted on 1 of 10 steps" in said
     assert "A cache answered" in said
@@ -209,10 +223,15 @@ def test_blocks_without_text_are_no_error(folder, apply_taca, kind, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["schnell", "flux-fill"])
-def test_other_flux_models_run(folder, apply_taca, kind):
+def test_other_flux_models(folder, apply_taca, kind):
+    """Without guidance, and with more channels than the picture's."""
     model = tiny.load(folder, kind)
-    plain, ours = (sample(m, kind, cfg=1.0) for m in (model, apply_taca(model, 1.2, 0.0)))
-    assert (plain - ours).abs().max() > 1e-2
+    run = {"steps": 4, "cfg": 1.0}
+    plain, ours = (sample(m, kind, **run) for m in (model, apply_taca(model, 1.2, 0.0)))
+    expected = reference(model, kind, gamma=1.2, first=4, **run)
+    effect = (plain - expected).abs().max()
+    assert effect > 1e-2
+    assert (ours - expected).abs().max() < 1e-3 * effect
 
 
 def test_attn2_is_left_alone(folder, apply_taca):

@@ -6,7 +6,7 @@ from pathlib import Path
 import comfy.model_base
 import pytest
 import torch
-from hypothesis import given, seed, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from support.uvit import (
     MODEL,
     UViT,
     UViTConfig,
+    reference_run,
     sample,
     seeded,
     without,
@@ -39,7 +40,10 @@ def test_the_published_file(tmp_path):
         assert model.model.diffusion_model.config == network.config
         assert model.model.latent_format.scale_factor == 0.23010
         assert model.model.model_type == comfy.model_base.ModelType.EPS
-        assert torch.isfinite(sample(model, network.config, steps=1)).all()
+        weights = {key: value.float() for key, value in state.items()}
+        expected = reference_run(network.config, weights, steps=1, scale=0.23010)
+        ours = sample(model, network.config, steps=1)
+        assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 BROKEN = {
@@ -162,8 +166,7 @@ def damage_tensors(data, state):
             state[new] = old
 
 
-@settings(max_examples=CASES // 2, deadline=None, database=None)
-@seed(0)
+@settings(max_examples=CASES // 2)
 @given(data=st.data())
 def test_any_damaged_file_is_told_or_loaded(whole_file, data):
     """Tensors lost, misshapen, of other types or names; metadata or bytes changed; cut short."""

@@ -16,7 +16,7 @@ adjusted = attention.temperature_adjusted_attention
 KINDS = st.sampled_from(["text", "image", "other"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     runs=st.lists(st.tuples(KINDS, st.integers(1, 9)), min_size=1, max_size=4),
     batch=st.integers(1, 3),
@@ -44,7 +44,7 @@ def test_equals_dense(runs, batch, gammas, per_row, mask_kind, grouped):
     torch.testing.assert_close(result.double(), expected, atol=5e-6, rtol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.integers(1, 12), image=st.integers(1, 30), gamma=st.floats(0, 3))
 def test_both_layouts_agree(text, image, gamma):
     """(B, N, heads * D) as SD3 calls it gives what (B, heads, N, D) as FLUX calls it gives."""

@@ -98,6 +98,7 @@ def test_named_version_comes_before_a_found_comfyui(monkeypatch, tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_unfinished_venv_is_mended(tmp_path):
     venv, base = tmp_path / "venv", Path(sys.executable)
     subprocess.run([base, "-m", "venv", "--without-pip", venv], check=True)

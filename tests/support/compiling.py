@@ -1,8 +1,11 @@
 """torch.compile as core's TorchCompileModel and KJNodes' nodes apply it."""
 
+import pytest
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
+# Tracing FLUX takes twice as long as SD3, and test_both_orders_on_and_off does it.
+TRACED = [pytest.param("flux", marks=pytest.mark.slow), "sd3"]
 LISTS = ("double_blocks", "single_blocks", "joint_blocks")
 
 

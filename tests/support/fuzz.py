@@ -8,11 +8,7 @@ CASES = int(os.environ.get("TACA_FUZZ", "300"))
 
 
 def many(count):
+    """So many examples of what takes long: none is made smaller, and fixtures are shared."""
     return settings(
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        max_examples=count, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )

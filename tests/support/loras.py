@@ -79,14 +79,15 @@ NAMINGS = {
 
 
 def with_lora(weights, lora):
-    """A file's weights and, in float64, a LoRA of every linear layer with alpha 2 and rank 4."""
+    """A file's weights and, in float64, a LoRA of linear layers; others of it are left out."""
     merged = dict(weights)
     for key, up in lora.items():
         base, is_up, _ = key.partition(".lora_up.weight")
-        if is_up:
-            name = f"{base.removeprefix('diffusion_model.')}.weight"
-            delta = 2 / 4 * up.double() @ lora[f"{base}.lora_down.weight"].double()
-            merged[name] = merged[name].double().add(delta.view(merged[name].shape)).float()
+        name = f"{base.removeprefix('diffusion_model.')}.weight"
+        if is_up and name in weights:
+            down = lora[f"{base}.lora_down.weight"].double()
+            delta = lora[f"{base}.alpha"] / len(down) * up.double() @ down
+            merged[name] = weights[name].double().add(delta.view(weights[name].shape)).float()
     return merged
 
 

@@ -89,14 +89,15 @@ def image_tokens(latent):
     return -(-latent.shape[-2] // 2) * -(-latent.shape[-1] // 2)
 
 
-def euler(model, noise, sigmas, positive, negative, cfg, gamma, first_steps, extra):
+def euler(model, noise, sigmas, positive, negative, cfg, gamma, first_steps, extra, concat=None):
     """A whole Euler run with the authors' gate: gamma in the first steps, for both halves of CFG,
-    or one gamma each.
+    or one gamma each; ``concat`` is what the model gets as further channels.
 
     Returns latents as core's sampler does, in float64.
     """
     transformer = to_float64(model)
     x = noise.double() * sigmas[0]
+    more_channels = [] if concat is None else [concat.double()]
     for i in range(len(sigmas) - 1):
         sigma, following = sigmas[i].double(), sigmas[i + 1].double()
         outputs = []
@@ -104,7 +105,8 @@ def euler(model, noise, sigmas, positive, negative, cfg, gamma, first_steps, ext
         for text, more, factor in zip((positive, negative), extra, gammas, strict=True):
             length = text.shape[1] + image_tokens(x)
             override = dense_override(factor if i < first_steps else 1.0, text.shape[1], length)
-            outputs.append(velocity(transformer, model, x, sigma[None], text, override, more))
+            seen = torch.cat([x, *more_channels], 1)
+            outputs.append(velocity(transformer, model, seen, sigma[None], text, override, more))
         v = outputs[1] + cfg * (outputs[0] - outputs[1])
         x = x + (following - sigma) * v
     return model.model.process_latent_out(x)

@@ -178,12 +178,17 @@ def reference(
     """The same run, dense, in float64, with the authors' gate."""
     conds = [conditioning(kind, text[0]), conditioning(kind, text[1], seed=5)]
     extra = [{"y": c[0][1]["pooled_output"]} for c in conds]
-    if kind == "flux":
+    if kind in ("flux", "flux-fill"):
         extra = [e | {"guidance": torch.tensor([guidance])} for e in extra]
     noise = torch.randn(1, 16, *size, generator=torch.manual_seed(seed))
     model_sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(model_sampling, "simple", steps)
-    return euler(model, noise, sigmas, conds[0][0][0], conds[1][0][0], cfg, gamma, first, extra)
+    concat = None
+    if kind == "flux-fill":  # no picture is given, and all of it is to be painted
+        picture = model.model.process_latent_in(torch.zeros_like(noise))
+        concat = torch.cat([picture, torch.ones(1, 64, *size)], 1)
+    texts = (cond[0][0] for cond in conds)
+    return euler(model, noise, sigmas, *texts, cfg, gamma, first, extra, concat)
 
 
 def installed_on(model):

@@ -199,7 +199,11 @@ def test_servers_share_the_work(out, line, fast):
 def test_stopped_by_ctrl_c(out, line):
     with StandIn(lambda graph: time.sleep(0.1)) as server:
         whole = [sys.executable, str(ROOT / "benchmarks/compbench"), *line(server.url, images=10)]
-        with subprocess.Popen(whole, stderr=subprocess.PIPE, text=True) as process:
+        # A background job's children ignore the signal, and so would this one.
+        kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGINT, kept)
+        with process:
             wait_until(lambda: drawn(out) >= 5)
             process.send_signal(signal.SIGINT)
             said = process.communicate(timeout=30)[1]

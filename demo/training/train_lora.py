@@ -1,24 +1,28 @@
 """Train a LoRA for a model of the demo's world, by core's trainer; with TACA, inside its window.
 
-``python dev.py run benchmarks/alignment_lora.py MODEL --window snr --out FILE`` writes a LoRA that
-``alignment.py MODEL --lora FILE`` tries: gamma alone, LoRA alone, both (the paper's Table 4, in
-small). Differences from the paper's recipe (section 4.1): every linear layer and not the attention
-alone, alpha 1 and not the rank, the loss on x0 and not on the velocity (as core's trainer has it),
-pictures of the demo's world, hundreds of steps and not 10,000.
+``python dev.py run demo/training/train_lora.py MODEL --threshold 953 --out FILE`` writes a LoRA
+that ``benchmarks/alignment.py NAME --lora FILE`` tries: gamma alone, LoRA alone, both (the paper's
+Table 4, in small). Differences from the paper's recipe (section 4.1): every linear layer and not
+the attention alone, alpha 1 and not the rank, the loss on x0 and not on the velocity (as core's
+trainer has it), pictures of the demo's world, hundreds of steps and not 10,000.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from pathlib import Path
 
-import alignment
 import numpy as np
 import torch
+from safetensors.torch import save_file
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "hosting"))
+
 import world
 from comfyui import parts
-from safetensors.torch import save_file
 from subject import Subject
 
 OFF = ("quantized_backward", "gradient_checkpointing", "offloading", "bucket_mode", "bypass_mode")
@@ -31,20 +35,24 @@ DEFAULTS |= {"checkpoint_depth": 1, "existing_lora": "[None]"}
 def train(
     subject: Subject,
     file: Path,
-    taca: alignment.Setting | None = None,
+    taca: tuple[float, float] | None = None,
     dose: float = 0.0,
     pictures: int = 1000,
     seed: int = 0,
     **settings: float,
 ) -> None:
-    """Write a LoRA of the model, or of the model as TACA Training Window gives it."""
+    """Write a LoRA of the model, or of the model as TACA Training Window gives it.
+
+    ``taca`` is gamma, and t from which it acts.
+    """
     from comfy_extras.nodes_train import TrainLoraNode
 
     patch, schedule, training = parts("patch", "schedule", "training")
     model = subject.model
     if taca:
-        window = schedule.TimestepWindow(taca.threshold(subject.tokens))
-        model = patch.patch_model(model, schedule.Schedule(taca.gamma, window))
+        gamma, threshold = taca
+        window = schedule.TimestepWindow(threshold)
+        model = patch.patch_model(model, schedule.Schedule(gamma, window))
         model = training.training_window(model)
     rng = np.random.default_rng(seed)
     captions = [str(c) for c in rng.choice(world.captions("train"), pictures)]
@@ -69,9 +77,10 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=alignment.MODELS)
-    parser.add_argument("--window", choices=alignment.WINDOWS, default="paper")
+    parser.add_argument("model", type=Path, help="without _mmdit.safetensors")
+    parser.add_argument("--codec", type=Path, help="without _codec.safetensors; default: MODEL")
     parser.add_argument("--gamma", type=float, default=1.2)
+    parser.add_argument("--threshold", type=float, default=970.0, help="the window's least t")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400, help="of 4 pictures")
     parser.add_argument("--pictures", type=int, default=1000)
@@ -79,10 +88,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the LoRA's file")
     more = vars(parser.parse_args())
-    taca = alignment.Setting(more.pop("gamma"), more.pop("window"))
-    train(
-        Subject(*alignment.MODELS[more.pop("model")], torch.bfloat16), more.pop("out"), taca, **more
-    )
+    files, codec = more.pop("model"), more.pop("codec")
+    subject = Subject(files, codec or files, torch.bfloat16)
+    train(subject, more.pop("out"), (more.pop("gamma"), more.pop("threshold")), **more)
 
 
 if __name__ == "__main__":

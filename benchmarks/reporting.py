@@ -1,4 +1,4 @@
-"""What judged pictures come to: intervals, Markdown tables, and the files that hold them."""
+"""Places, intervals, Markdown tables, and the files that hold results."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ def bootstrap(values: np.ndarray, draws: int = 10_000) -> np.ndarray:
     return np.quantile(means, (0.025, 0.975), axis=0)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+    first, *rest = (f"| {' | '.join(map(str, row))} |" for row in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *rest])
 
 
 def write_between(page: Path, name: str, text: str) -> None:
-    """Put a text between the marks of that name in a page."""
+    """Put a text between the marks of that name in a page; SystemExit without them."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-    before, _, rest = page.read_text("utf-8").partition(begin)
-    page.write_text(f"{before}{begin}{text}{end}{rest.partition(end)[2]}", "utf-8")
+    before, first, rest = page.read_text("utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise SystemExit(f"{page.name} has no marks {begin.strip()} and {end.strip()}.")
+    page.write_text(f"{before}{begin}{text}{end}{after}", "utf-8")
 
 
 def store(path: Path, result: dict[str, Any]) -> None:
