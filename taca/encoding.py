@@ -85,11 +85,10 @@ class OffsetTokenizer:
                 return told
         # It does not tell, or wrongly, as transformers 5 does for HunyuanVideo's: by decoding.
         try:
-            own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         except TypeError:  # a tokenizer of core's own, which may begin with a token of its own
-            own = ids
-        parts: list[str] = []
-        for own in (own, own[1:]):
+            found = ids
+        for own in (found, found[1:]):
             decoded = (self.tokenizer.decode(own[:i], **WHOLE) for i in range(len(own) + 1))
             parts = ["".join(part.split()) for part in decoded]
             if parts[-1].lower() == "".join(text.split()).lower():
