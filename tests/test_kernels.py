@@ -118,7 +118,8 @@ def coming(kernel, preferred):
 
     def attention(q, k, v, heads, transformer_options, **kwargs):
         kwargs |= {"transformer_options": transformer_options, "_inside_attn_wrapper": True}
-        containers = [each if hasattr(each, "take") else Container(each) for each in (q, k, v)]
+        is_contained = not isinstance(q, torch.Tensor)
+        containers = [each if is_contained else Container(each) for each in (q, k, v)]
         override = transformer_options.get(SLOT)
         if hasattr(override, "container_function"):
             return override.container_function(*containers, heads, **kwargs)
