@@ -20,6 +20,9 @@ Chunks = list[list[Any]]
 MARK = "\ue000"  # a character for private use, as a prompt that shows the template around it
 
 
+WHOLE = {"skip_special_tokens": False}
+
+
 class TokenId(int):
     """A token id with the characters of its string that it stands for, ``start <= i < end``."""
 
@@ -82,11 +85,15 @@ class OffsetTokenizer:
                 return told
         # It does not tell, or wrongly, as transformers 5 does for HunyuanVideo's: by decoding.
         try:
-            own = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        except TypeError:  # Lens's knows no other tokens
-            own = ids
-        parts = ["".join(self.tokenizer.decode(own[:i]).split()) for i in range(len(own) + 1)]
-        if parts[-1].lower() != "".join(text.split()).lower():
+            found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except TypeError:  # a tokenizer of core's own, which may begin with a token of its own
+            found = ids
+        for own in (found, found[1:]):
+            decoded = (self.tokenizer.decode(own[:i], **WHOLE) for i in range(len(own) + 1))
+            parts = ["".join(part.split()) for part in decoded]
+            if parts[-1].lower() == "".join(text.split()).lower():
+                break
+        else:
             return told
         ends = [len(part.rstrip("\ufffd")) for part in parts]
         spans = [(0, 0)] * (len(own) + 1)

@@ -25,12 +25,13 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
     }
     save_file(state, loras / "lora.safetensors")
     ours = pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "lora.safetensors", 0.5).result[0]
+    plain, result = sample(model, case), sample(ours, case)
+    assert torch.equal(sample(model, case), plain)  # which core's own merge does not always give
     merged = comfy.sd.load_lora_for_models(model, None, dict(state), 0.5, 0)[0]
-    plain, expected, result = (sample(m, case) for m in (model, merged, ours))
+    expected = sample(merged, case)
     effect = (expected - plain).abs().max()
     assert effect > 1e-4
     assert (result - expected).abs().max() < 5e-3 * effect
-    assert torch.equal(sample(model, case), plain)
 
 
 @pytest.mark.parametrize("case", named("HiDream-I1"), ids=str, indirect=True)

@@ -119,12 +119,13 @@ class Container:
 
 
 def coming(kernel, preferred):
-    """As core's attention from 0.35 on, called with containers and with the attention that a
-    model's file prefers, as MiniMax-H3 calls it."""
+    """As a later core's attention: called with containers, as 0.33 calls MiniMax-H3's, and with the
+    attention that a model's file prefers."""
 
     def attention(q, k, v, heads, transformer_options, **kwargs):
         kwargs |= {"transformer_options": transformer_options, "_inside_attn_wrapper": True}
-        containers = [Container(tensor) for tensor in (q, k, v)]
+        is_contained = not isinstance(q, torch.Tensor)
+        containers = [each if is_contained else Container(each) for each in (q, k, v)]
         override = transformer_options.get(SLOT)
         if hasattr(override, "container_function"):
             return override.container_function(*containers, heads, **kwargs)

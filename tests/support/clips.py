@@ -51,14 +51,15 @@ def part(path):
     return getattr(importlib.import_module(f"comfy.text_encoders.{module}"), name)
 
 
-def clip_of(tokenizer, encoder, folder=None, **how):
-    """A CLIP as core's loader makes it, of seeded weights and tiny."""
+def clip_of(tokenizer, encoder, folder=None, file=None, **how):
+    """A CLIP as core's loader makes it, of seeded weights and tiny; ``file`` has its tokenizer."""
     clip = comfy.sd.CLIP(no_init=True)
-    clip.tokenizer = part(tokenizer)(embedding_directory=folder)
+    held = {} if file is None else {"tokenizer_data": file}
+    clip.tokenizer = part(tokenizer)(embedding_directory=folder, **held)
     clip.tokenizer_options, clip.layer_idx = {}, None
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
     build = part(encoder)
-    build = build() if build.__name__ == "klein_te" else build
+    build = build() if build.__name__ in ("klein_te", "flux2_te") else build
     if encoder.endswith("HiDreamO1TE"):
         clip.cond_stage_model = build()
         return clip
