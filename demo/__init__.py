@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from . import world
+from . import clip, world
 from .codec import Codec
 
 _CODEC = Path(__file__).parent / "taca_demo_codec.safetensors"
@@ -71,6 +71,28 @@ class TACADemoTextEncode(io.ComfyNode):
         # ComfyUI asks an SD3 conditioning for a pooled vector; the demo's model does not read it.
         pooled = {"pooled_output": torch.zeros(len(lines), 1)}
         return io.NodeOutput([[_codec().embed(tokens), pooled]])
+
+
+class TACADemoLoadCLIP(io.ComfyNode):
+    """The demo's text encoder as a CLIP."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="TACADemoLoadCLIP",
+            display_name="TACA Demo Load CLIP",
+            category="TACA/demo",
+            description="The text encoder of the TACA demo's model, for CLIP Text Encode and TACA "
+            f"Text Encode. It knows the words {', '.join(world.VOCABULARY[1:])}.",
+            search_aliases=["taca demo clip"],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        """Load it."""
+        return io.NodeOutput(clip.load(_codec()))
 
 
 class TACADemoDecode(io.ComfyNode):
@@ -191,7 +213,7 @@ class TACADemoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List them."""
-        return [TACADemoTextEncode, TACADemoDecode, TACADemoDataset]
+        return [TACADemoTextEncode, TACADemoLoadCLIP, TACADemoDecode, TACADemoDataset]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -1,0 +1,165 @@
+"""Do word weights do what they say? Pictures of the demo's two models, judged by its checker.
+
+``python dev.py run benchmarks/words.py`` draws held-out captions at CFG 1 with the same noise for
+every weight, through TACA Text Encode and ComfyUI's sampler, and writes ``results/words.json``, a
+plot and the table of docs/words.md. What is in the results is not drawn again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from reporting import DEMO, RESULTS, ROOT, SHARED, interval, markdown, pyplot, store, write_between
+
+sys.path += SHARED
+
+import world
+from comfyui import load_pack, parts  # also ComfyUI's own set-up
+from subject import Subject
+
+RECORD = RESULTS / "words.json"
+PAGE = ROOT / "docs" / "words.md"
+CODEC = DEMO / "taca_demo"
+MODELS = {
+    "clean": DEMO / "models" / "taca_demo",
+    "suppressed": DEMO / "models" / "taca_demo_suppressed",
+}
+KINDS = {"colour": world.COLOURS, "shape": world.SHAPES}
+JUDGED = ("everything", "colour", "shape", "relation")
+WEIGHTS = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
+
+
+class Setting(NamedTuple):
+    """What is weighed, how, and by how much."""
+
+    what: str  # "colour" or "shape": both such words of the caption
+    how: str  # "attention" by TACA, "embedding" by ComfyUI, or "avoid"
+    weight: float
+
+
+SETTINGS = [
+    *(Setting("colour", "attention", weight) for weight in WEIGHTS),
+    *(Setting("shape", "attention", weight) for weight in (-1.0, 0.0, 0.5, 2.0, 4.0)),
+    *(Setting("colour", "avoid", weight) for weight in (0.5, 1.0, 2.0, 4.0)),
+    *(Setting("colour", "embedding", weight) for weight in (0.0, 2.0, 4.0)),
+]
+
+
+class Weighing(Subject):
+    """A model of the demo's world, whose captions weigh."""
+
+    def condition(self, captions: list[str]) -> list[Any]:
+        """As ``Subject.condition``, of captions that tell how they weigh: ``setting|caption``."""
+        conditionings = [self._weighed(*caption.split("|")) for caption in captions if caption]
+        if not conditionings:
+            return super().condition(captions)
+        text = torch.cat([tensor for ((tensor, _),) in conditionings])
+        extras = conditionings[0][0][1]
+        pooled = torch.zeros(len(captions), 1)
+        return [[text, {**extras, "pooled_output": pooled}]]
+
+    def _weighed(self, setting: str, caption: str) -> list[Any]:
+        what, how, weight = Setting(*json.loads(setting))
+        of = "|".join(KINDS[what])
+        if how == "avoid":
+            avoid = re.search(rf"\b({of})\b", caption)[0]
+            return self.encode(self.clip, caption, avoid, weight)
+        text = re.sub(rf"\b({of})\b", rf"(\1:{weight})", caption)
+        if how == "embedding":
+            return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+        return self.encode(self.clip, text)
+
+    def judge(self, setting: Setting, captions: list[str]) -> dict[str, str]:
+        """By criterion, a digit a picture that is 1 if it is right; ``first`` is the first colour."""
+        told = json.dumps(setting)
+        judged: list[dict[str, bool]] = [{}] * len(captions)
+        for places in grouped(captions):
+            some = [captions[i] for i in places]
+            noise = 1000 + places[0]
+            pictures = self.draw(self.model, [f"{told}|{c}" for c in some], noise, 1.0)
+            for i, picture in zip(places, pictures, strict=True):
+                judged[i] = world.check(picture, captions[i])
+        return {what: "".join(str(int(one[what])) for one in judged) for what in JUDGED}
+
+
+def grouped(captions: list[str]) -> list[list[int]]:
+    """Captions whose words stand at the same places, which one conditioning can hold."""
+    lengths = [len(caption.split()) for caption in captions]
+    return [[i for i, n in enumerate(lengths) if n == length] for length in sorted({*lengths})]
+
+
+def shares(settings: list[dict[str, Any]], **wanted: Any) -> dict[float, tuple[float, float]]:
+    """Weight -> percent right of what is weighed, and half the 95 % interval."""
+    found = {}
+    for setting in settings:
+        if all(setting[key] == value for key, value in wanted.items()):
+            digits = setting["judged"][setting["what"]]
+            found[setting["weight"]] = interval(100.0 * np.array([d == "1" for d in digits]))
+    return dict(sorted(found.items()))
+
+
+def table(settings: list[dict[str, Any]]) -> str:
+    """Percent right, by criterion."""
+    rows = []
+    for setting in settings:
+        about = setting["model"], setting["what"], setting["how"], f"{setting['weight']:g}"
+        cells = []
+        for what in JUDGED:
+            mean, half = interval(100.0 * np.array([d == "1" for d in setting["judged"][what]]))
+            cells.append(f"{mean:.1f} ± {half:.1f}")
+        rows.append([*about, *cells])
+    return markdown(("model", "words", "by", "weight", *JUDGED), rows)
+
+
+def plot(settings: list[dict[str, Any]], path: Path) -> None:
+    """Percent right over the weight, a model each."""
+    figure, axes = pyplot().subplots(1, len(MODELS), figsize=(11, 4), sharey=True)
+    for axis, model in zip(axes, MODELS, strict=True):
+        for what, how in dict.fromkeys((s.what, s.how) for s in SETTINGS):
+            points = shares(settings, model=model, what=what, how=how)
+            sign = -1 if how == "avoid" else 1
+            x = [sign * weight for weight in points]
+            y, bars = zip(*points.values(), strict=True) if points else ((), ())
+            axis.errorbar(x, y, bars, marker="o", capsize=2, label=f"{what}, {how}")
+        axis.set(title=model, xlabel="weight (what is avoided: minus its strength)")
+    axes[0].set(ylabel="colours or shapes right, %")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=2, help="of the held-out captions every n-th")
+    parser.add_argument("--table", action="store_true", help="and the plot, of what there is")
+    options = parser.parse_args()
+    captions = world.captions("held-out")[:: options.every]
+    settings = json.loads(RECORD.read_text())["settings"] if RECORD.exists() else []
+    done = {(s["model"], *(s[key] for key in Setting._fields)) for s in settings}
+    if not options.table:
+        torch.set_num_threads(1)
+        load_pack()
+        pack = load_pack(ROOT / "demo", "taca_demo_pack")
+        for name, files in MODELS.items():
+            subject = Weighing(files, CODEC, torch.float32)
+            subject.encode = parts("conditioning")[0].encode
+            subject.clip = pack.clip.load(subject.codec)
+            for setting in SETTINGS:
+                if (name, *setting) not in done:
+                    judged = subject.judge(setting, captions)
+                    settings.append({"model": name, **setting._asdict(), "judged": judged})
+                    store(RECORD, {"captions": len(captions), "settings": settings})
+                    print(name, setting, {k: v.count("1") for k, v in judged.items()}, flush=True)
+    plot(settings, RECORD.with_suffix(".png"))
+    write_between(PAGE, "words", f"\n{table(settings)}\n\n")
+
+
+if __name__ == "__main__":
+    main()
