@@ -77,7 +77,7 @@ class Weighing(Subject):
         return self.encode(self.clip, text)
 
     def judge(self, setting: Setting, captions: list[str]) -> dict[str, str]:
-        """By criterion, a digit a picture that is 1 if it is right; ``first`` is the first colour."""
+        """By criterion, a digit a picture that is 1 if it is right."""
         told = json.dumps(setting)
         judged: list[dict[str, bool]] = [{}] * len(captions)
         for places in grouped(captions):

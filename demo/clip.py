@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.sd
 import torch
@@ -65,7 +65,7 @@ class DemoTokenizer(SD1Tokenizer):
 class DemoEncoder(torch.nn.Module, ClipTokenWeightEncoder):
     """The codec's embeddings of words and places."""
 
-    special_tokens: dict[str, int] = {"pad": 0}
+    special_tokens: ClassVar = {"pad": 0}
     return_attention_masks = False
 
     def __init__(self, device: Any = None, dtype: Any = None, model_options: Any = None) -> None:
