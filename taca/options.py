@@ -49,13 +49,14 @@ class Options:
             gamma = gamma.where(positive, 1.0)
         if self.prompt is None:
             return gamma
-        limited = prompts and prompts.limited
+        limited = prompts.limited if prompts else None
         rows = positive_rows(call, prompts, limited).to(gamma.device)
         if not bool(rows.any()):
             return gamma
         transformer = uncompiled(transformer)
         family = family_of(transformer)
-        weights = torch.tensor(family.text_weights(transformer, self.prompt, call)[0])
+        prompt = self.prompt * (prompts.repeats(call, limited) if prompts else 1)
+        weights = torch.tensor(family.text_weights(transformer, prompt, call)[0])
         weights = weights.to(gamma.device).where(rows[:, None], 1.0)
         return torch.lerp(torch.ones_like(weights), gamma[:, None].expand_as(weights), weights)
 

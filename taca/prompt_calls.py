@@ -66,6 +66,16 @@ class Prompts(NamedTuple):
                 (own if is_own else others).append(each)
         return own, others
 
+    def repeats(self, call: CallArguments, uuids: frozenset[Any] | None) -> int:
+        """How often a call holds the text of these conditionings, one behind the other.
+
+        To join texts of two lengths, ComfyUI repeats each of them.
+        """
+        own = [each["model_conds"].get("c_crossattn") for each in self.texts(uuids)[0]]
+        if call.c_crossattn is None or not own or own[0] is None:
+            return 1
+        return max(1, call.c_crossattn.shape[1] // max(1, own[0].cond.shape[1]))
+
 
 def positive_rows(
     call: CallArguments, prompts: Prompts | None, uuids: frozenset[Any] | None = None

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .attention import Layout, scale_text_keys
-from .block import AFTER_HEADS, Seen, joint_forward
+from .block import AFTER_HEADS, Seen, attended_layout, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
+from .events import step_at
 from .families import family_of, part_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .prompt_tokens import PromptTokens
@@ -123,12 +124,14 @@ def _watch_call(
     family, limit = family_of(transformer), config.options.blocks
     gamma = schedule.gamma_at(t).to(call.t.device)
     gamma = config.options.gamma_of_call(gamma, call, transformer, report.prompts)
-    start = 0
+    repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
+    start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
     if report.prompt is not None:
-        start = family.text_weights(transformer, report.prompt.own(), call)[1]
+        start = family.text_weights(transformer, report.prompt.own() * repeats, call)[1]
+    starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
-    step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
+    step = step_at(timestep(model_sampling, sigmas)[:-1].tolist(), float(t.max()))
     adjusted = {block.module for block in family.joint_blocks(transformer, limit)}
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
     state = call.initial_state()
@@ -137,7 +140,7 @@ def _watch_call(
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (step, index.get(block.module, -1))  # -1: no joint attention to measure
         places = partial(family.own_places, transformer, grid)
-        probe = Probe(report, own, place, positive, places, family.own_image == "last", start)
+        probe = Probe(report, own, place, positive, places, family.own_image == "last", starts)
         wrap = partial(joint_forward, block=block, state=state, override=probe.override, seen=[])
         swaps.append((block.module, wrap))
     with swapped_forwards(swaps), uncompiled_calls:
@@ -154,7 +157,7 @@ class Probe:
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
     own_places: Callable[[int], Tensor]  # as ``Family.own_places``
     is_last: bool  # whether they are in the last span of image tokens, and not the first
-    start: int  # the text token that the conditioning begins at
+    starts: list[int]  # the text tokens that the conditioning begins at, each time it is repeated
 
     def override(
         self,
@@ -177,7 +180,7 @@ class Probe:
         mask = kwargs.pop("mask", None)
         is_split = kwargs.get("skip_reshape", False)
         dim = 2 if is_split else 1
-        if (q.shape[dim], k.shape[dim]) == joint:
+        if layout := attended_layout(layout, joint, q.shape[dim], k.shape[dim]):
             if not is_split:
                 head_dim = q.shape[-1] // heads
                 q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
@@ -212,8 +215,11 @@ class Probe:
         places = (grid.flatten() + start).to(q.device)
         kinds = torch.cat([torch.full((length,), kind == "text") for kind, length, _ in layout])
         text = kinds.nonzero().flatten().to(q.device)
-        words = {word: [self.start + i for i in at] for word, at in self.report.words.items()}
-        self.report.check_words(len(text) - self.start, k.shape[-1])
+        words = {
+            word: [start + i for start in self.starts for i in at]
+            for word, at in self.report.words.items()
+        }
+        self.report.check_words(len(text) - self.starts[-1], k.shape[-1])
         rows = self.rows.to(q.device)
         q, k = q[rows].index_select(2, places), k[rows]
         gamma = self.gamma[rows] if len(self.gamma) > 1 else self.gamma
