@@ -116,6 +116,7 @@ class TACAOptions(io.ComfyNode):
                 io.String.Input("blocks", default=""),
                 io.Clip.Input("clip", optional=True),
                 io.String.Input("prompt", optional=True, force_input=True),
+                io.Boolean.Input("prompt_only", default=False, optional=True),
             ],
             outputs=[TACAOptionsSocket.Output("options")],
             search_aliases=["taca", "positive only", "block range", "padding tokens"],
@@ -123,7 +124,12 @@ class TACAOptions(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, positive_only: bool, blocks: str, clip: Any = None, prompt: str | None = None
+        cls,
+        positive_only: bool,
+        blocks: str,
+        clip: Any = None,
+        prompt: str | None = None,
+        prompt_only: bool = False,
     ) -> io.NodeOutput:
         if (clip is None) != (prompt is None):
             raise ValueError(
@@ -131,9 +137,9 @@ class TACAOptions(io.ComfyNode):
                 "connect the other one too, or neither."
             )
         if clip is None:
-            return io.NodeOutput(Options(positive_only, blocks))
+            return io.NodeOutput(Options(positive_only, blocks, prompt_only=prompt_only))
         prompt = prompt or ""
         tokens = PromptTokens.of(clip, prompt)
         return io.NodeOutput(
-            Options(positive_only, blocks, tokens.own(), partial(text_of, clip, prompt))
+            Options(positive_only, blocks, tokens.own(), encode=partial(text_of, clip, prompt))
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..taca.prompt_tokens import PromptTokens, find_words, text_of
 from ..taca.report import Report, watched
+from ..taca.words import KEY, own_tokens
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks
 from .ui.schema import schema
@@ -61,10 +62,7 @@ class TACAAttentionReport(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as Core
 
-        tokens = encode = None
-        if clip is not None and prompt is not None:
-            tokens, encode = PromptTokens.of(clip, prompt), partial(text_of, clip, prompt)
-        report = Report(find_words(words, tokens), tokens, encode)
+        report = report_of(guider, words, clip, prompt)
         observed = copy.copy(guider)
         observed.model_patcher = watched(guider.model_patcher, report)
         output = Core.execute(noise, observed, sampler, sigmas, latent_image).result[0]
@@ -80,6 +78,24 @@ class TACAAttentionReport(io.ComfyNode):
         _, shown = show(pictures.stack([shares, maps]), text, cls)
         images = map(pictures.to_tensor, (shares, maps))
         return io.NodeOutput(output, *images, text, ui=shown)
+
+
+def report_of(guider: Any, words: str, clip: Any, prompt: str | None) -> Report:
+    """An empty report on words of a prompt, or of the positive conditioning if it carries its own.
+
+    Without words those that weigh are taken. Raises ValueError as ``find_words``.
+    """
+    if clip is not None and prompt is not None:
+        tokens = PromptTokens.of(clip, prompt)
+        found = find_words(words, tokens)
+        return Report(found, len(tokens.table), partial(text_of, clip, prompt))
+    positive = getattr(guider, "original_conds", {}).get("positive", ())
+    carried = next((each for each in positive if KEY in each), None)
+    if carried is None:
+        return Report(find_words(words, None))
+    own = carried[KEY]
+    found = find_words(words, own.prompt) if words.strip() else own.weighed_tokens()
+    return Report(found, len(own_tokens(carried)))
 
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:

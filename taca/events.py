@@ -20,6 +20,13 @@ from .families import uncompiled
 log = logging.getLogger("taca")
 
 
+def step_at(steps: list[float], t: float) -> int:
+    """The step, from 0, to which a timestep belongs; ``steps`` has the t at which each begins."""
+    signs = -1 if steps and steps[0] >= steps[-1] else 1
+    begins = [signs * each for each in steps]
+    return max(0, bisect_left(begins, signs * t + 1e-6 * abs(t) + 1e-9) - 1)
+
+
 @dataclass
 class Events:
     """The calls of one run. Lists are appended to from a thread for each device."""
@@ -59,7 +66,7 @@ class Events:
         else:
             # A sampler that calls the model again in a step does so after the step's callback; one
             # that tells the model another sigma than its own is still in its own step.
-            self.acted.append(min(len(self.ended), self._step_at(t)))
+            self.acted.append(min(len(self.ended), step_at(self.steps, t)))
         if is_first and missed:
             blocks, count, who = self.elsewhere[-1]
             raise RuntimeError(
@@ -72,12 +79,6 @@ class Events:
                 f"TACA was bypassed: no block of {type(model).__name__} ran inside the window. "
                 f"{_replacement(model)} Take out the node that did this, or TACA Patch Model."
             )
-
-    def _step_at(self, t: float) -> int:
-        """The step, from 0, to which a timestep belongs."""
-        signs = -1 if self.steps and self.steps[0] >= self.steps[-1] else 1
-        begins = [signs * each for each in self.steps]
-        return max(0, bisect_left(begins, signs * t + 1e-6 * abs(t) + 1e-9) - 1)
 
     def report(self, what: str, where: str, lowest: float, highest: float) -> None:
         """Say at the end of a run what happened.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .arguments import CallArguments
 from .families import family_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
+from .words import KEY, own_tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Options:
     # Share of gamma - 1 for each text token of the positive conditioning: 1 for the prompt's own
     # tokens, 0 for padding.
     prompt: tuple[float, ...] | None = None
+    prompt_only: bool = False  # the same, of the prompts that carry their tokens
     # Makes the prompt's conditioning again, to find it among several.
     encode: Callable[[], Tensor] | None = field(default=None, compare=False)
 
@@ -42,23 +44,47 @@ class Options:
 
         Raises ValueError if the positive conditioning has other tokens than the prompt.
         """
-        if not self.positive_only and self.prompt is None:
+        if not self.positive_only and self.prompt is None and not self.prompt_only:
             return gamma
         positive = positive_rows(call, prompts).to(gamma.device)
         if self.positive_only:
             gamma = gamma.where(positive, 1.0)
-        if self.prompt is None:
-            return gamma
-        limited = prompts and prompts.limited
-        rows = positive_rows(call, prompts, limited).to(gamma.device)
-        if not bool(rows.any()):
-            return gamma
-        transformer = uncompiled(transformer)
-        family = family_of(transformer)
-        around = family.around_prompt(transformer, len(self.prompt), call)
-        weights = torch.tensor(around.with_prompt(self.prompt))
-        weights = weights.to(gamma.device).where(rows[:, None], 1.0)
-        return torch.lerp(torch.ones_like(weights), gamma[:, None].expand_as(weights), weights)
+        for prompt, uuids in self._prompts(prompts):
+            rows = positive_rows(call, prompts, uuids).to(gamma.device)
+            if bool(rows.any()):
+                prompt = prompt * (prompts.repeats(call, uuids) if prompts else 1)
+                gamma = _limited(gamma, rows, prompt, call, uncompiled(transformer))
+        return gamma
+
+    def _prompts(
+        self, prompts: Prompts | None
+    ) -> list[tuple[tuple[float, ...], frozenset[Any] | None]]:
+        """Shares of the tokens of each prompt that limits gamma, and whose they are."""
+        if self.prompt is not None:
+            return [(self.prompt, prompts.limited if prompts else None)]
+        if not self.prompt_only or prompts is None:
+            return []
+        found = [each for each in prompts.positive() if KEY in each]
+        if not found:
+            raise ValueError(
+                "TACA Options cannot tell the prompt's own tokens: encode the positive prompt with "
+                "TACA Text Encode, connect clip and prompt, or switch prompt_only off."
+            )
+        return [(own_tokens(each), frozenset([each["uuid"]])) for each in found]
+
+
+def _limited(
+    gamma: Tensor,
+    rows: Tensor,
+    prompt: tuple[float, ...],
+    call: CallArguments,
+    transformer: nn.Module,
+) -> Tensor:
+    """Gamma of each row and text token, with this prompt's share of gamma - 1 in its rows."""
+    around = family_of(transformer).around_prompt(transformer, len(prompt), call)
+    shares = torch.tensor(around.with_prompt(prompt)).to(gamma.device).where(rows[:, None], 1.0)
+    gamma = gamma[:, None] if gamma.ndim == 1 else gamma
+    return torch.lerp(torch.ones_like(shares), gamma.expand_as(shares), shares)
 
 
 NO_OPTIONS = Options()

@@ -99,6 +99,21 @@ class Prompts(NamedTuple):
                 return name, each
         return copied
 
+    def positive(self, uuids: frozenset[Any] | None = None) -> list[Entry]:
+        """The positive conditionings, or those of them with these uuids."""
+        entries = (each for name, each in self.entries() if name == "positive")
+        return [each for each in entries if uuids is None or each["uuid"] in uuids]
+
+    def repeats(self, call: CallArguments, uuids: frozenset[Any] | None) -> int:
+        """How often a call holds the text of these conditionings, one behind the other.
+
+        To join texts of two lengths, ComfyUI repeats each of them.
+        """
+        own = [each["model_conds"].get("c_crossattn") for each in self.positive(uuids)]
+        if call.c_crossattn is None or not own or own[0] is None:
+            return 1
+        return max(1, call.c_crossattn.shape[1] // max(1, own[0].cond.shape[1]))
+
 
 ANOTHER: tuple[str, Entry] = ("", {"model_conds": {}})
 """A conditioning of a node's own, as the empty one of Perp-Neg."""

@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .attention import scale_text_keys
-from .block import AFTER_HEADS, Seen, joint_forward
+from .block import AFTER_HEADS, Seen, attended_layout, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
+from .events import step_at
 from .families import family_of, part_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
-from .prompt_tokens import PromptTokens
 from .run import TacaConfig, config_of
 from .schedule import Schedule, TimestepWindow
 from .spans import Layout
 from .swap import Forward, Wrap, swapped_forwards
 from .timesteps import resolve, timestep
+from .word_weights import WordWeights, image_mask
+from .words import RunWords
 
 QUERIES = 1024
 """At most so many image queries are asked, evenly over the picture."""
@@ -41,9 +43,10 @@ class Report:
     """What a run showed; ``watched`` fills it in."""
 
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
-    prompt: PromptTokens | None = None  # that the words are of
+    num_tokens: int | None = None  # of the conditioning of the prompt that they are of
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
     prompts: Prompts | None = None  # of the run
+    run_words: RunWords | None = None  # that weigh in it
     own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
@@ -99,15 +102,18 @@ def _watch_run(
     config: TacaConfig, report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
-    prompt = report.prompt
-    how = (None, None) if prompt is None else (len(prompt.table), report.encode)
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
-    report.own = conditionings_of(guider, *how)
+    report.own = conditionings_of(guider, report.num_tokens, report.encode)
     report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+    report.run_words = RunWords.of(report.prompts, lambda s: resolve(s, sampling, sigmas))
     try:
         return executor(*args, **kwargs)
     finally:
-        report.prompts = None  # else the guider, and its models, would live on in a circle
+        report.prompts = report.run_words = (
+            None  # else the guider, and its models, would live on in a circle
+        )
 
 
 def _watch_call(
@@ -125,22 +131,27 @@ def _watch_call(
     family, limit = family_of(transformer), config.options.blocks
     gamma = schedule.gamma_at(t).to(call.t.device)
     gamma = config.options.gamma_of_call(gamma, call, transformer, report.prompts)
-    start = 0
-    if report.prompt is not None:
-        around = family.around_prompt(transformer, len(report.prompt.table), call)
+    repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
+    start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
+    if report.num_tokens is not None:
+        around = family.around_prompt(transformer, report.num_tokens * repeats, call)
         start = len(around.before)
+    starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
-    step = int((timestep(model_sampling, sigmas)[:-1] > t.max() * (1 + 1e-6)).sum())
+    step = step_at(timestep(model_sampling, sigmas)[:-1].tolist(), float(t.max()))
     adjusted = {block.module for block in family.joint_blocks(transformer, limit)}
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
+    words = report.run_words and report.run_words.of_call(call, t.tolist(), transformer)
     state = call.initial_state()
     swaps: list[tuple[nn.Module, Wrap]] = []
     for block in family.observed_blocks(transformer):
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (step, index.get(block.module, -1))  # -1: no joint attention to measure
         places = partial(family.own_places, transformer, grid)
-        probe = Probe(report, own, place, positive, places, family.own_image == "last", start)
+        probe = Probe(
+            report, own, words or None, place, positive, places, family.own_image == "last", starts
+        )
         wrap = partial(joint_forward, block=block, state=state, override=probe.override, seen=[])
         swaps.append((block.module, wrap))
     with swapped_forwards(swaps), uncompiled_calls:
@@ -153,11 +164,12 @@ class Probe:
 
     report: Report
     gamma: Tensor  # of the call's rows, as in this block
+    words: WordWeights | None  # of the call's rows
     place: tuple[int, int]  # step of the run and joint block, from 0
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
     own_places: Callable[[int], Tensor]  # as ``Family.own_places``
     is_last: bool  # whether they are in the last span of image tokens, and not the first
-    start: int  # the text token that the conditioning begins at
+    starts: list[int]  # the text tokens that the conditioning begins at, each time it is repeated
 
     def override(
         self,
@@ -180,7 +192,7 @@ class Probe:
         mask = kwargs.pop("mask", None)
         is_split = kwargs.get("skip_reshape", False)
         dim = 2 if is_split else 1
-        if (q.shape[dim], k.shape[dim]) == joint:
+        if layout := attended_layout(layout, joint, q.shape[dim], k.shape[dim]):
             if not is_split:
                 head_dim = q.shape[-1] // heads
                 q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
@@ -215,8 +227,11 @@ class Probe:
         places = (grid.flatten() + start).to(q.device)
         kinds = torch.cat([torch.full((length,), kind == "text") for kind, length, _ in layout])
         text = kinds.nonzero().flatten().to(q.device)
-        words = {word: [self.start + i for i in at] for word, at in self.report.words.items()}
-        self.report.check_words(len(text) - self.start, k.shape[-1])
+        words = {
+            word: [start + i for start in self.starts for i in at]
+            for word, at in self.report.words.items()
+        }
+        self.report.check_words(len(text) - self.starts[-1], k.shape[-1])
         rows = self.rows.to(q.device)
         q, k = q[rows].index_select(2, places), k[rows]
         gamma = self.gamma[rows] if len(self.gamma) > 1 else self.gamma
@@ -230,14 +245,17 @@ class Probe:
         for i, indices in enumerate(words.values(), 1):
             columns[:, :, text[indices], i] = 1
 
-        def mass(keys: Tensor) -> Tensor:
+        def mass(keys: Tensor, mask: Tensor | None) -> Tensor:
             """``(queries, d)``, averaged over rows and heads."""
             out = attend(q, keys, columns, mask=mask)  # (b, queries, h * d)
             return out.float().unflatten(-1, (-1, k.shape[-1])).mean((0, 2))
 
-        plain = mass(k)
+        plain = mass(k, mask)
         is_adjusted = bool((gamma != 1).any())
-        adjusted = mass(scale_text_keys(k, gamma, layout, 2)) if is_adjusted else plain
+        keys, weighed = scale_text_keys(k, gamma, layout, 2) if is_adjusted else k, mask
+        if self.words is not None:
+            weighed = image_mask(self.words.of_rows(rows), mask, layout, q)
+        adjusted = plain if keys is k and weighed is mask else mass(keys, weighed)
         pair = (plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu())
         self.report.shares.setdefault(self.place, []).append(pair)
         if words:

@@ -27,6 +27,13 @@ class WordWeights(NamedTuple):
     # Tokens to avoid, bool (b, t): image queries and one another ask them, the other text does not.
     avoided: Tensor | None = None
 
+    def of_rows(self, rows: Tensor) -> "WordWeights":
+        """Those of some rows of the batch, by index."""
+        if len(self.weights) == 1:
+            return self
+        chosen = (each if each is None else each[rows] for each in (self.centre, self.avoided))
+        return WordWeights(self.weights[rows], self.subtracts, *chosen)
+
 
 def image_mask(words: WordWeights, mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor:
     """What is added to the logits of image queries: the model's mask and log |w|.

@@ -35,6 +35,11 @@ class Words:
         """Whether any token has another weight than 1."""
         return any(weight != 1 for weight in self.weights)
 
+    def weighed_tokens(self) -> dict[str, list[int]]:
+        """The tokens of each phrase that weighs and is not avoided."""
+        phrases = dict(self.phrases[: len(self.phrases) - bool(self.num_avoided)])
+        return {phrase: self.prompt.word(phrase) for phrase in phrases}
+
     def weighted(self, share: float) -> list["Weighted"]:
         """What its tokens weigh with this share of the weights: at 0, as if none had been given."""
         num_own = len(self.weights) - self.num_avoided
@@ -44,6 +49,15 @@ class Words:
             for weight, each in zip(self.weights[:num_own], centre, strict=True)
         ]
         return own + [Weighted(share * w, 0.0, True) for w in self.weights[num_own:]]
+
+
+def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
+    """1 for each token of a conditioning that is its prompt's own, 0 for padding.
+
+    What is to be avoided counts as the prompt's, and so does what another node has appended.
+    """
+    own = entry[KEY].prompt.own()
+    return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
 
 
 class Weighted(NamedTuple):

@@ -162,7 +162,7 @@ def test_places_lie_on_a_grid(folder):
     def places(latent, image):
         grid = family.grid(transformer, latent)
         own = partial(family.own_places, transformer, grid)
-        return report_module.Probe(*[None] * 4, own, False, 0).places(image)
+        return report_module.Probe(*[None] * 5, own, False, 0).places(image)
 
     asked = places((1, 16, 128, 128), 4096)
     assert asked.shape == (1, 32, 32)
@@ -227,10 +227,9 @@ def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
     text = tiny.conditioning("flux", 7)[0]
     other = tiny.conditioning("flux", 7, seed=4)[0]
     area = [text[0], {**text[1], "area": (8, 8, 0, 0), "strength": 1.0}]
-    prompt = tokens_module.PromptTokens("a", ((),) * 7)
     model_ = apply_taca(model, 1.5, 0.0)
     for positive in ([other, text, area], [other, area]):
-        report = report_module.Report({"a": [1]}, prompt, lambda: text[0])
+        report = report_module.Report({"a": [1]}, 7, lambda: text[0])
         guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
         SamplerCustomAdvanced.execute(
             Noise_RandomNoise(3),

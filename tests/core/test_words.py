@@ -5,7 +5,7 @@ import sys
 import comfy.samplers
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_custom_sampler import BasicGuider, Guider_DualCFG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -360,3 +360,54 @@ def test_other_tokens_than_the_text_has(folder):
     words = Words(PromptTokens("", ((),) * 7), (2.0,) * 7, ())
     with pytest.raises(ValueError, match="has 9 text tokens, and the text has 7 with this CLIP"):
         attach(tiny.conditioning("flux", 9), words)
+
+
+def test_limits_and_report_know_the_prompts_own_tokens(folder, pack, apply_taca):
+    """Of a conditioning that carries them, without clip and prompt."""
+    model, text = tiny.load(folder, "flux"), tiny.conditioning("flux", 7)
+    token = sys.modules["taca_pack.taca.prompt_tokens"].Token
+    own = [(token("t5xxl", i, i + 1, False, False),) for i in range(4)]
+    padding = [(token("t5xxl", 0, 0, True, False),)] * 3
+    prompt = PromptTokens("abcd", (*own, *padding))
+    carrying = attach(text, Words(prompt, (1.0,) * 7, ()))
+    options = pack["TACAOptions"].execute(False, "", None, None, True).result[0]
+    limited = pack["TACAPatchModel"].execute(model, 1.5, 0.0, None, options).result[0]
+    ours = sample(limited, "flux", steps=2, cfg=1.0, positive=carrying)
+    override = dense_words({7: [1.0] * 7}, [1.5] * 4 + [1.0] * 3, threshold=0.0)
+    expected = sample(by_reference(model, override), "flux", steps=2, cfg=1.0)
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="encode the positive prompt with TACA Text Encode"):
+        sample(limited, "flux", steps=2, cfg=1.0)
+
+
+def test_the_report_shows_what_weighs(folder, pack):
+    """Its default words are those that weigh; shares are those of the weighed attention."""
+    model, text = tiny.load(folder, "flux"), tiny.conditioning("flux", 3)
+    token = sys.modules["taca_pack.taca.prompt_tokens"].Token
+    prompt = PromptTokens("a b c", tuple((token("l", i, i + 1, False, False),) for i in (0, 2, 4)))
+    words = attach(text, Words(prompt, (1.0, 3.0, 1.0), (("b", 3.0),)))
+    seen = []
+
+    def looks(func, q, k, *args, **kwargs):
+        seen.append((q.double(), k.double()))
+        return func(q, k, *args, **kwargs)
+
+    guider = BasicGuider.execute(by_reference(model, looks), words).result[0]
+    report = sys.modules["taca_pack.nodes.report"].report_of(guider, "", None, None)
+    assert report.words == {"b": [1]}
+    watched = sys.modules["taca_pack.taca.report"].watched
+    guider.model_patcher = watched(guider.model_patcher, report)
+    noise = torch.randn(1, 16, 16, 16, generator=torch.manual_seed(3))
+    sampler = comfy.samplers.sampler_object("euler")
+    guider.sample(noise, torch.zeros_like(noise), sampler, torch.tensor([1.0, 0.0]))
+    plain, weighed = report.table()
+    q, k = next((q, k) for q, k in seen if q.shape[2] == 64)  # the image's queries
+    odds = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+    shares = []
+    for weight in (1.0, 3.0):
+        odds[..., 1] *= weight
+        shares.append((odds[..., :3].sum(-1) / odds.sum(-1)).mean())
+    torch.testing.assert_close(plain[0, 0].double(), shares[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weighed[0, 0].double(), shares[1], atol=1e-5, rtol=1e-4)
+    expected = (odds[..., 1] / odds.sum(-1)).mean()
+    torch.testing.assert_close(report.maps[0].mean().double(), expected, atol=1e-5, rtol=1e-4)

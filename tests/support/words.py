@@ -56,7 +56,7 @@ def dense_words(weights, gamma=1.0, inside=lambda sigma: True, threshold=0.97, n
         w = w.repeat_interleave(len(q) // len(chunks), 0)
         factor = torch.ones(n, n, dtype=torch.float64)
         if num_text and sigma >= threshold:
-            factor[num_text:, :num_text] = gamma
+            factor[num_text:, :num_text] = torch.as_tensor(gamma)  # of all, or of each text token
         hidden = None
         if num_avoided and num_text == 10:
             is_avoided = ~is_image & (torch.arange(n) >= num_text - num_avoided)

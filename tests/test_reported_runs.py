@@ -1,0 +1,151 @@
+"""The Attention Report and TACA Options in runs of other kinds: keys that core keeps, from picture
+to noise, prompts of two lengths joined in one call."""
+
+import sys
+
+import comfy.samplers
+import families
+import pytest
+import tiny
+import torch
+from comfy_extras.nodes_custom_sampler import (
+    BasicGuider,
+    FlipSigmas,
+    KSamplerSelect,
+    Noise_RandomNoise,
+    SamplerCustomAdvanced,
+)
+from reference import dense_attention
+from test_families import exists, named
+from test_families import sample as sample_family
+
+REPORT = sys.modules["taca_pack.taca.report"]
+OPTIONS = sys.modules["taca_pack.taca.options"].Options
+PROMPT = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens
+PATCH = sys.modules["taca_pack.taca.patch"].patch_model
+SCHEDULE = sys.modules["taca_pack.taca.schedule"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def attending(model, override):
+    model = model.clone()
+    model.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = (
+        override
+    )
+    return model
+
+
+def test_keys_of_references_that_core_keeps(folder, apply_taca, monkeypatch):
+    """Flux KV Cache: shares and maps of every step, not only the first, are the dense ones."""
+    nodes_flux = pytest.importorskip("comfy_extras.nodes_flux")
+    if not hasattr(nodes_flux, "FluxKVCache"):
+        pytest.skip("this ComfyUI has no Flux KV Cache")
+    [case] = named("FLUX.2 Klein, references without noise")
+    model = families.load(case, folder, monkeypatch)
+    text, image, found = 512, 12, []
+
+    def dense(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+        factor = torch.ones(q.shape[2], k.shape[2], dtype=torch.float64)
+        factor[text:, :text] = 1.5
+        eye = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+        seen = dense_attention(q, k, eye, factor)[0].mean(0)[text : text + image, :text]
+        found.append((seen.sum(-1).mean(), seen[:, 505].view(4, 3)))
+        return dense_attention(q, k, v, factor, mask).transpose(1, 2).flatten(2).to(q.dtype)
+
+    cached = lambda m: nodes_flux.FluxKVCache.execute(m).result[0]  # noqa: E731
+    sample_family(attending(cached(model), dense), case, steps=3)
+    report = REPORT.Report({"word": [505]})
+    sample_family(REPORT.watched(cached(apply_taca(model, 1.5, 0.0)), report), case, steps=3)
+    shares = torch.stack([share for share, _ in found]).view(3, case.joint)
+    close = {"atol": 1e-5, "rtol": 1e-3}
+    torch.testing.assert_close(report.table()[1].double(), shares, **close)
+    maps = torch.stack([seen for _, seen in found])
+    torch.testing.assert_close(torch.stack(report.maps)[:, 0].double(), maps, **close)
+
+
+def test_steps_from_picture_to_noise(folder, apply_taca):
+    """FlipSigmas: the report's steps are in the order of the run."""
+    schedule = SCHEDULE.Schedule(1.5, SCHEDULE.TimestepWindow(700.0))
+    model = tiny.load(folder, "flux")
+    sampling = model.get_model_object("model_sampling")
+    sigmas = FlipSigmas.execute(comfy.samplers.calculate_sigmas(sampling, "simple", 8)).result[0]
+    report = REPORT.Report({})
+    watched = REPORT.watched(PATCH(model, schedule), report)
+    guider = BasicGuider.execute(watched, tiny.conditioning("flux", 7)).result[0]
+    SamplerCustomAdvanced.execute(
+        Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0], sigmas,
+        {"samples": torch.zeros(1, 16, 16, 16)},
+    )  # fmt: skip
+    table = report.table()
+    assert table.shape == (2, 8, 4)
+    assert table.isfinite().all()
+    acted = [bool((step[0] != step[1]).any()) for step in table.transpose(0, 1)]
+    assert acted == [float(1000 * s) >= 700 for s in sigmas[:-1]]
+    assert acted[-1]
+    assert not acted[0]
+
+
+OWN = (1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0)
+FILM = 36  # tokens
+
+
+def joined(factor, found=None):
+    """Dense attention over 18 text tokens and the film's, with a factor for each text key of the
+    positive prompt."""
+
+    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
+                 **kwargs):  # fmt: skip
+        if not skip_reshape:
+            q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        assert k.shape[2] == 18 + FILM
+        factors = torch.ones(2, 1, q.shape[2], k.shape[2], dtype=torch.float64)
+        positive = kwargs["transformer_options"]["cond_or_uncond"].index(0)
+        factors[positive, :, 18:, :18] = factor
+        factors[1 - positive, :, 18:, :18] = 1.5
+        if found is not None:
+            eye = torch.eye(18 + FILM).expand(*k.shape[:2], -1, -1)
+            seen = dense_attention(q, k, eye, factors)[positive].mean(0)[18:]
+            found.append(seen[:, [2, 11]].sum(-1).view(3, 4, 3).mean(0))
+        out = dense_attention(q, k, v, factors, mask).to(q.dtype)
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    return override
+
+
+@pytest.fixture
+def film(folder, monkeypatch):
+    """CogVideoX, whose prompts of two lengths core joins in one call by repeating each."""
+    [case] = named("CogVideoX")
+    if not exists(case):
+        pytest.skip("this ComfyUI has no CogVideoX")
+    return case, families.load(case, folder, monkeypatch)
+
+
+def test_prompts_that_core_repeats(film):
+    """The prompt's own tokens limit gamma on each of their copies; a word is looked at there."""
+    (case, model), how = film, {"steps": 2, "cfg": 3.0, "shorter": 3}
+    schedule = SCHEDULE.Schedule(1.5, SCHEDULE.TimestepWindow(0.0))
+    factor, found = 1 + 0.5 * torch.tensor(OWN * 2, dtype=torch.float64), []
+    expected = sample_family(attending(model, joined(factor, found)), case, **how)
+    plain = sample_family(attending(model, joined(1.5)), case, **how)
+    ours = PATCH(model, schedule, OPTIONS(prompt=OWN))
+    effect = (expected - plain).abs().max()
+    assert effect > 1e-2
+    assert (sample_family(ours, case, **how) - expected).abs().max() < 2e-3 * effect
+    for prompt in (None, PROMPT(None, "a", ((),) * 9)):
+        report = REPORT.Report({"word": [2]}, prompt)
+        sample_family(REPORT.watched(ours, report), case, **how)
+        maps = torch.stack(report.maps)[:, 0].double()
+        torch.testing.assert_close(maps, torch.stack(found), atol=1e-5, rtol=1e-3)
+
+
+def test_another_prompt_is_still_told(film):
+    """A conditioning whose length is a multiple of the prompt's is not a repeated one."""
+    case, model = film
+    schedule = SCHEDULE.Schedule(1.5, SCHEDULE.TimestepWindow(0.0))
+    with pytest.raises(ValueError, match="has 9 text tokens, its prompt 3"):
+        sample_family(PATCH(model, schedule, OPTIONS(prompt=OWN[:3])), case)
