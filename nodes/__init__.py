@@ -6,7 +6,7 @@ from .preview import TACASchedulePreview
 from .report import TACAAttentionReport
 from .score import TACAAlignmentScore
 from .sweep import TACAContactSheet, TACASweep
-from .words import TACATextEncode, TACAWeighWords
+from .words import TACATextEncode, TACAWeighWords, TACAWordSweep
 
 NODES = [
     TACAPatchModel,
@@ -14,6 +14,7 @@ NODES = [
     TACAOptions,
     TACATextEncode,
     TACAWeighWords,
+    TACAWordSweep,
     TACASchedulePreview,
     TACAAttentionReport,
     TACASweep,

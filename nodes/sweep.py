@@ -35,9 +35,9 @@ class TACASweep(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, gammas: str, timestep_thresholds: str) -> io.NodeOutput:
         models, labels = [], []
-        thresholds = numbers("timestep_thresholds", timestep_thresholds)
+        thresholds = numbers("TACA Sweep", "timestep_thresholds", timestep_thresholds)
         has_lora = bool(loras_of(model))
-        for gamma in numbers("gammas", gammas):
+        for gamma in numbers("TACA Sweep", "gammas", gammas):
             # At gamma 1 the threshold matters to a LoRA alone.
             plain = gamma == 1 and not has_lora
             for threshold in thresholds[:1] if plain else thresholds:
@@ -48,8 +48,8 @@ class TACASweep(io.ComfyNode):
         return io.NodeOutput(models, labels)
 
 
-def numbers(name: str, text: str) -> list[float]:
-    """The numbers of a list with commas.
+def numbers(node: str, name: str, text: str) -> list[float]:
+    """The numbers of a node's list with commas.
 
     Raises ValueError if a part is not a number, or there is none.
     """
@@ -57,10 +57,10 @@ def numbers(name: str, text: str) -> list[float]:
         values = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
     except ValueError as error:
         raise ValueError(
-            f"TACA Sweep: {name} must be numbers with commas between, such as 1, 1.2; got {text!r}."
+            f"{node}: {name} must be numbers with commas between, such as 1, 1.2; got {text!r}."
         ) from error
     if not values:
-        raise ValueError(f"TACA Sweep: {name} is empty; write one number or more.")
+        raise ValueError(f"{node}: {name} is empty; write one number or more.")
     return values
 
 

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..taca.conditioning import AVOID_STRENGTH, attach, encode, parse, words_of
 from ..taca.schedule import Schedule
 from .patch import TACASchedule
+from .sweep import numbers
 from .ui.schema import schema
 
 NEGATIVES = {"subtract": False, "mirror about the mean": True}
@@ -96,3 +97,34 @@ class TACAWeighWords(io.ComfyNode):
     ) -> io.NodeOutput:
         how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
         return io.NodeOutput(attach(conditioning, words_of(clip, parse(text), **how)))
+
+
+class TACAWordSweep(io.ComfyNode):
+    """A prompt with one weight left open, and a list of weights -> conditionings and labels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACAWordSweep",
+            inputs=[
+                io.Clip.Input("clip"),
+                io.String.Input("text", multiline=True, default="a (red:w) circle"),
+                io.String.Input("weights", default="-1, 0, 0.5, 1, 2, 4"),
+            ],
+            outputs=[
+                io.Conditioning.Output("conditionings", is_output_list=True),
+                io.String.Output("labels", is_output_list=True),
+            ],
+            search_aliases=["taca", "word weights", "xy plot", "grid", "parameter sweep"],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, weights: str) -> io.NodeOutput:
+        if ":w)" not in text:
+            raise ValueError(
+                "TACA Word Sweep has no weight to change: write w in its place, as in (red:w)."
+            )
+        values = numbers("TACA Word Sweep", "weights", weights)
+        texts = [text.replace(":w)", f":{value})") for value in values]
+        labels = [f"w = {value:g}" for value in values]
+        return io.NodeOutput([encode(clip, each) for each in texts], labels)
