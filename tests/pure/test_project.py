@@ -14,7 +14,7 @@ PAGES = [
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("benchmarks/**/*.md")),
 ]
-DOCS = {"models", "exactness", "speed", "alignment", "uvit", "lora", "development"}
+DOCS = {"models", "exactness", "speed", "alignment", "uvit", "lora", "words", "development"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
