@@ -17,8 +17,8 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .attention import Layout, scale_text_keys
-from .block import AFTER_HEADS, Seen, attended_layout, joint_forward
+from .attention import Layout, Span, scale_text_keys
+from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
 from .events import step_at
@@ -180,7 +180,9 @@ class Probe:
         mask = kwargs.pop("mask", None)
         is_split = kwargs.get("skip_reshape", False)
         dim = 2 if is_split else 1
-        if layout := attended_layout(layout, joint, q.shape[dim], k.shape[dim]):
+        num_kept = k.shape[dim] - joint[1]
+        if q.shape[dim] == joint[0] and num_kept >= 0:
+            layout = (*layout, Span("other", num_kept, is_query=False))
             if not is_split:
                 head_dim = q.shape[-1] // heads
                 q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))
