@@ -67,18 +67,6 @@ def joint_forward(
     return taca_forward
 
 
-def attended_layout(layout: Layout, joint: tuple[int, int], queries: int, keys: int) -> Layout:
-    """The layout of a block's joint attention over so many queries and keys; empty if it is not.
-
-    Whatever has not the ``joint`` number of queries, or fewer keys, is another attention, such as
-    attn2 of SD3.5-Medium. More keys are of earlier steps: core's Flux KV Cache appends them.
-    """
-    num_kept = keys - joint[1]
-    if queries != joint[0] or num_kept < 0:
-        return ()
-    return (*layout, Span("other", num_kept, is_query=False)) if num_kept else layout
-
-
 def taca_override(
     gamma: Tensor | None,
     words: WordWeights | None,
@@ -97,8 +85,10 @@ def taca_override(
 ) -> Tensor:
     """The override that is TACA, in place of a block's joint attention.
 
-    gamma and words are as ``temperature_adjusted_attention`` takes them. ``other`` is the override
-    that was there before, which still attends, unless there is an attention to run ``instead``.
+    gamma and words are as ``temperature_adjusted_attention`` takes them. Whatever has not the
+    ``joint`` number of queries, or fewer keys, is another attention, such as attn2 of
+    SD3.5-Medium. ``other`` is the override that was there before, which still attends, unless
+    there is an attention to run ``instead``.
 
     Raises ValueError if the attention kernel does not return one row for each query.
     """
@@ -107,9 +97,11 @@ def taca_override(
     mask = kwargs.pop("mask", None)
     dim = 2 if kwargs.get("skip_reshape") else 1
     out_dim = 2 if kwargs.get("skip_output_reshape") else 1
-    layout = attended_layout(layout, joint, q.shape[dim], k.shape[dim])
-    if not layout:
+    num_kept = k.shape[dim] - joint[1]
+    if q.shape[dim] != joint[0] or num_kept < 0:
         return backend(q, k, v, heads, mask=mask, **kwargs)
+    if num_kept:  # keys of earlier steps that another node appends, as core's Flux KV Cache does
+        layout = (*layout, Span("other", num_kept, is_query=False))
     seen.attended = True
     backend = instead or backend
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .attention import scale_text_keys
-from .block import AFTER_HEADS, Seen, attended_layout, joint_forward
+from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
 from .events import step_at
@@ -26,7 +26,7 @@ from .families import family_of, part_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .run import TacaConfig, config_of
 from .schedule import Schedule, TimestepWindow
-from .spans import Layout
+from .spans import Layout, Span
 from .swap import Forward, Wrap, swapped_forwards
 from .timesteps import resolve, timestep
 from .word_weights import WordWeights, image_mask
@@ -192,7 +192,9 @@ class Probe:
         mask = kwargs.pop("mask", None)
         is_split = kwargs.get("skip_reshape", False)
         dim = 2 if is_split else 1
-        if layout := attended_layout(layout, joint, q.shape[dim], k.shape[dim]):
+        num_kept = k.shape[dim] - joint[1]
+        if q.shape[dim] == joint[0] and num_kept >= 0:
+            layout = (*layout, Span("other", num_kept, is_query=False))
             if not is_split:
                 head_dim = q.shape[-1] // heads
                 q, k = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k))

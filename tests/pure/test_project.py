@@ -56,6 +56,7 @@ def test_readme_is_short_and_has_what_users_look_for():
     wanted = [
         "Install",
         "Your first picture",
+        "Words that weigh",
         "Which values",
         "Models",
         "Nodes",
