@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     """What is weighed, how, and by how much."""
 
     what: str  # "colour" or "shape": both such words of the caption
-    how: str  # "attention" by TACA, "embedding" by ComfyUI, or "avoid"
+    how: str  # "attention" by TACA, "embedding" by ComfyUI, or what to avoid
     weight: float
 
 
@@ -48,6 +48,7 @@ SETTINGS = [
     *(Setting("colour", "attention", weight) for weight in WEIGHTS),
     *(Setting("shape", "attention", weight) for weight in (-1.0, 0.0, 0.5, 2.0, 4.0)),
     *(Setting("colour", "avoid", weight) for weight in (0.5, 1.0, 2.0, 4.0)),
+    *(Setting("colour", "avoid another", weight) for weight in (2.0, 4.0)),
     *(Setting("colour", "embedding", weight) for weight in (0.0, 2.0, 4.0)),
 ]
 
@@ -68,8 +69,10 @@ class Weighing(Subject):
     def _weighed(self, setting: str, caption: str) -> list[Any]:
         what, how, weight = Setting(*json.loads(setting))
         of = "|".join(KINDS[what])
-        if how == "avoid":
+        if how.startswith("avoid"):
             avoid = re.search(rf"\b({of})\b", caption)[0]
+            if how == "avoid another":  # that the caption does not name
+                avoid = next(word for word in KINDS[what] if word not in caption)
             return self.encode(self.clip, caption, avoid, weight)
         text = re.sub(rf"\b({of})\b", rf"(\1:{weight})", caption)
         if how == "embedding":
@@ -124,7 +127,7 @@ def plot(settings: list[dict[str, Any]], path: Path) -> None:
     for axis, model in zip(axes, MODELS, strict=True):
         for what, how in dict.fromkeys((s.what, s.how) for s in SETTINGS):
             points = shares(settings, model=model, what=what, how=how)
-            sign = -1 if how == "avoid" else 1
+            sign = -1 if how.startswith("avoid") else 1
             x = [sign * weight for weight in points]
             y, bars = zip(*points.values(), strict=True) if points else ((), ())
             axis.errorbar(x, y, bars, marker="o", capsize=2, label=f"{what}, {how}")

@@ -4,9 +4,7 @@ to noise, prompts of two lengths joined in one call."""
 import sys
 
 import comfy.samplers
-import families
 import pytest
-import tiny
 import torch
 from comfy_extras.nodes_custom_sampler import (
     BasicGuider,
@@ -15,20 +13,17 @@ from comfy_extras.nodes_custom_sampler import (
     Noise_RandomNoise,
     SamplerCustomAdvanced,
 )
-from reference import dense_attention
-from test_families import exists, named
-from test_families import sample as sample_family
+
+from support import families, tiny
+from support.families import exists, named
+from support.family_runs import sample as sample_family
+from support.reference import dense_attention
 
 REPORT = sys.modules["taca_pack.taca.report"]
 OPTIONS = sys.modules["taca_pack.taca.options"].Options
 PROMPT = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens
 PATCH = sys.modules["taca_pack.taca.patch"].patch_model
 SCHEDULE = sys.modules["taca_pack.taca.schedule"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models")
 
 
 def attending(model, override):
