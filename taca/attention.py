@@ -70,8 +70,8 @@ def temperature_adjusted_attention(
                     rows = mask.narrow(-2, start, length)
                 if words is not None and image:
                     rows = image_mask(words, rows, layout, q)
-                elif words is not None:
-                    rows = text_mask(words, rows, layout, start, length, q)
+                elif words is not None and words.avoided is not None:
+                    rows = text_mask(words.avoided, rows, layout, start, length, q)
                 outputs[i] = attend(queries, keys, values, rows)
         keys, values = k, v
     return torch.cat(outputs, out_dim)

@@ -42,30 +42,30 @@ def image_mask(words: WordWeights, mask: Tensor | None, layout: Layout, like: Te
     dtype and device of ``like``.
     """
     bias = over_keys(words.weights.abs().log(), layout, 0.0)[:, None, None]
-    return _added(mask, bias.to(like))
+    bias = bias.to(like)
+    return bias if mask is None else _added(mask, bias)
 
 
 def text_mask(
-    words: WordWeights, mask: Tensor | None, layout: Layout, start: int, length: int, like: Tensor
-) -> Tensor | None:
+    avoided: Tensor, mask: Tensor | None, layout: Layout, start: int, length: int, like: Tensor
+) -> Tensor:
     """The same for other queries, ``start`` to ``start + length`` among all queries.
 
     Tokens to avoid and the other text do not see one another.
     """
-    if words.avoided is None:
-        return mask
-    avoided = over_keys(words.avoided, layout, False)
-    others = over_keys(~words.avoided, layout, False)
+    others = over_keys(~avoided, layout, False)
+    avoided = over_keys(avoided, layout, False)
     asks = torch.cat(_per_query(avoided, layout), 1).narrow(1, start, length)[:, None, :, None]
     hidden = torch.where(asks, others[:, None, None], avoided[:, None, None])
     bias = torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, -torch.inf)
-    return _added(mask, bias)
+    return bias if mask is None else _added(mask, bias)
 
 
 def signed_values(words: WordWeights, v: Tensor, layout: Layout, dim: int) -> Tensor:
     """V with the values of negative weights negated, or mirrored about the prompt's mean value."""
     # SD3 hands its V as (b, n, h, d) also where dim is 1.
-    shape = [-1 if axis == dim else 1 for axis in range(1, v.ndim)]
+    shape = [1] * (v.ndim - 1)
+    shape[dim - 1] = -1
     is_negative = over_keys(words.weights < 0, layout, False)
     mirror: Tensor | float = 0.0
     if words.centre is not None:
@@ -93,10 +93,8 @@ def _per_query(per_key: Tensor, layout: Layout) -> list[Tensor]:
     return [part for part, span in zip(parts, layout, strict=True) if span.is_query]
 
 
-def _added(mask: Tensor | None, bias: Tensor) -> Tensor:
+def _added(mask: Tensor, bias: Tensor) -> Tensor:
     """A mask as ComfyUI's attention takes it, of any shape, and a bias ``(b, 1, rows, n)``."""
-    if mask is None:
-        return bias
     mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -torch.inf)

@@ -16,6 +16,7 @@ from support.reference import (
     dense,
 )
 from support.tiny import KINDS, installed_on, sample
+from support.words import PROMPT, by_reference, dense_words, weighed
 
 
 def skips(model):
@@ -149,6 +150,21 @@ def test_a_cache(folder, apply_taca, name, ours_first):
     plain = sample(cache(model), kind, **settings)
     assert (plain - expected).abs().max() > 0.1
     assert (plain - sample(model, kind, **settings)).abs().max() > 0.1, "the cache left out calls"
+    assert not installed_on(model)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_and_words(folder, name):
+    """The same for weights: also on a model without TACA, where they come in the conditioning."""
+    kind, cache, dense_cache = CACHES[name]
+    model = tiny.load(folder, kind)
+    settings = {"steps": 6, "text": (TEXT, TEXT)}
+    override = dense_words({TEXT: [1.0] * TEXT, (TEXT, 0): PROMPT})
+    expected = sample(dense_cache(by_reference(model, override)), kind, **settings)
+    assert (sample(cache(model), kind, **settings) - expected).abs().max() > 0.05
+    positive = weighed(tiny.conditioning(kind, TEXT), PROMPT)
+    ours = sample(cache(model), kind, positive=positive, **settings)
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
     assert not installed_on(model)
 
 

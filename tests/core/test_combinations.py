@@ -4,7 +4,6 @@ import gc
 import sys
 from functools import partial
 
-import comfy.hooks
 import comfy.samplers
 import comfy.sd
 import folder_paths
@@ -25,7 +24,7 @@ from support import families, tiny
 from support.families import named
 from support.family_runs import dense as dense_family
 from support.family_runs import sample as sample_family
-from support.loras import random_lora
+from support.loras import hooked, random_lora
 from support.reference import (
     SIZE,
     TEXT,
@@ -125,16 +124,6 @@ def test_beside(folder, apply_taca, kind, name, ours_first):
     torch.testing.assert_close(sample(ours, kind, **settings), expected, atol=2e-3, rtol=2e-3)
     assert (plain - expected).abs().max() > 0.1
     assert not installed_on(model)
-
-
-def hooked(conditioning, lora):
-    """A prompt with core's keyframed LoRA: on in the first half of the sampling."""
-    hook = comfy.hooks.create_hook_lora(lora=dict(lora), strength_model=1.0, strength_clip=0.0)
-    keyframes = comfy.hooks.HookKeyframeGroup()
-    for strength, start in ((1.0, 0.0), (0.0, 0.5)):
-        keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
-    hook.set_keyframes_on_hooks(keyframes)
-    return comfy.hooks.set_hooks_for_conditioning(conditioning, hook)
 
 
 @pytest.mark.parametrize("kind", KINDS)

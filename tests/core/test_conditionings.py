@@ -28,6 +28,7 @@ from support.reference import (
     dense_override,
 )
 from support.tiny import KINDS, installed_on, sample
+from support.words import PROMPT, by_reference, dense_words, weighed
 
 WINDOWS = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid"}
 
@@ -185,6 +186,11 @@ def test_a_controlnet(folder, apply_taca, kind, layout, tmp_path):
     assert not any(installed for _, installed in seen)
     with adjusted(control.control_model):
         assert (drawn(dense(model)) - expected).abs().max() > 0.01
+    override = dense_words({TEXT: [1.0] * TEXT, (TEXT, 0): PROMPT})
+    expected = drawn(by_reference(model, override))
+    assert (plain - expected).abs().max() > 0.05
+    ours = drawn(model, (weighed(hinted[0], PROMPT), hinted[1]))
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
     assert not installed_on(model)
 
 

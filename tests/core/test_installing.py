@@ -33,6 +33,7 @@ from support import tiny
 from support.compiling import TRACED, compiled
 from support.loras import random_lora
 from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
+from support.words import weighed
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 TACA = Path(sys.modules["taca_pack"].__file__).parent / "taca"
@@ -498,7 +499,7 @@ def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog
 # What it costs
 
 
-def python_calls(model, kind):
+def python_calls(model, kind, positive=None):
     """Python calls of the pack in one call of the model inside the window, not the run's first."""
     counts = []
 
@@ -518,7 +519,7 @@ def python_calls(model, kind):
 
     model = model.clone()
     model.set_model_unet_function_wrapper(record)
-    sample(model, kind, steps=3, cfg=1.0)
+    sample(model, kind, steps=3, cfg=1.0, positive=positive)
     assert counts[-1]
     return counts[-1]
 
@@ -554,6 +555,21 @@ def test_the_cost_of_a_block(folder, apply_taca, kind, blocks, index, limit):
         if less:
             del getattr(model.model.diffusion_model, blocks)[index]
         counts.append(python_calls(apply_taca(model, 1.2, 0.0), kind))
+    of_block = counts[0] - counts[1]
+    assert 4 <= of_block.total() <= limit, dict(of_block)
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("flux", "double_blocks"), ("sd3", "joint_blocks")])
+@pytest.mark.parametrize(("weight", "limit"), [(1.5, 12), (-1.0, 14)])
+def test_the_cost_of_words_in_a_block(folder, kind, blocks, weight, limit):
+    """All of it, without gamma: as that; a negative weight adds two calls for the values."""
+    counts = []
+    for less in (False, True):
+        model = tiny.load(folder, kind)
+        if less:
+            del getattr(model.model.diffusion_model, blocks)[1]
+        words = weighed(tiny.conditioning(kind, 7), [1.0, weight, *[1.0] * 5])
+        counts.append(python_calls(model, kind, words))
     of_block = counts[0] - counts[1]
     assert 4 <= of_block.total() <= limit, dict(of_block)
 

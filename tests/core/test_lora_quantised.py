@@ -21,6 +21,7 @@ from support.loras import (
     with_lora,
 )
 from support.tiny import KINDS, reference, sample
+from support.words import PROMPT, by_reference, dense_words, weighed
 
 
 def scaled_fp8(weights, layout):
@@ -137,6 +138,19 @@ def test_quantised_files(apply_taca, load_lora, kind, layout, tmp_path):
     modules = {n.removeprefix("diffusion_model."): m for n, m in model.model.named_modules()}
     kinds = {type(modules[name].weight.data).__name__ for name in names}
     assert kinds == {"Tensor" if layout == "GGUF" else "QuantizedTensor"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["scaled_fp8", "comfy_quant", "GGUF"])
+def test_words_on_quantised_files(kind, layout, tmp_path):
+    weights = tiny.weights(kind)
+    model, plain = quantised(weights, layout, tmp_path / "quantised.safetensors")
+    full = core_model(tmp_path / "plain.safetensors", plain)
+    run = {"steps": 3, "cfg": 1.0}
+    expected = sample(by_reference(full, dense_words({7: PROMPT})), kind, **run)
+    effect = (sample(full, kind, **run) - expected).abs().max()
+    ours = sample(model, kind, positive=weighed(tiny.conditioning(kind, 7), PROMPT), **run)
+    assert (ours - expected).abs().max() < 2e-3 * effect
 
 
 @pytest.mark.parametrize("case", named("FLUX.2", "Qwen-Image"), ids=str)

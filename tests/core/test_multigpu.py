@@ -10,11 +10,13 @@ import comfy.sd
 import pytest
 import torch
 
+import nodes
 from support import tiny
 from support.loras import random_lora
 from support.multigpu import DEVICES, needs_multigpu, split, watched
 from support.reference import dense
 from support.tiny import KINDS, reference, sample
+from support.words import PROMPT, by_reference, dense_words, weighed
 
 pytestmark = needs_multigpu
 lora_module = sys.modules["taca_pack.taca.lora"]
@@ -56,6 +58,25 @@ def test_cfg_on_two_devices(folder, apply_taca, kind, order):
     assert [{d for d, *_ in calls[i : i + 2]} for i in (0, 2, 4, 6)] == [set(DEVICES)] * 4
     assert not installed_on({base for _, base, *_ in calls})
     assert torch.equal(sample(model, kind, **settings), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [None, 1.3])
+def test_words_on_two_devices(folder, apply_taca, kind, gamma):
+    """Each half of CFG has its own weights, on its own device."""
+    model, negative = tiny.load(folder, kind), [1.0] * 11 + [3.0]
+    settings = {"steps": 3, "text": (7, 12)}
+    override = dense_words({7: PROMPT, 12: negative}, gamma or 1.0, threshold=0.0)
+    expected = sample(by_reference(model, override), kind, **settings)
+    assert (sample(model, kind, **settings) - expected).abs().max() > 0.05
+    both, calls = watched(split(model if gamma is None else apply_taca(model, gamma, 0.0)))
+    given = weighed(tiny.conditioning(kind, 7), PROMPT), tiny.conditioning(kind, 12, seed=5)
+    given = given[0], weighed(given[1], negative)
+    empty = {"samples": torch.zeros(1, 16, 16, 16)}
+    ours = nodes.common_ksampler(both, 3, 3, 3.0, "euler", "simple", *given, empty)[0]["samples"]
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+    assert [{d for d, *_ in calls[i : i + 2]} for i in (0, 2, 4)] == [set(DEVICES)] * 3
+    assert not installed_on({base for _, base, *_ in calls})
 
 
 @pytest.mark.parametrize("kind", KINDS)

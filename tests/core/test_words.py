@@ -174,10 +174,10 @@ def test_at_weight_one_bits_are_cores(folder):
 def test_a_window_of_their_own(folder, apply_taca):
     """Weights in the first half alone, gamma in the paper's window; neither ends the other."""
     schedule = sys.modules["taca_pack.taca.schedule"]
-    half = schedule.Schedule(1.2, schedule.TimestepWindow(500.0))
+    half = schedule.Schedule(1.2, schedule.TimestepWindow(700.0))
     words = weighed(tiny.conditioning("flux", 7), PROMPT, schedule=half)
     model = tiny.load(folder, "flux")
-    override = dense_words({7: PROMPT, 12: [1.0] * 12}, 1.3, lambda sigma: sigma >= 0.5)
+    override = dense_words({7: PROMPT, 12: [1.0] * 12}, 1.3, lambda sigma: sigma >= 0.7)
     expected = sample(by_reference(model, override), "flux", steps=4)
     ours = sample(apply_taca(model, 1.3, 970.0), "flux", steps=4, positive=words)
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)

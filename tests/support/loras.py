@@ -1,5 +1,6 @@
 """LoRAs in the formats that core reads, and what merging them gives."""
 
+import comfy.hooks
 import comfy.sd
 import torch
 from comfy.weight_adapter import adapter_maps
@@ -98,3 +99,13 @@ def in_blocks(weights):
         for k, v in weights.items()
         if "blocks" in k and k.endswith(".weight") and v.ndim == 2
     ]
+
+
+def hooked(conditioning, lora):
+    """A prompt with core's keyframed LoRA: on in the first half of the sampling."""
+    hook = comfy.hooks.create_hook_lora(lora=dict(lora), strength_model=1.0, strength_clip=0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.0, 0.5)):
+        keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hook.set_keyframes_on_hooks(keyframes)
+    return comfy.hooks.set_hooks_for_conditioning(conditioning, hook)
