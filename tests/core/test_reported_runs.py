@@ -21,7 +21,6 @@ from support.reference import dense_attention
 
 REPORT = sys.modules["taca_pack.taca.report"]
 OPTIONS = sys.modules["taca_pack.taca.options"].Options
-PROMPT = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens
 PATCH = sys.modules["taca_pack.taca.patch"].patch_model
 SCHEDULE = sys.modules["taca_pack.taca.schedule"]
 
@@ -131,8 +130,8 @@ def test_prompts_that_core_repeats(film):
     effect = (expected - plain).abs().max()
     assert effect > 1e-2
     assert (sample_family(ours, case, **how) - expected).abs().max() < 2e-3 * effect
-    for prompt in (None, PROMPT(None, "a", ((),) * 9)):
-        report = REPORT.Report({"word": [2]}, prompt)
+    for num_tokens in (None, 9):
+        report = REPORT.Report({"word": [2]}, num_tokens)
         sample_family(REPORT.watched(ours, report), case, **how)
         maps = torch.stack(report.maps)[:, 0].double()
         torch.testing.assert_close(maps, torch.stack(found), atol=1e-5, rtol=1e-3)
