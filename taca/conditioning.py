@@ -12,7 +12,7 @@ from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
 from .patch import watch_run
-from .prompt_tokens import PromptTokens
+from .prompt_tokens import PromptTokens, Table
 from .run import KEY as PATCH_KEY
 from .words import KEY, Words
 
@@ -97,13 +97,15 @@ def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
                 f"TACA cannot weigh {phrase!r}: the text encoder does not know it, or cut it off. "
                 f"Choose another word, or a shorter prompt."
             )
-    return Words(prompt, _of_tokens(prompt, parsed), tuple(phrases), **how)
+    beside = {name: _of_tokens(table, parsed) for name, table in prompt.beside.items()}
+    weights = _of_tokens(prompt.table, parsed)
+    return Words(prompt, weights, tuple(phrases), beside=beside, **how)
 
 
-def _of_tokens(prompt: PromptTokens, parsed: WeightedText) -> tuple[float, ...]:
+def _of_tokens(table: Table, parsed: WeightedText) -> tuple[float, ...]:
     """A weight for each token of a conditioning: the mean of its characters'."""
     weights = []
-    for tokens in prompt.table:
+    for tokens in table:
         known = [t for t in tokens if t.start < t.end and not t.is_unknown]
         spans = [range(t.start, t.end) for t in known]
         written = [[i for i in span if not parsed.text[i].isspace()] or span for span in spans]

@@ -256,8 +256,13 @@ class IndexEncoder(nn.Module):
         return isinstance(each, Tensor) and each.shape[-1] != self.width
 
 
-def encoded(encoder: nn.Module, numbered: dict[str, Chunks]) -> list[list[int]]:
-    """The numbers at each place of a conditioning that an encoder makes of numbered tokens."""
+def encoded(encoder: nn.Module, numbered: dict[str, Chunks]) -> dict[str, list[list[int]]]:
+    """The numbers at each place of a conditioning that an encoder makes of numbered tokens.
+
+    By the conditioning's name: "" is the text itself, beside it are Llama's of HiDream-I1 and
+    ByT5's.
+    """
+    more: dict[str, Any] = {}
     if "" in numbered:  # the encoder itself, without a frame
         out = IndexEncoder(encoder).encode_token_weights(numbered[""])[0]
     else:
@@ -265,7 +270,13 @@ def encoded(encoder: nn.Module, numbered: dict[str, Chunks]) -> list[list[int]]:
         within = encoder._modules.items()
         numbering = {n: IndexEncoder(m) for n, m in within if hasattr(m, "encode_token_weights")}
         if not numbering:  # HiDream-O1's text is encoded in the model
-            return [[n] for chunks in numbered.values() for chunk in chunks for _, n in chunk]
+            return {"": [[n] for chunks in numbered.values() for c in chunks for _, n in c]}
         probe.__dict__["_modules"] = numbering
-        out = probe.encode_token_weights(numbered)[0]
-    return [[int(n) for n in row.unique() if n] for row in out[0].cpu()]
+        out, _, *extras = probe.encode_token_weights(numbered)
+        more = extras[0] if extras else {}
+    tensors = {name: each for name, each in more.items() if name.startswith("conditioning_")}
+    rows = {"": out[0], **{name: each.flatten(0, -3)[0] for name, each in tensors.items()}}
+    return {
+        name: [[int(n) for n in row.unique() if n] for row in each.cpu()]
+        for name, each in rows.items()
+    }

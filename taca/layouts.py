@@ -170,6 +170,7 @@ class Around(NamedTuple):
     before: Sequence[float] = ()
     behind: Sequence[float] = ()
     cut: int = 0  # so many of the conditioning's last tokens are left out
+    of: str = ""  # what the conditioning calls them, where they are the prompt's too
 
     def with_prompt(self, prompt: Sequence[float]) -> list[float]:
         """Values of all text tokens, of those of the conditioning's."""
@@ -214,13 +215,15 @@ def glyphs(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Aroun
         return Around()
     own = [1.0] * tokens.shape[1]
     is_last = getattr(model, "cond_type_embedding", None) is None
-    return Around(behind=own) if is_last else Around(own)
+    before, behind = ([], own) if is_last else (own, [])
+    return Around(before, behind, of="conditioning_byt5small")
 
 
 def llama_behind(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
     """HiDream-I1's Llama tokens: those of its last layer, and of one for each block."""
     tokens = arguments.get("encoder_hidden_states_llama3")
-    return Around(behind=[] if tokens is None else [1.0] * (2 * tokens.shape[2]))
+    own = [] if tokens is None else [1.0] * (2 * tokens.shape[2])
+    return Around(behind=own, of="conditioning_llama3")
 
 
 def _argument(args: Args, kwargs: Kwargs, position: int, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from comfy.sd import CLIP
@@ -30,6 +30,9 @@ class Token(NamedTuple):
     is_unknown: bool  # whether it stands for whatever its tokenizer has no token for
 
 
+Table = tuple[tuple[Token, ...], ...]
+
+
 @dataclass(frozen=True)
 class PromptTokens:
     """A prompt, and the tokens of the conditioning that a CLIP makes of it."""
@@ -37,7 +40,9 @@ class PromptTokens:
     text: str
     # For each token of the conditioning those of the encoders whose embeddings are joined in it,
     # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up.
-    table: tuple[tuple[Token, ...], ...]
+    table: Table
+    # The same of what the conditioning holds beside its text, by its name there.
+    beside: Mapping[str, Table] = field(default_factory=dict)
 
     @classmethod
     def of(cls, clip: CLIP, text: str) -> "PromptTokens":
@@ -73,8 +78,11 @@ class PromptTokens:
                         is_unknown = each.is_unknown
                     span = (min(at), max(at) + 1) if at else (0, 0)
                     tokens.append(Token(name, *span, is_padding, is_unknown))
-        rows = encoded(encoder, numbered)
-        return cls(text, tuple(tuple(tokens[n] for n in row) for row in rows))
+        tables = {
+            name: tuple(tuple(tokens[n] for n in row) for row in rows)
+            for name, rows in encoded(encoder, numbered).items()
+        }
+        return cls(text, tables.pop(""), tables)
 
     def own(self) -> tuple[float, ...]:
         """1 for each token of the prompt, its start, end and template; 0 for padding."""

@@ -1,6 +1,6 @@
 """The words of a prompt that weigh, as its conditioning carries them, and as a call needs them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ class Words:
     prompt: PromptTokens
     weights: tuple[float, ...]  # of each token of the conditioning
     phrases: tuple[tuple[str, float], ...]  # that weigh, for messages
+    # The same of what the conditioning holds beside its text, by its name there.
+    beside: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     num_avoided: int = 0  # so many of its last tokens are of what to avoid
     about_mean: bool = False  # whether negative weights mirror about the prompt's mean value
     schedule: Schedule | None = None  # in whose window they weigh; None for the whole run
@@ -39,6 +41,14 @@ class Words:
         """The tokens of each phrase that weighs and is not avoided."""
         phrases = dict(self.phrases[: len(self.phrases) - bool(self.num_avoided)])
         return {phrase: self.prompt.word(phrase) for phrase in phrases}
+
+    def weighted_beside(self, name: str, share: float, count: int) -> list["Weighted"]:
+        """The same of ``count`` tokens that the model takes of what is beside the text.
+
+        HiDream-I1 takes Llama's tokens twice: of the last layer, and of one for each block.
+        """
+        own = [Weighted(1 + share * (weight - 1)) for weight in self.beside.get(name, ())]
+        return own * (count // len(own)) if own and count % len(own) == 0 else [PLAIN] * count
 
     def weighted(self, share: float) -> list["Weighted"]:
         """What its tokens weigh with this share of the weights: at 0, as if none had been given."""
@@ -167,10 +177,15 @@ def _of_row(row: Row, num_text: int, around: Around) -> list[Weighted]:
         # two lengths, ComfyUI repeats each of them.
         tokens = [PLAIN] * row.filled + own + [PLAIN] * appended
         tokens *= num_text // row.length
+    before, behind = ([PLAIN] * len(each) for each in (around.before, around.behind))
+    if row.words is not None and around.of:
+        before, behind = (
+            row.words.weighted_beside(around.of, row.share, len(each)) for each in (before, behind)
+        )
     kept = num_text - around.cut
     if any(token.is_avoided for token in tokens[kept:]):
         raise ValueError("TACA: this model cuts off what is to be avoided: write a shorter prompt.")
-    return [PLAIN] * len(around.before) + tokens[:kept] + [PLAIN] * len(around.behind)
+    return before + tokens[:kept] + behind
 
 
 def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:

@@ -10,13 +10,19 @@ from support.words import weighed
 WEIGHTS = [1.0, 2.0, 0.0, 0.5, 1.0, -1.0, 3.0]
 
 
-def text_places(case):
-    """Where the tokens of the conditioning are among all keys of the sequence."""
+def all_text(case):
+    """Where text is among all keys of the sequence."""
     at, places = 0, []
     for kind, length, *_ in case.spans(case.text[0], case.tokens):
         if kind == "text":
             places += range(at, at + length)
         at += length
+    return places
+
+
+def text_places(case):
+    """Where the tokens of the conditioning are among all keys."""
+    places = all_text(case)
     first = FIRST.get(case.name, 0)
     if "FLUX.2" in case.name:  # filled up in front
         first = len(places) - case.text[0]
@@ -78,3 +84,31 @@ def test_what_is_avoided_is_not_seen_by_the_prompt(case, folder, monkeypatch):
     if case.name not in ("Mochi", "Ernie-Image"):  # cropped by the mask; asks no override
         assert torch.equal(keys[0], keys[len(keys) // 2])
     assert not torch.equal(*pictures)
+
+
+BESIDE = {
+    "HiDream-I1": ("conditioning_llama3", 9, 2),  # behind the text, of two layers
+    "HunyuanImage 2.1": ("conditioning_byt5small", 9, 1),
+    "HunyuanVideo 1.5": ("conditioning_byt5small", 0, 1),
+}
+"""What is beside the text, its first place among the text's, and how often it is there."""
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_words_weigh_in_what_is_beside_the_text(name, folder, monkeypatch):
+    (case,) = families.named(name)
+    if not families.exists(case):
+        pytest.skip(f"this ComfyUI has no {name}")
+    model = families.load(case, folder, monkeypatch)
+    key, first, times = BESIDE[name]
+    first = case.text[0] if first else 0
+    weights = (1.0, 2.0, -1.0, 0.0, 3.0)
+    positive = weighed(
+        families.conditioning(case), [2.0] + [1.0] * (case.text[0] - 1), beside={key: weights}
+    )
+    ours = sample(model, case, positive=positive)
+    places = all_text(case)[first:]
+    at = dict(zip(places, weights * times, strict=False))
+    at[text_places(case)[0]] = 2.0
+    expected = sample(dense(model, case, 1.0, weights=at), case)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)

@@ -131,3 +131,19 @@ def test_what_to_avoid_is_behind_the_prompt(pack):
     assert words.weights == (1.0,) * plain.shape[1] + (-2.0,) * len(own)
     assert words.num_avoided == len(own)
     assert "hooks" not in pack["TACATextEncode"].execute(clip, PLAIN).result[0][0][1]
+
+
+def test_words_of_what_is_beside_the_text():
+    """Llama's tokens of HiDream-I1."""
+    clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
+    words = conditioning.words_of(clip, conditioning.parse(TEXT))
+    ((text, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(PLAIN))
+    assert len(words.weights) == text.shape[1]
+    beside = words.beside["conditioning_llama3"]
+    assert len(beside) == extras["conditioning_llama3"].shape[2]
+    ids = [each for chunk in clip.tokenize(PLAIN)["llama"] for each, _ in chunk]
+    decode = clip.tokenizer.llama.tokenizer.decode
+    for weight, word in ((1.5, "blue scarf"), (0.0, "fog"), (-1.0, "pillows")):
+        found = decode([ids[i] for i, w in enumerate(beside) if w == weight])
+        assert found.strip()
+        assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost

@@ -59,7 +59,7 @@ def clip_of(tokenizer, encoder, folder=None, file=None, **how):
     clip.tokenizer_options, clip.layer_idx = {}, None
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
     build = part(encoder)
-    build = build() if build.__name__ in ("klein_te", "flux2_te") else build
+    build = build() if build.__name__ in ("klein_te", "flux2_te", "hidream_clip") else build
     if encoder.endswith("HiDreamO1TE"):
         clip.cond_stage_model = build()
         return clip
