@@ -47,6 +47,13 @@ METHODS = {
     "two full": "paper: two full attentions",
     "dense": "paper: dense matrix",
 }
+WORDS = {"word": 1.5, "negative word": -1.0}
+WEIGHED = {
+    "plain": "plain",
+    "plain again": "plain, again",
+    "word": "one word at 1.5",
+    "negative word": "one word at -1",
+}
 T_INSIDE, T_OUTSIDE = 0.99, 0.5
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn")
 
@@ -157,7 +164,9 @@ class Methods:
     def __init__(
         self, plain: Any, model: Model, size: int, batch: int, overrides: Any, ranks: Any
     ) -> None:
-        patch, schedule, lora = comfyui.parts("patch", "schedule", "lora_file")
+        patch, schedule, lora, *of_words = comfyui.parts(
+            "patch", "schedule", "lora_file", "conditioning", "words", "prompt_tokens"
+        )
         taca = patch.patch_model(plain, schedule.Schedule())
         self.models = {"plain": plain, "plain again": plain, "outside": taca, "inside": taca}
         for rank in ranks:
@@ -179,6 +188,14 @@ class Methods:
         elif model.mask:
             conds |= {"attention_mask": mask, "attention_mask_img_shape": (side, side)}
         self.conditioning = [[torch.randn(1, *model.text, generator=generator), conds]]
+        conditioning, words, tokens = of_words
+        self.weighed = {}
+        for name, weight in WORDS.items():  # a word of two tokens, on the plain model
+            weights = (1.0,) * 5 + (weight,) * 2 + (1.0,) * (text - 7)
+            prompt = tokens.PromptTokens("", ((),) * text)
+            own = words.Words(prompt, weights, (("word", weight),))
+            self.models[name] = plain
+            self.weighed[name] = conditioning.attach(self.conditioning, own)
 
     def run(self, method: str, around: Callable[..., Any], is_inside: bool | None = None) -> Any:
         """One sampling run by core, whose sampler calls the model as ``around`` says.
@@ -196,7 +213,8 @@ class Methods:
             return x
 
         sampled = comfy.samplers.KSAMPLER(sampler), torch.tensor([T_INSIDE, T_OUTSIDE, 0.0])
-        inputs = self.conditioning, self.conditioning, torch.zeros_like(self.noise)
+        positive = self.weighed.get(method, self.conditioning)
+        inputs = positive, self.conditioning, torch.zeros_like(self.noise)
         model, options = self.models[method], {"disable_pbar": True, "seed": 0}
         comfy.sample.sample_custom(model, self.noise, 1.0, *sampled, *inputs, **options)
         return found[0]
@@ -247,10 +265,10 @@ def heading(case: dict[str, Any]) -> str:
     )
 
 
-def table(case: dict[str, Any]) -> str:
+def table(case: dict[str, Any], methods: dict[str, str] = METHODS) -> str:
     """Ratios as Markdown."""
     steps, rows = case["step"], []
-    for name, label in METHODS.items():
+    for name, label in methods.items():
         if name in steps:
             row, pictures = steps[name], ["", ""]
             if name == "inside" or name.startswith("lora") or name in PAPER:
@@ -273,7 +291,7 @@ def measure(
     Raises SystemExit if core says that another attention runs than the one that was asked for.
     """
     model, uncompiled = MODELS[name], {}
-    names = ["plain", *(options.methods or list(METHODS)[1:])]
+    names = ["plain", *(options.methods or list(WEIGHED if options.words else METHODS)[1:])]
     overrides, said = {}, BufferingHandler(10**6)
     said.addFilter(lambda record: "attention" in record.getMessage().lower())
     said.setLevel(logging.WARNING)
@@ -316,7 +334,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, parents=[comfyui.parser])
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["flux"])
-    add("--methods", nargs="+", choices=list(METHODS)[1:], help="beside plain")
+    add("--methods", nargs="+", choices=list(METHODS | WEIGHED)[1:], help="beside plain")
+    add("--words", action="store_true", help="words that weigh, in place of TACA and the paper's")
     add("--compile", action="store_true", help="by torch's inductor")
     add("--full", action="store_true", help="all blocks, as on a GPU")
     options = timing.parse_cases(parser, DTYPES)
@@ -327,7 +346,9 @@ def main() -> None:
             f"run here (core's log says why)."
         )
     device = comfy.model_management.get_torch_device()
-    results = timing.Results("model", options.out, device)
+    methods = WEIGHED if options.words else METHODS
+    table_of = partial(table, methods=methods)
+    results = timing.Results("words-cost" if options.words else "model", options.out, device)
     for name, dtype in itertools.product(options.models, options.dtypes):
         model = MODELS[name]
         depth = model.depth if options.full or device.type == "cuda" else model.reduced
@@ -339,10 +360,10 @@ def main() -> None:
             case["environment"] = timing.environment(device, options.clock)
             case |= measure(plain, name, size, batch, options, device)
             results.add(heading(case), case)
-            print(f"\n### {heading(case)}\n\n{table(case)}", flush=True)
+            print(f"\n### {heading(case)}\n\n{table_of(case)}", flush=True)
         comfy.model_management.unload_all_models()
-    results.report("One step of a model in ComfyUI", table)
-    results.plot(METHODS)
+    results.report("One step of a model in ComfyUI", table_of)
+    results.plot(methods)
 
 
 if __name__ == "__main__":

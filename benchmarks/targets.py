@@ -20,6 +20,7 @@ STEP = f"{TWO_CALLS}; the more, the larger attention's share of a step"
 MEMORY = "the LoRA's own tensors and products; without one, the copy of K"
 PICTURE = "three times a thirtieth of a step's ratio"
 LORA = "the LoRA's own products, and the host's work for each of its layers"
+WORDS = "a mask of one row, and with a negative weight a copy of V"
 HOST = "Python wraps, calls and puts back 57 blocks' forwards; with a LoRA 304 layers' more"
 
 
@@ -46,7 +47,8 @@ def rows() -> Iterator[list[str]]:
     models, gpu, cpu = read("model"), "step inside the window, GPU", "step inside the window, CPU"
 
     def of(name: str, where: dict[str, Any]) -> tuple[list[float], list[float]]:
-        return timing.ratios(where[name]), timing.ratios(where["plain again"])
+        plain = where.get("plain again")
+        return timing.ratios(where[name]), timing.ratios(plain) if plain else []
 
     asked = ("cuda", "flux", 1024, "bfloat16")
     steps = []
@@ -75,6 +77,11 @@ def rows() -> Iterator[list[str]]:
         if "lora 64" in case["step"]:
             found = of("lora 64", case["step"])
             yield row("step inside with a LoRA r = 64", name, 1.10, found, LORA)
+    for name, case in read("words-cost").items():
+        for key, weight in (("word", "1.5"), ("negative word", "-1")):
+            yield row(f"step with a word at {weight}", name, 1.05, of(key, case["step"]), WORDS)
+            found = [case["peak_mib"][key] / case["peak_mib"]["plain"]] * 3
+            yield row(f"its peak memory at {weight}", name, 1.02, (found, []), WORDS)
     for name, case in read("host").items():
         us = {key: [each[k] for k in ("p10", "us", "p90")] for key, each in case["rows"].items()}
         for key, what in (("inside", "57 blocks"), ("inside lora", "and a LoRA on 304 layers")):

@@ -96,7 +96,7 @@ class TACAWeighWords(io.ComfyNode):
         schedule: Schedule | None = None,
     ) -> io.NodeOutput:
         how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
-        return io.NodeOutput(attach(conditioning, words_of(clip, parse(text), **how)))
+        return io.NodeOutput(attach(conditioning, words_of(clip, parse(text), **how), clip))
 
 
 class TACAWordSweep(io.ComfyNode):

@@ -1,5 +1,6 @@
 """Conditionings whose words weigh: ``(blue scarf:1.5)``, ``(fog:0)``, ``(pillows:-1)``."""
 
+import inspect
 import math
 from dataclasses import replace
 from functools import partial
@@ -145,21 +146,29 @@ def avoiding(
     return joined, replace(words, weights=weights, phrases=phrases, num_avoided=len(chosen))
 
 
-def attach(conditioning: Conditioning, words: Words) -> Conditioning:
+def attach(conditioning: Conditioning, words: Words, clip: CLIP | None = None) -> Conditioning:
     """A conditioning that carries its words, and brings their weights to the model.
+
+    Its CLIP tells whether more tokens than the text's are of pictures, which stand before it.
 
     Raises ValueError if it has another number of tokens than its words.
     """
     carrying = []
     for text, extras in conditioning:
-        if text.shape[1] != len(words.weights):
+        more = text.shape[1] - len(words.weights)
+        if more < 0 or (more and not _sees_pictures(clip)):
             raise ValueError(
                 f"TACA: this conditioning has {text.shape[1]} text tokens, and the text has "
                 f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it."
             )
-        carrying.append([text, {**extras, KEY: words}])
+        carrying.append([text, {**extras, KEY: words.behind(more)}])
     if not words.weigh:
         return carrying
     hooks = comfy.hooks.HookGroup()
     hooks.add(WeighHook())
     return comfy.hooks.set_hooks_for_conditioning(carrying, hooks)
+
+
+def _sees_pictures(clip: CLIP | None) -> bool:
+    tokenize = getattr(getattr(clip, "tokenizer", None), "tokenize_with_weights", None)
+    return tokenize is not None and "images" in inspect.signature(tokenize).parameters

@@ -1,7 +1,7 @@
 """The words of a prompt that weigh, as its conditioning carries them, and as a call needs them."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,13 @@ class Words:
     def weigh(self) -> bool:
         """Whether any token has another weight than 1."""
         return any(weight != 1 for weight in self.weights)
+
+    def behind(self, count: int) -> "Words":
+        """The same words behind so many tokens of pictures, which weigh 1."""
+        if not count:
+            return self
+        prompt = replace(self.prompt, table=(((),) * count) + self.prompt.table)
+        return replace(self, prompt=prompt, weights=(1.0,) * count + self.weights)
 
     def weighed_tokens(self) -> dict[str, list[int]]:
         """The tokens of each phrase that weighs and is not avoided."""

@@ -147,3 +147,25 @@ def test_words_of_what_is_beside_the_text():
         found = decode([ids[i] for i, w in enumerate(beside) if w == weight])
         assert found.strip()
         assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "Krea 2", "Boogu", "JoyImage", "Mage-Flow"])
+def test_pictures_stand_before_the_text(name, pack):
+    """Their encoders put the pictures' tokens first, and end as they do without pictures."""
+    clip = clip_named(name)
+    picture = torch.rand(1, 56, 56, 3)
+    (key,) = clip.tokenize(PLAIN)
+    with_picture, without = (
+        [each for chunk in tokens[key] for each, *_ in chunk]
+        for tokens in (clip.tokenize(PLAIN, images=[picture]), clip.tokenize(PLAIN))
+    )
+    words = conditioning.words_of(clip, conditioning.parse(TEXT))
+    last = [i for i, w in enumerate(words.weights) if w != 1]
+    tail = len(words.weights) - last[0]
+    assert with_picture[-tail:] == without[-tail:]
+    assert any(not isinstance(each, int) for each in with_picture[:-tail])
+    ((text, _),) = clip.encode_from_tokens_scheduled(clip.tokenize(PLAIN))
+    theirs = [[torch.cat([torch.ones_like(text[:, :4]), text], 1), {}]]
+    ((_, extras),) = pack["TACAWeighWords"].execute(theirs, clip, TEXT).result[0]
+    assert extras[KEY].weights == (1.0,) * 4 + words.weights
+    assert extras[KEY].prompt.own()[:4] == (0.0,) * 4

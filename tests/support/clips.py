@@ -65,15 +65,16 @@ def clip_of(tokenizer, encoder, folder=None, file=None, **how):
         return clip
     encoder = build(device="meta", dtype=torch.float32, model_options=dict(OPTIONS), **how)
     generator = torch.Generator().manual_seed(0)
-    for name, module in encoder.named_modules():
-        if "visual" not in name.split("."):  # large, and not asked
-            for key, weight in module._parameters.items():
-                if weight is not None:
-                    noise = 0.3 * torch.randn(weight.shape, generator=generator)
-                    module._parameters[key] = torch.nn.Parameter(noise, requires_grad=False)
-            for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    module._buffers[key] = torch.arange(buffer.numel()).view(buffer.shape)
+    for module in encoder.modules():
+        if "visual" in module._modules:  # large, and not asked
+            module._modules["visual"] = torch.nn.Identity()
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                noise = 0.3 * torch.randn(weight.shape, generator=generator)
+                module._parameters[key] = torch.nn.Parameter(noise, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.arange(buffer.numel()).view(buffer.shape)
     clip.cond_stage_model = encoder
     clip.patcher = comfy.model_patcher.ModelPatcher(encoder, CPU, CPU)
     clip.patcher.is_clip = True
