@@ -54,6 +54,8 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
     ),
     "LoadTACALoRA": ("LoadTACALoRA", {"lora_name": LORA}),
     "CLIPTextEncode": ("TACADemoTextEncode", {"text": "a red circle left of a blue square"}),
+    "TACATextEncode": ("TACATextEncode", {"text": "a (red:0) circle left of a blue square"}),
+    "DualCLIPLoader": ("TACADemoLoadCLIP", {}),
     "TextEncodeQwenImageEditPlus": ("TACADemoTextEncode", {"text": "a red circle"}),
     "EmptySD3LatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
     "EmptyFlux2LatentImage": ("EmptySD3LatentImage", {"width": 128, "height": 128}),
@@ -71,8 +73,11 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
 
 def on_the_demo_model(graph, object_info):
     """A graph in API format with stand-ins; what nothing needs any more is not run."""
+    stand_ins = STAND_INS
+    if any(node["class_type"] == "TACATextEncode" for node in graph.values()):
+        stand_ins = STAND_INS | {"CLIPLoader": ("TACADemoLoadCLIP", {})}
     for node in graph.values():
-        kind, new = STAND_INS.get(node["class_type"], (node["class_type"], {}))
+        kind, new = stand_ins.get(node["class_type"], (node["class_type"], {}))
         known = {name for group in object_info[kind]["input"].values() for name in group}
         given = node["inputs"].items()  # a nested one is named parent.child
         old = {name: value for name, value in given if name.partition(".")[0] in known}
