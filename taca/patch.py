@@ -95,6 +95,9 @@ def watch_run(
     sampling, training = patcher.get_model_object("model_sampling"), False
     if comfy.model_management.in_training:
         training, given["sigmas"] = True, None
+        if config is None:
+            log.warning("TACA: word weights do not act in training.")
+            return executor(*args, **kwargs)
     run = Run(config or TacaConfig(Schedule(1.0)), NEVER)
     if config is not None:
         run.schedule = resolve(config.schedule, sampling, given["sigmas"])

@@ -2,6 +2,7 @@
 
 import sys
 
+import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
@@ -411,3 +412,12 @@ def test_the_report_shows_what_weighs(folder, pack):
     torch.testing.assert_close(weighed[0, 0].double(), shares[1], atol=1e-5, rtol=1e-4)
     expected = (odds[..., 1] / odds.sum(-1)).mean()
     torch.testing.assert_close(report.maps[0].mean().double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_training_goes_on_without_them(folder, monkeypatch, caplog):
+    model = tiny.load(folder, "flux")
+    monkeypatch.setattr(comfy.model_management, "in_training", True)
+    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    ours = sample(model, "flux", steps=2, positive=words)
+    assert torch.equal(ours, sample(model, "flux", steps=2))
+    assert "word weights do not act in training" in caplog.text
