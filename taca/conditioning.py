@@ -1,7 +1,8 @@
 """Conditionings whose words weigh: ``(blue scarf:1.5)``, ``(fog:0)``, ``(pillows:-1)``."""
 
 import inspect
-import math
+import logging
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,12 @@ Conditioning = list[list[Any]]
 
 AVOID_STRENGTH = 2.0
 """What docs/words.md measured: 1 hardly shows, 4 harms pictures."""
+
+
+LARGEST = 1000.0
+"""The largest weight, either way: the attention's exponentials have to stay finite."""
+
+log = logging.getLogger("taca")
 
 
 class WeighHook(comfy.hooks.TransformerOptionsHook):
@@ -52,13 +59,22 @@ class WeightedText(NamedTuple):
 def parse(text: str) -> WeightedText:
     """Read the weights of a prompt by ComfyUI's own rules.
 
-    Raises ValueError if a weight is no finite number.
+    Raises ValueError if a weight is no number, or a very large one.
     """
     plain, weights, phrases = "", [], []
     for segment, weight in token_weights(escape_important(text), 1.0):
+        if re.search("[()]", segment):
+            log.warning(
+                "TACA: a bracket has no partner in %r, so it and the weights behind it are taken "
+                "as text. Write \\( or \\) for a bracket that you mean.",
+                text,
+            )
         segment = unescape_important(segment).replace("(", r"\(").replace(")", r"\)")
-        if not math.isfinite(weight):
-            raise ValueError(f"TACA: the weight of {segment!r} must be a number, not {weight}.")
+        if not abs(weight) <= LARGEST:
+            raise ValueError(
+                f"TACA: the weight of {segment!r} must be a number between -{LARGEST:g} and "
+                f"{LARGEST:g}, not {weight}."
+            )
         if weight != 1 and segment.strip():
             phrases.append((len(plain), len(plain) + len(segment), weight))
         weights += [weight] * len(segment)
@@ -91,16 +107,17 @@ def encode(
 def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
     """What the tokens of a prompt weigh; errors as ``encode``."""
     prompt = PromptTokens.of(clip, parsed.text)
-    phrases = [(parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases]
-    for (start, end, _), (phrase, _) in zip(parsed.phrases, phrases, strict=True):
-        if not prompt.covering(start, end):
+    phrases = tuple((parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases)
+    places = tuple(tuple(prompt.covering(start, end)) for start, end, _ in parsed.phrases)
+    for (phrase, _), tokens in zip(phrases, places, strict=True):
+        if not tokens:
             raise ValueError(
                 f"TACA cannot weigh {phrase!r}: the text encoder does not know it, or cut it off. "
                 f"Choose another word, or a shorter prompt."
             )
     beside = {name: _of_tokens(table, parsed) for name, table in prompt.beside.items()}
     weights = _of_tokens(prompt.table, parsed)
-    return Words(prompt, weights, tuple(phrases), beside=beside, **how)
+    return Words(prompt, weights, phrases, places, beside=beside, **how)
 
 
 def _of_tokens(table: Table, parsed: WeightedText) -> tuple[float, ...]:
@@ -125,6 +142,10 @@ def avoiding(
     """
     others = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     avoided = words_of(clip, parsed)
+    if min(avoided.weights) < 0:
+        raise ValueError(
+            "TACA: what is to be avoided has no negative weights; that would ask for it."
+        )
     tokens = enumerate(avoided.prompt.table)
     chosen = [i for i, each in tokens if any(token.start < token.end for token in each)]
     joined = []
@@ -161,6 +182,8 @@ def attach(conditioning: Conditioning, words: Words, clip: CLIP | None = None) -
                 f"TACA: this conditioning has {text.shape[1]} text tokens, and the text has "
                 f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it."
             )
+        if more:
+            log.info("TACA takes %d tokens before those of the text for pictures'.", more)
         carrying.append([text, {**extras, KEY: words.behind(more)}])
     if not words.weigh:
         return carrying

@@ -25,7 +25,8 @@ class Words:
 
     prompt: PromptTokens
     weights: tuple[float, ...]  # of each token of the conditioning
-    phrases: tuple[tuple[str, float], ...]  # that weigh, for messages
+    phrases: tuple[tuple[str, float], ...]  # that weigh, and what is avoided; for messages
+    places: tuple[tuple[int, ...], ...] = ()  # the tokens of each that weighs
     # The same of what the conditioning holds beside its text, by its name there.
     beside: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     num_avoided: int = 0  # so many of its last tokens are of what to avoid
@@ -35,19 +36,23 @@ class Words:
     @property
     def weigh(self) -> bool:
         """Whether any token has another weight than 1."""
-        return any(weight != 1 for weight in self.weights)
+        return bool(self.num_avoided) or any(weight != 1 for weight in self.weights)
 
     def behind(self, count: int) -> "Words":
         """The same words behind so many tokens of pictures, which weigh 1."""
         if not count:
             return self
         prompt = replace(self.prompt, table=(((),) * count) + self.prompt.table)
-        return replace(self, prompt=prompt, weights=(1.0,) * count + self.weights)
+        places = tuple(tuple(count + i for i in each) for each in self.places)
+        weights = (1.0,) * count + self.weights
+        return replace(self, prompt=prompt, weights=weights, places=places)
 
     def weighed_tokens(self) -> dict[str, list[int]]:
-        """The tokens of each phrase that weighs and is not avoided."""
-        phrases = dict(self.phrases[: len(self.phrases) - bool(self.num_avoided)])
-        return {phrase: self.prompt.word(phrase) for phrase in phrases}
+        """The tokens of each phrase that weighs, wherever it does so."""
+        found: dict[str, list[int]] = {}
+        for (phrase, _), places in zip(self.phrases, self.places, strict=False):
+            found.setdefault(phrase, []).extend(places)
+        return found
 
     def weighted_beside(self, name: str, share: float, count: int) -> list["Weighted"]:
         """The same of ``count`` tokens that the model takes of what is beside the text.
@@ -103,6 +108,7 @@ class RunWords:
 
     prompts: Prompts
     schedules: dict[Words, ResolvedSchedule | None]
+    zeroed: frozenset[Any]  # entries that Zero Out left their words, by name and uuid
     tensors: dict[Any, WordWeights] = field(default_factory=dict)
 
     @classmethod
@@ -110,14 +116,18 @@ class RunWords:
         cls, prompts: Prompts, resolve: Callable[[Schedule], ResolvedSchedule]
     ) -> "RunWords | None":
         """None where no word of the run weighs. ``resolve`` resolves a schedule for the run."""
-        found = {each.get(KEY): each.get("cross_attn") for _, each in prompts.entries()}
+        weighing = [(n, each) for n, each in prompts.entries() if KEY in each and each[KEY].weigh]
+        zeroed = frozenset(
+            (name, each["uuid"])
+            for name, each in weighing
+            if each.get("cross_attn") is not None and not bool(each["cross_attn"].any())
+        )
         schedules = {
-            words: resolve(words.schedule) if words.schedule else None
-            for words, text in found.items()
-            # Zero Out keeps the words of what it zeroes.
-            if words is not None and words.weigh and (text is None or bool(text.any()))
+            each[KEY]: resolve(each[KEY].schedule) if each[KEY].schedule else None
+            for name, each in weighing
+            if (name, each["uuid"]) not in zeroed
         }
-        return cls(prompts, schedules) if schedules else None
+        return cls(prompts, schedules, zeroed) if schedules else None
 
     def __str__(self) -> str:
         phrases = {phrase for words in self.schedules for phrase in words.phrases}
@@ -152,14 +162,19 @@ class RunWords:
 
     def _rows(self, call: CallArguments, t: list[float]) -> Iterator[Row]:
         for entries, each in zip(self.prompts.of_rows(call), t, strict=True):
-            found = {(entry.get(KEY), *_lengths(entry)) for _, entry in entries}
+            found = {(self._of(name, entry), *_lengths(entry)) for name, entry in entries}
             if len(found) != 1:
                 raise ValueError(UNTOLD.format("which prompt's", "the word weights"))
             words, length, filled = found.pop()
-            words = words if words in self.schedules else None
-            schedule = words and self.schedules[words]
+            schedule = self.schedules[words] if words else None
             share = 1.0 if schedule is None else float(schedule.share_at(torch.tensor(each)))
             yield Row(words, length, filled, share)
+
+    def _of(self, name: str, entry: dict[str, Any]) -> Words | None:
+        """The words of a conditioning, if they weigh."""
+        words = entry.get(KEY)
+        weighs = words in self.schedules and (name, entry["uuid"]) not in self.zeroed
+        return words if weighs else None
 
 
 def _lengths(entry: dict[str, Any]) -> tuple[int, int]:

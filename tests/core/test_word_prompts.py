@@ -69,9 +69,19 @@ def test_weights_as_core_reads_them(text, plain, weights):
 
 
 def test_a_weight_that_is_no_number():
-    for weight in ("nan", "inf", "-inf"):
+    for weight in ("nan", "inf", "-inf", "1e40"):
         with pytest.raises(ValueError, match="the weight of 'fog' must be a number"):
             conditioning.parse(f"a (fog:{weight})")
+
+
+def test_a_bracket_without_its_partner(caplog):
+    assert conditioning.parse("smile :) (red:2)").phrases == ()
+    assert "a bracket has no partner in 'smile :) (red:2)'" in caplog.text
+
+
+def test_what_to_avoid_is_not_asked_for():
+    with pytest.raises(ValueError, match="no negative weights"):
+        conditioning.encode(clip_named("FLUX.1"), "a cat", "(fog:-0.5)")
 
 
 def test_words_beyond_a_chunk_and_across_brackets():

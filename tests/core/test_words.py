@@ -251,14 +251,27 @@ def test_what_is_appended_weighs_one(folder):
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
 
 
-def test_zeroed_text_has_no_words(folder):
+@pytest.mark.parametrize("num_avoided", [0, 3])
+def test_zeroed_text_has_no_words(num_avoided, folder):
+    """Zero Out keeps the words of what it zeroes, and both stand in one run at CFG 1 and above."""
     model = tiny.load(folder, "flux")
-    zeroed = nodes.ConditioningZeroOut().zero_out(weighed(tiny.conditioning("flux", 7), PROMPT))[0]
-    plain = nodes.ConditioningZeroOut().zero_out(tiny.conditioning("flux", 7))[0]
-    assert torch.equal(
-        sample(model, "flux", steps=2, positive=zeroed),
-        sample(model, "flux", steps=2, positive=plain),
+    weights = [2.0, 1.0, 1.0, 0.5, -1.0, -1.0, -1.0]
+    words = weighed(tiny.conditioning("flux", 7), weights, num_avoided=num_avoided)
+    zeroed, plain = (
+        nodes.ConditioningZeroOut().zero_out(each)[0]
+        for each in (words, tiny.conditioning("flux", 7))
     )
+    empty = {"samples": torch.zeros(1, 16, 16, 16)}
+    for cfg in (1.0, 3.0):
+        both = [
+            nodes.common_ksampler(model, 3, 2, cfg, "euler", "simple", words, each, empty)[0]
+            for each in (zeroed, plain)
+        ]
+        torch.testing.assert_close(both[0]["samples"], both[1]["samples"], atol=1e-5, rtol=1e-5)
+        unweighed = nodes.common_ksampler(
+            model, 3, 2, cfg, "euler", "simple", tiny.conditioning("flux", 7), plain, empty
+        )[0]["samples"]
+        assert (both[0]["samples"] - unweighed).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
@@ -386,7 +399,7 @@ def test_the_report_shows_what_weighs(folder, pack):
     model, text = tiny.load(folder, "flux"), tiny.conditioning("flux", 3)
     token = sys.modules["taca_pack.taca.prompt_tokens"].Token
     prompt = PromptTokens("a b c", tuple((token("l", i, i + 1, False, False),) for i in (0, 2, 4)))
-    words = attach(text, Words(prompt, (1.0, 3.0, 1.0), (("b", 3.0),)))
+    words = attach(text, Words(prompt, (1.0, 3.0, 1.0), (("b", 3.0),), ((1,),)))
     seen = []
 
     def looks(func, q, k, *args, **kwargs):
