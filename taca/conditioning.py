@@ -36,7 +36,7 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
     """Brings the weights' wrapper to whatever model a conditioning is sampled with.
 
     It registers nothing, so ComfyUI takes it off the conditioning again, and positive and negative
-    stay in one batch. A model with TACA weighs words by itself.
+    stay in one batch where neither has other hooks. A model with TACA weighs words by itself.
     """
 
     def add_hook_patches(
@@ -138,7 +138,7 @@ def avoiding(
 ) -> tuple[Conditioning, Words]:
     """A conditioning with the words of another prompt behind it, to be subtracted.
 
-    Raises ValueError if the encoder gives more of a token than its embedding.
+    Raises ValueError if the encoder has no token for it, or gives more of one than its embedding.
     """
     others = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     avoided = words_of(clip, parsed)
@@ -146,8 +146,13 @@ def avoiding(
         raise ValueError(
             "TACA: what is to be avoided has no negative weights; that would ask for it."
         )
-    tokens = enumerate(avoided.prompt.table)
-    chosen = [i for i, each in tokens if any(token.start < token.end for token in each)]
+    table = avoided.prompt.table
+    chosen = [i for i, each in enumerate(table) if any(t.start < t.end for t in each)]
+    if not chosen or any(token.is_unknown for each in table for token in each):
+        raise ValueError(
+            f"TACA cannot avoid {parsed.text!r}: the text encoder does not know all of it. Choose "
+            f"other words."
+        )
     joined = []
     for (text, extras), (other, _) in zip(conditioning, others, strict=True):
         for name, value in extras.items():

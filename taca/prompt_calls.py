@@ -73,8 +73,11 @@ class Prompts(NamedTuple):
         entries = self.entries()
         told = call.transformer_options.get("uuids", ())
         if len(call.t) != len(told) * self.batch:
-            rows = [] if call.c_crossattn is None else list(call.c_crossattn)
-            return [[each for each in entries if _has_text(row, each[1])] for row in rows]
+            if call.c_crossattn is None:
+                return [[] for _ in call.t]
+            return [
+                [each for each in entries if _has_text(row, each[1])] for row in call.c_crossattn
+            ]
         found = []
         for i, uuid in enumerate(told):
             own = [each for each in entries if each[1]["uuid"] == uuid]
@@ -136,7 +139,7 @@ def positive_rows(
         {name == "positive" and (uuids is None or each["uuid"] in uuids) for name, each in entries}
         for entries in prompts.of_rows(call)
     ]
-    if not rows or any(len(row) != 1 for row in rows):
+    if any(len(row) != 1 for row in rows):
         raise ValueError(UNTOLD.format("the positive prompt's", "TACA Options and the report"))
     return torch.tensor([row == {True} for row in rows])
 

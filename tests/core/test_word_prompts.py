@@ -79,6 +79,11 @@ def test_a_bracket_without_its_partner(caplog):
     assert "a bracket has no partner in 'smile :) (red:2)'" in caplog.text
 
 
+def test_what_to_avoid_is_known():
+    with pytest.raises(ValueError, match="TACA cannot avoid '\U0001f9e3'"):
+        conditioning.encode(clip_named("FLUX.1"), "a cat", "\U0001f9e3")
+
+
 def test_what_to_avoid_is_not_asked_for():
     with pytest.raises(ValueError, match="no negative weights"):
         conditioning.encode(clip_named("FLUX.1"), "a cat", "(fog:-0.5)")
