@@ -252,7 +252,7 @@ def test_what_is_appended_weighs_one(folder):
 
 
 @pytest.mark.parametrize("num_avoided", [0, 3])
-def test_zeroed_text_has_no_words(num_avoided, folder):
+def test_zeroed_text_has_no_words(num_avoided, folder, caplog):
     """Zero Out keeps the words of what it zeroes, and both stand in one run at CFG 1 and above."""
     model = tiny.load(folder, "flux")
     weights = [2.0, 1.0, 1.0, 0.5, -1.0, -1.0, -1.0]
@@ -272,6 +272,10 @@ def test_zeroed_text_has_no_words(num_avoided, folder):
             model, 3, 2, cfg, "euler", "simple", tiny.conditioning("flux", 7), plain, empty
         )[0]["samples"]
         assert (both[0]["samples"] - unweighed).abs().max() > 1e-2
+        caplog.clear()
+        alone = tiny.conditioning("flux", 7)
+        nodes.common_ksampler(model, 3, 1, cfg, "euler", "simple", alone, zeroed, empty)
+        assert "weights of" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
