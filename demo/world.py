@@ -185,11 +185,11 @@ def encode(caption: str, text: str = "words") -> np.ndarray:
     unknown = [word for word in words if word not in known]
     if unknown:
         raise ValueError(
-            f"The demo's model does not know {', '.join(map(repr, unknown))}. "
+            f"TACA's demo model does not know {', '.join(map(repr, unknown))}. "
             f"Its whole vocabulary is: {', '.join(known)}."
         )
     if len(words) > TOKENS:
-        raise ValueError(f"The text has {len(words)} words; the demo's model reads {TOKENS}.")
+        raise ValueError(f"The text has {len(words)} words; TACA's demo model reads {TOKENS}.")
     ids = [VOCABULARY.index(word) for word in words]
     if text == "phrases" and words:
         scene = parse(caption)
