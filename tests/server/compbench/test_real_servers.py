@@ -113,7 +113,8 @@ def test_the_packs_own_workflows(tmp_path, start):
         graph = as_the_page_sends(read(path), info)
         file = api_form(tmp_path / path.stem, graph)
         saving = {n: c["inputs"] for n, c in graph.items() if c["class_type"] == "SaveImage"}
-        if len(saving) != 2:
+        uses_gamma = any(content["class_type"] == "TACAPatchModel" for content in graph.values())
+        if len(saving) != 2 or not uses_gamma:  # T2I-CompBench's prompts weigh no words
             with pytest.raises(Problem, match="--"):  # an option that helps, or what it needs
                 read_workflow(file)
             continue
