@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..taca.lora import loras_of
 from ..taca.run import config_of
-from ..taca.schedule import Schedule
-from ..taca.timesteps import resolve, timestep
+from ..taca.schedule import PAPER_TOKENS, FittedWindow, Schedule
+from ..taca.timesteps import resolve, size_in_tokens, timestep
 from .patch import TACASchedule
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, ticks
@@ -29,6 +29,7 @@ class TACASchedulePreview(io.ComfyNode):
                 io.Sigmas.Input("sigmas"),
                 io.Model.Input("model"),
                 TACASchedule.Input("schedule", optional=True),
+                io.Latent.Input("latent_image", optional=True),
             ],
             outputs=[io.Image.Output("plot"), io.String.Output("table")],
             search_aliases=["taca", "show schedule", "plot gamma", "plot sigmas"],
@@ -36,7 +37,13 @@ class TACASchedulePreview(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, sigmas: Tensor, model: Any, schedule: Schedule | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        sigmas: Tensor,
+        model: Any,
+        schedule: Schedule | None = None,
+        latent_image: dict[str, Tensor] | None = None,
+    ) -> io.NodeOutput:
         config = config_of(model)
         chosen = schedule or (config.schedule if config else None)
         if chosen is None:
@@ -50,18 +57,25 @@ class TACASchedulePreview(io.ComfyNode):
                 "part of Split Sigmas?"
             )
         model_sampling = model.get_model_object("model_sampling")
-        resolved = resolve(chosen, model_sampling, sigmas)
+        size = float(PAPER_TOKENS)
+        if latent_image is not None:
+            size = size_in_tokens(model.model.latent_format, latent_image["samples"].shape)
+        resolved = resolve(chosen, model_sampling, sigmas, size)
         t = timestep(model_sampling, sigmas)[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
         lines = [
             f"TACA acts on {sum(inside)} of {len(inside)} steps.",
             *advice(inside, chosen.gamma),
+            *[ASSUMED] * (isinstance(chosen.window, FittedWindow) and latent_image is None),
             "",
             *table(t.tolist(), gamma, inside, bool(loras_of(model))),
         ]
         image, shown = show(picture, text := "\n".join(lines), cls)
         return io.NodeOutput(image, text, ui=shown)
+
+
+ASSUMED = "This is for a picture of 1024 x 1024: connect latent_image for another size."
 
 
 def advice(inside: Sequence[bool], gamma: float) -> list[str]:

@@ -11,6 +11,7 @@ from ..taca.patch import patch_model
 from ..taca.schedule import TIMESTEP_THRESHOLD, Schedule, TimestepWindow
 from .ui import pictures
 from .ui.schema import schema
+from .ui.text import NodeText
 
 
 class TACASweep(io.ComfyNode):
@@ -34,7 +35,7 @@ class TACASweep(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, gammas: str, timestep_thresholds: str) -> io.NodeOutput:
-        models, labels = [], []
+        models, labels, say = [], [], NodeText()
         thresholds = numbers("TACA Sweep", "timestep_thresholds", timestep_thresholds)
         has_lora = bool(loras_of(model))
         for gamma in numbers("TACA Sweep", "gammas", gammas):
@@ -42,7 +43,7 @@ class TACASweep(io.ComfyNode):
             plain = gamma == 1 and not has_lora
             for threshold in thresholds[:1] if plain else thresholds:
                 window = TimestepWindow(threshold)
-                models.append(patch_model(model, Schedule(gamma, window)))
+                models.append(patch_model(model, Schedule(gamma, window), say=say))
                 note = " (LoRA alone)" if gamma == 1 else ""
                 labels.append("gamma 1 (plain)" if plain else f"gamma {gamma:g}{note}, {window}")
         return io.NodeOutput(models, labels)

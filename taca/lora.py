@@ -18,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
 
+from .events import Say, silent
 from .families import uncompiled
 
 LORA_KEY = "taca_lora"
@@ -110,6 +111,8 @@ def parts_of(value: Value) -> Any:
 
 class LoRA(nn.Module):
     """A LoRA's deltas by the name of the module that they are for; name and strength to show."""
+
+    say: Say = staticmethod(silent)
 
     def __init__(self, name: str, strength: float, deltas: dict[str, list[LoRADelta]]) -> None:
         super().__init__()

@@ -25,10 +25,10 @@ from .events import step_at
 from .families import family_of, part_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .run import TacaConfig, config_of
-from .schedule import Schedule, TimestepWindow
+from .schedule import NEVER, ResolvedSchedule, Schedule, TimestepWindow
 from .spans import Layout, Span
 from .swap import Forward, Wrap, swapped_forwards
-from .timesteps import resolve, timestep
+from .timesteps import resolver, timestep
 from .word_weights import WordWeights, image_mask
 from .words import RunWords
 
@@ -47,6 +47,7 @@ class Report:
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
     prompts: Prompts | None = None  # of the run
     run_words: RunWords | None = None  # that weigh in it
+    schedule: ResolvedSchedule = NEVER  # of the run
     own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
@@ -105,9 +106,11 @@ def _watch_run(
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
     report.own = conditionings_of(guider, report.num_tokens, report.encode)
     report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
-    sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    report.run_words = RunWords.of(report.prompts, lambda s: resolve(s, sampling, sigmas))
+    shape = (kwargs.get("latent_shapes") or [noise.shape])[0]
+    resolved = resolver(guider.model_patcher, sigmas, shape)
+    report.schedule = resolved(config.schedule)
+    report.run_words = RunWords.of(report.prompts, resolved)
     try:
         return executor(*args, **kwargs)
     finally:
@@ -126,10 +129,9 @@ def _watch_call(
         return executor(*args, **kwargs)
     model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
     t = timestep(model_sampling, call.t)
-    schedule = resolve(config.schedule, model_sampling, sigmas)
     transformer = uncompiled(base_model.diffusion_model)
     family, limit = family_of(transformer), config.options.blocks
-    gamma = schedule.gamma_at(t).to(call.t.device)
+    gamma = report.schedule.gamma_at(t).to(call.t.device)
     gamma = config.options.gamma_of_call(gamma, call, transformer, report.prompts)
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .arguments import CallArguments
+from .events import Say, silent
 from .families import family_of, uncompiled
 from .layouts import Around
 from .prompt_calls import UNTOLD, Prompts
@@ -32,6 +33,7 @@ class Words:
     num_avoided: int = 0  # so many of its last tokens are of what to avoid
     about_mean: bool = False  # whether negative weights mirror about the prompt's mean value
     schedule: Schedule | None = None  # in whose window they weigh; None for the whole run
+    say: Say = silent
 
     @property
     def weigh(self) -> bool:

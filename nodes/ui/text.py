@@ -11,15 +11,41 @@ from torch import Tensor
 from .pictures import to_tensor
 
 
-def show_text(text: str) -> None:
-    """Show a text under the node that is running, which its ``ui`` alone does not do."""
+def show_text(text: str, node_id: str | None = None) -> None:
+    """Show a text under a node, or the one that is running, which its ``ui`` alone does not do."""
     context = get_executing_context()
     if context:
         from server import PromptServer
 
         # The page folds spaces; those as wide as a digit keep columns apart.
         wide = re.sub(" {2,}", lambda spaces: "\u2007" * len(spaces[0]), text)
-        PromptServer.instance.send_progress_text(wide, context.node_id)
+        PromptServer.instance.send_progress_text(wide, node_id or context.node_id)
+
+
+class NodeText:
+    """The text under the node that is running now: ``lines``, and what the last runs did.
+
+    Of several runs in one prompt two are shown: a first pass and an upscale.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        context = get_executing_context()
+        self.node_id = context.node_id if context else None
+        self.first, self.added, self.prompt = lines, list[str](), ""
+        if lines:
+            show_text("\n".join(lines))
+
+    def __call__(self, line: str) -> None:
+        context = get_executing_context()
+        if context and self.node_id:
+            if context.prompt_id != self.prompt:
+                self.prompt, self.added = context.prompt_id, []
+            self.added.append(line)
+            if len(self.added) > 1:
+                last = [f"Run {i}: {each}" for i, each in enumerate(self.added, 1)][-2:]
+            else:
+                last = self.added
+            show_text("\n".join([*self.first, *last]), self.node_id)
 
 
 def show(picture: Image.Image, text: str, node: Any) -> tuple[Tensor, dict[str, Any]]:
