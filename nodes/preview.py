@@ -68,10 +68,11 @@ class TACASchedulePreview(io.ComfyNode):
             f"TACA acts on {sum(inside)} of {len(inside)} steps.",
             *advice(inside, chosen.gamma),
             *[ASSUMED] * (isinstance(chosen.window, FittedWindow) and latent_image is None),
-            "",
-            *table(t.tolist(), gamma, inside, bool(loras_of(model))),
         ]
-        image, shown = show(picture, text := "\n".join(lines), cls)
+        header, rows = table(t.tolist(), gamma, inside, bool(loras_of(model)))
+        drawn = pictures.stack([picture, pictures.table(header, rows, picture.width)])
+        [image], shown = show([drawn], said := "\n".join(lines), cls)
+        text = "\n".join([said, "", *map("  ".join, [header, *rows])])
         return io.NodeOutput(image, text, ui=shown)
 
 
@@ -95,13 +96,16 @@ def advice(inside: Sequence[bool], gamma: float) -> list[str]:
     return ["That is a quarter of the run or more, the paper's a tenth: expect artifacts."]
 
 
-def table(t: list[float], gamma: list[float], inside: list[bool], lora: bool) -> list[str]:
-    """Lines of step, t, gamma and, where the model has one, whether its TACA LoRA is on."""
-    lines = ["step        t    gamma" + ("   LoRA" if lora else "")]
-    for i, (at, value, acts) in enumerate(zip(t, gamma, inside, strict=True), 1):
-        state = ("     on" if acts else "    off") if lora else ""
-        lines.append(f"{i:4}  {at:7.1f}   {value:6.3f}{state}")
-    return lines
+def table(
+    t: list[float], gamma: list[float], inside: list[bool], lora: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Step, t, gamma and, where the model has one, whether its TACA LoRA is on; under a header."""
+    header = ["step", "      t", " gamma"] + ["LoRA"] * lora
+    rows = [
+        [f"{i:4}", f"{at:7.1f}", f"{value:6.3f}"] + [" off", "  on"][acts : acts + 1] * lora
+        for i, (at, value, acts) in enumerate(zip(t, gamma, inside, strict=True), 1)
+    ]
+    return header, rows
 
 
 def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str) -> Image.Image:

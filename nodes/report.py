@@ -73,10 +73,11 @@ class TACAAttentionReport(io.ComfyNode):
                 "probably replaced this model's attention, or a cache answered every call."
             )
         decoded = None if vae is None else pictures.to_picture(vae.decode(output["samples"])[0])
-        shares, maps = plot(table, report.blocks), heat_maps(report, decoded)
-        text = summary(table)
-        _, shown = show(pictures.stack([shares, maps]), text, cls)
-        images = map(pictures.to_tensor, (shares, maps))
+        said, header, rows = summary(table)
+        shares = plot(table, report.blocks)
+        drawn = pictures.stack([shares, pictures.table(header, rows, shares.width)])
+        images, shown = show([drawn, heat_maps(report, decoded)], said, cls)
+        text = "\n".join([said, "", *map("   ".join, [header, *rows])])
         return io.NodeOutput(output, *images, text, ui=shown)
 
 
@@ -138,12 +139,12 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
         size = decoded.size if decoded else (heat.width * scale, heat.height * scale)
         heat = heat.resize(size, Image.Resampling.BILINEAR)
         maps.append(Image.blend(decoded, heat, 0.6) if decoded else heat)
-        labels.append(f"{word}: {100 * low:.3g} to {100 * high:.3g} %")
+        labels.append(f"{word}: {100 * low:.3g} % to {100 * high:.3g} %")
     return pictures.sheet(maps, labels, min(len(maps), 2), "attention of each place to")
 
 
-def summary(table: Tensor) -> str:
-    """The figures in words."""
+def summary(table: Tensor) -> tuple[str, list[str], list[list[str]]]:
+    """The figures in a sentence, and in rows under a header."""
     by_step = 100 * table.nanmean(2)
     seen = ~by_step[0].isnan()
     changed = by_step[:, seen & (table[0] != table[1]).any(1)]
@@ -155,7 +156,7 @@ def summary(table: Tensor) -> str:
             f"{plain:.2f} %, {taca / max(plain, 1e-9):.2f} times as much."
         )
     rows = [
-        f"{i + 1:4}   {by_step[0, i]:9.2f} %   {by_step[1, i]:8.2f} %"
+        [f"{i + 1:4}", f"{by_step[0, i]:10.2f} %", f"{by_step[1, i]:8.2f} %"]
         for i in seen.nonzero().flatten().tolist()
     ]
-    return "\n".join([first, "", "step   without TACA   as sampled", *rows])
+    return first, ["step", "without TACA", "as sampled"], rows

@@ -1,6 +1,7 @@
 """A picture in a node, and text under it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import ui
@@ -48,9 +49,12 @@ class NodeText:
             show_text("\n".join([*self.first, *last]), self.node_id)
 
 
-def show(picture: Image.Image, text: str, node: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Show both in a node that is running: the picture as an IMAGE, and the node's ``ui``."""
+def show(
+    pictures: Sequence[Image.Image], text: str, node: Any
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Show both in a node that is running: each picture as an IMAGE, and the node's ``ui``."""
     show_text(text)
-    image = to_tensor(picture)
-    shown = ui.PreviewImage(image, cls=node).as_dict()
-    return image, {**shown, **ui.PreviewText(text).as_dict()}
+    images = [to_tensor(picture) for picture in pictures]
+    shown = [ui.PreviewImage(image, cls=node).as_dict() for image in images]
+    previews = {**shown[0], "images": [each for some in shown for each in some["images"]]}
+    return images, {**previews, **ui.PreviewText(text).as_dict()}
