@@ -75,6 +75,7 @@ class TACATrainingWindow(io.ComfyNode):
             inputs=[io.Model.Input("model")],
             outputs=[io.Model.Output()],
             search_aliases=["taca", "train taca lora", "timestep range training"],
+            category="TACA/research",
         )
 
     @classmethod

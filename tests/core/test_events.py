@@ -14,6 +14,7 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
 from server import PromptServer
 from support import tiny
+from support.reports import report_on
 from support.tiny import sample
 from support.words import weighed
 
@@ -264,7 +265,7 @@ def test_a_run_lets_its_guider_go(folder, apply_taca, pack, with_report):
     try:
         if with_report:
             report = sys.modules["taca_pack.taca.report"]
-            guider.model_patcher = report.watched(guider.model_patcher, report.Report({}))
+            guider.model_patcher = report.watched(guider.model_patcher, report_on({}))
         run(guider)
         del guider
         assert alive() is None

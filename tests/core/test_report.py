@@ -18,6 +18,7 @@ from comfy_extras.nodes_custom_sampler import (
 from support import tiny
 from support.loras import replaced
 from support.reference import factor_matrix, to_float64, velocity
+from support.reports import report_on
 from support.tiny import KINDS, run, sample, sigmas_of
 
 report_module = sys.modules["taca_pack.taca.report"]
@@ -229,7 +230,7 @@ def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
     area = [text[0], {**text[1], "area": (8, 8, 0, 0), "strength": 1.0}]
     model_ = apply_taca(model, 1.5, 0.0)
     for positive in ([other, text, area], [other, area]):
-        report = report_module.Report({"a": [1]}, 7, lambda: text[0])
+        report = report_on({"a": [1]}, 7, lambda: text[0])
         guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
         SamplerCustomAdvanced.execute(
             Noise_RandomNoise(3),
@@ -376,3 +377,33 @@ def test_contact_sheet(pack):
         node.execute(images, ["a", "b", "c"], [0])
     for image in (*images[0], *images[1]):  # each once, and nothing drawn over it
         assert len(places(sheet[0], image)) == len(places(wide[0], image)) == 1
+
+
+@pytest.mark.parametrize("first", ["watch", "taca"])
+def test_watched_in_any_sampler(folder, apply_taca, pack, first):
+    """KSampler's own latents, and the figures of the report that samples by itself."""
+    model = tiny.load(folder, "flux")
+
+    def watch(model):
+        return pack["TACAWatchAttention"].execute(model, "a=1").result
+
+    if first == "watch":
+        watched, report = watch(model)
+        watched = apply_taca(watched, 1.5, 750.0)
+    else:
+        watched, report = watch(apply_taca(model, 1.5, 750.0))
+    with pytest.raises(RuntimeError, match="has not been sampled"):
+        pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3))
+    plain = sample(apply_taca(model, 1.5, 750.0), "flux", steps=5)
+    for _ in range(2):  # a report is of the last run alone
+        assert torch.equal(sample(watched, "flux", steps=5), plain)
+        assert report.table().shape == (2, 5, len(report.blocks))
+        assert len(report.maps) == 5 * len(report.blocks)
+    alone = report_on({"a": [1]})
+    sample(report_module.watched(apply_taca(model, 1.5, 750.0), alone), "flux", steps=5)
+    assert torch.equal(report.table(), alone.table())
+    assert (report.table()[0] != report.table()[1]).any(1).tolist() == [True] * 3 + [False] * 2
+    pictures = pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3)).result
+    assert pictures[0].shape[-1] == pictures[1].shape[-1] == 3
+    assert pictures[2].startswith("Where TACA acts, text gets")
+    assert not replaced(model)
