@@ -8,12 +8,13 @@ come out of the demo's, and for the others a card. A Chromium is needed.
 
 import io
 import json
+import math
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "hosting"), str(ROOT / "assets")]
@@ -52,8 +53,9 @@ def main() -> None:
                 for node in nodes_of(workflow):
                     node["properties"] |= source_of(node, info[node["type"]], core)
                 write(workflow, path)
-                thumbnail = card(*heading_of(workflow))
-                if path in DEMO:
+                if path not in DEMO:
+                    thumbnail = card(*heading_of(workflow))
+                else:
                     outputs = page.run(3600)["outputs"]  # some train
                     page.wait_for(outputs)
                     thumbnail = sheet(server, outputs)
@@ -78,29 +80,28 @@ def heading_of(workflow: dict) -> list[str]:
 
 
 def sheet(server: Server, outputs: dict) -> Image.Image:
-    """What a run put out: a row for each node, each picture once, the rows equally wide."""
+    """What a run put out, each picture once, in a square: a row for a node with several."""
     rows, seen = [], set()
     for output in outputs.values():
-        files = [server.picture(i) for i in output.get("images", ()) if i["type"] != "input"]
-        new = [file for file in dict.fromkeys(files) if file not in seen]
-        seen.update(new)
-        if new:
-            rows.append([Image.open(io.BytesIO(file)).convert("RGB") for file in new])
-    strips = []
-    for row in rows:
-        tallest = max(picture.height for picture in row)
-        strip = Image.new("RGB", (sum(p.width for p in row) + 4 * (len(row) - 1), tallest), NIGHT)
-        left = 0
-        for picture in row:
-            strip.paste(picture, (left, 0))
-            left += picture.width + 4
-        size = (WIDTH, max(1, round(WIDTH * strip.height / strip.width)))
-        strips.append(strip.resize(size, Image.Resampling.LANCZOS))
-    whole = Image.new("RGB", (WIDTH, sum(s.height + 8 for s in strips) - 8), NIGHT)
-    top = 0
-    for strip in strips:
-        whole.paste(strip, (0, top))
-        top += strip.height + 8
+        row = []
+        for image in output.get("images", ()):
+            picture = Image.open(io.BytesIO(server.picture(image))).convert("RGB")
+            if picture.tobytes() not in seen and len(row) < 3:
+                row.append(picture)
+            seen.add(picture.tobytes())
+        rows += [row] if row else []
+    columns = max(map(len, rows))
+    if columns == 1:
+        columns = math.ceil(math.sqrt(len(rows)))
+        pictures = [picture for [picture] in rows]
+        rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    cell = WIDTH // columns
+    whole = Image.new("RGB", (WIDTH, WIDTH), NIGHT)
+    top = (WIDTH - cell * len(rows)) // 2
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            fitted = ImageOps.pad(picture, (cell - 4, cell - 4), color=NIGHT)
+            whole.paste(fitted, (j * cell + 2, top + i * cell + 2))
     return whole
 
 

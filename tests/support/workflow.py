@@ -69,7 +69,9 @@ def source_of(node, info, core):
         source = {"cnr_id": "comfy-core", "ver": core}
     elif module[1] == PACK:
         project = (ROOT / "pyproject.toml").read_text("utf-8")
-        name, version = (re.search(rf'^{k} = "(.+)"', project, re.M)[1] for k in ("name", "version"))
+        name, version = (
+            re.search(rf'^{k} = "(.+)"', project, re.M)[1] for k in ("name", "version")
+        )
         source = {"cnr_id": name, "ver": version}
     else:  # the demo's, which are in no registry
         source = {}
