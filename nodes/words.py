@@ -132,5 +132,5 @@ class TACAWordSweep(io.ComfyNode):
         values = numbers("TACA Word Sweep", "weights", weights)
         texts = [text.replace(":w)", f":{value})") for value in values]
         labels = [f"w = {value:g}" for value in values]
-        say = NodeText()
+        say = NodeText(total=len(texts))
         return io.NodeOutput([encode(clip, each, say=say) for each in texts], labels)

@@ -287,7 +287,7 @@ def test_sweep_at_gamma_1(folder, apply_taca, pack, load_lora, has_lora):
     model = tiny.load(folder, "flux")
     if has_lora:
         model = load_lora(model, random_lora(model))
-    models, labels = pack["TACASweep"].execute(model, "1, 1.2", "970, 400").result
+    models, labels, *_ = pack["TACASweep"].execute(model, "1, 1.2", "970, 400").result
     rest = ["gamma 1.2, t >= 970", "gamma 1.2, t >= 400"]
     if not has_lora:
         assert labels == ["gamma 1 (plain)", *rest]

@@ -341,7 +341,7 @@ def test_preview_errors(folder, pack):
 def test_sweep(folder, pack):
     """One model for each setting; gamma 1 is the plain model's bits, and only once."""
     model = tiny.load(folder, "flux")
-    models, labels = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
+    models, labels, *_ = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
     assert labels == [
         "gamma 1 (plain)",
         "gamma 1.2, t >= 970",
@@ -351,6 +351,20 @@ def test_sweep(folder, pack):
     ]
     assert torch.equal(sample(models[0], "flux"), sample(model, "flux"))
     assert not torch.equal(sample(models[1], "flux"), sample(models[3], "flux"))
+    percent = pack["TACASweep"].execute(model, "1.2", "970, 25 %", "3, 4", "a cup\n\n a hat ")
+    models, labels, seeds, prompts = percent.result
+    at = "gamma 1.2, t >= 970", "gamma 1.2, 0-25 %"
+    assert labels == [
+        f"{each}, seed {seed}, {text}"
+        for seed in (3, 4)
+        for text in ("a cup", "a hat")
+        for each in at
+    ]
+    assert seeds == [3] * 4 + [4] * 4
+    assert prompts == (["a cup"] * 2 + ["a hat"] * 2) * 2
+    assert models[0] is models[2]  # one for each setting
+    with pytest.raises(ValueError, match="end_percent must be between"):
+        pack["TACASweep"].execute(model, "1.2", "110%")
     for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
         with pytest.raises(ValueError, match=says):
             pack["TACASweep"].execute(model, bad, "970")
@@ -367,6 +381,7 @@ def test_contact_sheet(pack):
         parts = [(whole[y : y + 64, x : x + 48] - wanted).abs() for y, x in corners]
         return [part for part in parts if (part <= 1).all()]
 
+    assert node.execute(images, None, [0]).result[0].shape[0] == 1  # the sweep is bypassed
     sheet = node.execute(images, ["one", "two"], [0], ["title"]).result[0]
     assert sheet.shape[0] == 1
     assert sheet.shape[2] < 3 * 64
