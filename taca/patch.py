@@ -9,6 +9,7 @@ The path of gamma, one module a stage:
     attention.py  Eq. 10
 """
 
+import itertools
 import logging
 from functools import partial
 from typing import Any
@@ -71,6 +72,10 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
             "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
             *(idle, len(lora.module_names), lora.name, family.name),
         )
+    # Of this patcher: a node may have set another dtype than the loaded model's.
+    dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+    for delta in itertools.chain(*lora.deltas):
+        delta.cast(dtype)
     patched = model.clone()
     others = patched.get_additional_models_with_key(LORA_KEY)
     patched.set_additional_models(LORA_KEY, [*others, patcher_of(lora)])

@@ -30,7 +30,7 @@ from .schedule import NEVER, ResolvedSchedule, Schedule
 from .spans import Layout, Span
 from .swap import Forward, Wrap, swapped_forwards
 from .timesteps import resolver, timestep
-from .word_weights import WordWeights, image_mask
+from .word_weights import WordWeights, add_bias, image_bias
 from .words import RunWords
 
 QUERIES = 1024
@@ -274,7 +274,8 @@ class Probe:
         is_adjusted = bool((gamma != 1).any())
         keys, weighed = scale_text_keys(k, gamma, layout, 2) if is_adjusted else k, mask
         if self.words is not None:
-            weighed = image_mask(self.words.of_rows(rows), mask, layout, q)
+            bias = image_bias(self.words.of_rows(rows), layout, q)
+            weighed = bias if mask is None else add_bias(mask, bias)
         adjusted = plain if keys is k and weighed is mask else mass(keys, weighed)
         pair = (plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu())
         self.report.shares.setdefault(self.place, []).append(pair)

@@ -160,7 +160,7 @@ class RunWords:
         if key not in self.tensors:
             made = [_of_row(row, num_text, around) for row in rows]
             self.tensors[key] = _stacked(made, call.t.device)
-        return self.tensors[key]
+        return replace(self.tensors[key], shared={})  # of this call alone
 
     def _rows(self, call: CallArguments, t: list[float]) -> Iterator[Row]:
         for entries, each in zip(self.prompts.of_rows(call), t, strict=True):
