@@ -8,18 +8,19 @@ import fusion
 import numpy as np
 import pytest
 import torch
+import train_uvit
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """``shared, steps -> the trained file``, in a folder of the test's own."""
     for name, value in {"FALL": 2, "WARMUP": 2, "BATCH": 4, "POOL": 1}.items():
-        monkeypatch.setattr(fusion, name, value)
+        monkeypatch.setattr(train_uvit, name, value)
 
     def run(shared, steps, folder="work", seed=0):
         work = tmp_path / folder
         with torch.enable_grad():
-            fusion.train(argparse.Namespace(shared=shared, steps=steps, seed=seed, work=work))
+            train_uvit.train(argparse.Namespace(shared=shared, steps=steps, seed=seed, work=work))
         return work / f"shared-{shared}-seed-{seed}-steps-{steps}.safetensors"
 
     return run
@@ -28,12 +29,12 @@ def train(tmp_path, monkeypatch):
 def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train):
     """And is what it would be from its own beginning, to the bit."""
     train(3, 4)
-    constant = 4 - fusion.FALL
+    constant = 4 - train_uvit.FALL
     continued = train(3, 6)
     whole = train(3, 6, folder="alone")
     assert [f.name for f in whole.parent.glob("*constant*")] == ["shared-3-seed-0-constant-4.pt"]
     assert (continued.parent / f"shared-3-seed-0-constant-{constant}.pt").exists()
-    (one, said), (other, _) = map(fusion.load, (continued, whole))
+    (one, said), (other, _) = map(train_uvit.load, (continued, whole))
     assert (said["shared"], said["steps"]) == (3, 6)
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
