@@ -1,7 +1,7 @@
-"""Early against intermediate fusion of text in a U-ViT: alignment, and what each costs.
+"""Early against intermediate fusion of text in a U-ViT: what each costs at the published sizes.
 
-``score`` compares networks of ``demo/training/train_uvit.py``, ``cost`` times them at the published
-sizes. ``fusion.md`` has the recipe, settled before any training, and how the figures are made.
+``fusion.md`` says how the figures are made, and has the recipe of the other comparison, of
+alignment: ``demo/training/train_uvit.py`` and ``evaluate_uvit.py``.
 """
 
 from __future__ import annotations
@@ -10,121 +10,23 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timing
 import torch
-from reporting import ROOT, SHARED, bootstrap, markdown, store
+from reporting import ROOT, markdown, store
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path += [*SHARED, str(ROOT)]
-
-import world
-from codec import SCALE, Codec
-from train_uvit import BLOCKS, CODEC, load, sample
-from trainer import pictures_of, tokens_of
+sys.path.append(str(ROOT))
 
 from uvit.config import UViTConfig, central
-from uvit.diffusion import TIMESTEPS, noise_levels
+from uvit.diffusion import TIMESTEPS
 from uvit.network import UViT, plain_attention
-
-TOLD = ("colour", "shape", "relation", "all three")
-
-
-def wrong(caption: str) -> list[str]:
-    """The caption with the colours, the shapes and the relation wrong."""
-    scene = world.parse(caption)
-
-    def exchanged(what: str, every: Sequence[str]) -> str:
-        one, other = getattr(scene.first, what), getattr(scene.second, what)
-        first, second = other, one
-        if one == other:
-            first = every[(every.index(one) + 1) % len(every)]
-        items = (i._replace(**{what: v}) for i, v in zip(scene[::2], (first, second), strict=True))
-        return str(world.Scene(next(items), scene.relation, next(items)))
-
-    turned = str(scene._replace(relation=scene.mirrored().relation))
-    return [exchanged("colour", list(world.COLOURS)), exchanged("shape", world.SHAPES), turned]
-
-
-@torch.no_grad()
-def tells(network: UViT, codec: Codec, captions: list[str], draws: int = 16) -> np.ndarray:
-    """Whether each caption explains its picture better than wrong ones: ``(captions, TOLD)``."""
-    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)]))
-    told = [captions, *zip(*map(wrong, captions), strict=True)]
-    contexts = [codec.embed(tokens_of(each)) for each in told]
-    signal, noise_share = noise_levels()
-    drawn = torch.Generator().manual_seed(0)
-    loss = torch.zeros(len(contexts), len(captions))
-    for i in range(draws):
-        t = round((i + 0.5) * TIMESTEPS / draws)
-        noise = torch.randn(x.shape, generator=drawn)
-        noisy = signal[t - 1] * x + noise_share[t - 1] * noise
-        for each, context in zip(loss, contexts, strict=True):
-            predicted = network(noisy, torch.full((len(x),), t), context)
-            each += (predicted - noise).square().mean((1, 2, 3))
-    right = (loss[0] < loss[1:]).T
-    return torch.cat((right, right.all(1, keepdim=True)), 1).numpy()
-
-
-def score(options: argparse.Namespace) -> None:
-    """Judge networks on the captions that were held out, and compare them with the first."""
-    codec, captions = Codec.load(CODEC), world.captions("held-out")
-    asked = {key: getattr(options, key) for key in ("noises", "ddim_steps", "cfg")}
-    report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
-    criteria = {"right": world.CRITERIA, "tells": TOLD}
-    judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
-    for path in options.files:
-        network, said = load(path)
-        name = "early" if said["shared"] == BLOCKS else f"central {said['shared']}"
-        name += f", {said['steps']} steps"
-        right = []
-        for seed in range(options.noises):
-            pictures = sample(network, codec, captions, seed, options.ddim_steps, options.cfg)
-            checks = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
-            right.append([[check[key] for key in world.CRITERIA] for check in checks])
-        found = {"right": np.array(right), "tells": tells(network, codec, captions)[None]}
-        report["networks"][path.stem] = {"training": said}
-        for kind, values in found.items():
-            judged[kind].setdefault(name, {})[said["seed"]] = values.astype(float)
-            shares = zip(criteria[kind], values.mean((0, 1)).round(4).tolist(), strict=True)
-            report["networks"][path.stem][kind] = dict(shares)
-        print(path.stem, report["networks"][path.stem], flush=True)
-    first, *others = judged["right"]
-    for name in others:
-        seeds = sorted(judged["right"][name].keys() & judged["right"][first].keys())
-        found = {"seeds": seeds}
-        for kind, by_name in judged.items():
-            found[kind] = paired(criteria[kind], by_name[name], by_name[first], seeds)
-        report["differences"][f"{name}, minus {first}"] = found
-        print(name, "minus", first, found)
-    if options.out:
-        store(options.out, report)
-
-
-BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
-
-
-def paired(
-    criteria: Sequence[str], ours: BySeed, theirs: BySeed, seeds: list[int], draws: int = 10_000
-) -> dict[str, dict[str, Any]]:
-    """Differences in points, by criterion: mean, 95 % interval, by training seed.
-
-    Captions come in pairs that tell the same scene, and are drawn together.
-    """
-    difference = 100 * np.stack([(ours[seed] - theirs[seed]).mean(0) for seed in seeds])
-    scenes = difference.reshape(len(seeds), -1, 2, len(criteria)).mean(2)
-    rows = bootstrap(scenes, draws).T.round(2), scenes.mean((0, 1)), scenes.mean(1).T.round(2)
-    return {
-        what: {"mean": round(float(mean), 2), "interval": ends.tolist(), "by_seed": each.tolist()}
-        for what, ends, mean, each in zip(criteria, *rows, strict=True)
-    }
-
 
 PUBLISHED = {"small": 13, "deep": 17}
 CENTRAL = (1, 3, 5)
@@ -287,32 +189,19 @@ uncompiled. Medians and 10-90 % of the rounds.
 
 
 def main() -> None:
-    """Read the command line and run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(required=True)
-    part = parts.add_parser("score", help="trained networks by the demo's checker")
-    part.set_defaults(run=score)
-    part.add_argument("files", type=Path, nargs="+", help="the first is what others compare with")
-    part.add_argument("--noises", type=int, default=3)
-    part.add_argument("--ddim-steps", type=int, default=50)
-    part.add_argument("--cfg", type=float, default=3.0)
-    part.add_argument("--out", type=Path)
-
-    part = parts.add_parser("cost", help="FLOPs and throughput at the published sizes")
-    part.set_defaults(run=cost)
     kinds = ["concatenation", "cross-attention"]
     compiled = "networks that are timed by torch.compile too"
-    part.add_argument("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
-    part.add_argument("--conditionings", nargs="+", choices=kinds, default=kinds)
-    part.add_argument("--batches", type=int, nargs="+", default=[1])
-    part.add_argument("--what", nargs="+", default=["training", "inference"])
-    part.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
-    part.add_argument("--compile", nargs="*", choices=PUBLISHED, default=[], help=compiled)
-    part.add_argument("--note", default="", help="about the machine, for the record")
-    part.add_argument("--out", type=Path, help="JSON; by default among the results")
-    options = parser.parse_args()
+    parser.add_argument("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
+    parser.add_argument("--conditionings", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--what", nargs="+", default=["training", "inference"])
+    parser.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
+    parser.add_argument("--compile", nargs="*", choices=PUBLISHED, default=[], help=compiled)
+    parser.add_argument("--note", default="", help="about the machine, for the record")
+    parser.add_argument("--out", type=Path, help="JSON; by default among the results")
     torch.set_num_threads(1)
-    options.run(options)
+    cost(parser.parse_args())
 
 
 if __name__ == "__main__":

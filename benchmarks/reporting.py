@@ -46,19 +46,6 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
 
 
-def bootstrap(values: np.ndarray, draws: int = 10_000) -> np.ndarray:
-    """95 % intervals of the mean over ``(trainings, scenes, criteria)``: low and high.
-
-    Trainings are too few for a normal interval; they and the scenes are drawn anew.
-    """
-    rng = np.random.default_rng(0)
-    means = np.empty((draws, values.shape[2]))
-    for i in range(draws):
-        trainings, scenes = (rng.integers(count, size=count) for count in values.shape[:2])
-        means[i] = values[trainings][:, scenes].mean((0, 1))
-    return np.quantile(means, (0.025, 0.975), axis=0)
-
-
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table."""
     first, *rest = (f"| {' | '.join(map(str, row))} |" for row in (head, *rows))

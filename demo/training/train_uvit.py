@@ -1,25 +1,20 @@
 """Train a U-ViT on the demo's world, with text in all its blocks or in the central ones.
 
 ``python dev.py run demo/training/train_uvit.py --shared 3 --seed 0`` trains one network of the
-comparison whose recipe is ``benchmarks/fusion.md``; ``benchmarks/fusion.py score`` judges them. A
-run that was stopped goes on where it last saved.
+comparison whose recipe is ``benchmarks/fusion.md``; ``evaluate_uvit.py`` judges them. A run that
+was stopped goes on where it last saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
@@ -30,7 +25,7 @@ from trainer import Trainer, optimisers_of, pictures_of, tokens_of
 
 from uvit.config import UViTConfig, central
 from uvit.diffusion import TIMESTEPS, noise_levels
-from uvit.files import metadata_of, read_config
+from uvit.files import metadata_of
 from uvit.network import UViT
 
 BLOCKS, WIDTH = 7, 128
@@ -90,40 +85,6 @@ def train(options: argparse.Namespace) -> None:
     file = folder / f"{name}.safetensors"
     save_file({k: w.contiguous() for k, w in weights.items()}, file, metadata)
     print(f"Saved {file}")
-
-
-def load(path: Path) -> tuple[UViT, dict[str, Any]]:
-    """A trained network and what its file says of it."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state = load_file(path)
-    network = UViT(read_config(state, metadata, path.name)[0])
-    network.load_state_dict(state)
-    return network.eval(), json.loads(metadata["uvit"])
-
-
-@torch.no_grad()
-def sample(
-    network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
-) -> np.ndarray:
-    """Draw a picture of each caption by DDIM: ``(captions, 64, 64, 3)``.
-
-    A caption's noise depends on the seed and its place among the captions alone.
-    """
-    tokens = tokens_of(captions)
-    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
-    side = network.config.side
-    x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    signal, noise_share = noise_levels()
-    times = torch.linspace(TIMESTEPS, 1, steps).round().long().tolist()
-    for t, following in itertools.zip_longest(times, times[1:]):
-        predicted = network(x.repeat(2, 1, 1, 1), torch.full((2 * len(x),), t), context)
-        positive, negative = predicted.chunk(2)
-        noise = negative + cfg * (positive - negative)
-        x = (x - noise_share[t - 1] * noise) / signal[t - 1]
-        if following:
-            x = signal[following - 1] * x + noise_share[following - 1] * noise
-    return codec.decode(x / SCALE).numpy()
 
 
 def main() -> None:
