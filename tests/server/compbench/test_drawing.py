@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import compbench.__main__ as compbench
 import pytest
+from comfy_server import Server
 from compbench import draw
 from compbench.plan import write as put
 
@@ -169,8 +170,10 @@ def test_one_of_two_fails_at_everything(out, line, monkeypatch, fault):
         # so that the other is faster
         good.fault = lambda graph: good_is_there.set() or time.sleep(0.03)
         if fault == "wait":  # the one that draws may take its time on a busy machine
-            impatient = lambda url, usual: draw.Painter(url, 0.3 if url == bad.url else usual)  # noqa: E731
-            monkeypatch.setattr(compbench, "Painter", impatient)
+            patience = {bad.url: 0.3}
+            monkeypatch.setattr(
+                compbench, "Server", lambda url, **_: Server(url, patience=patience.get(url))
+            )
         compbench.main(line(bad.url, good.url, images=5))
         assert sum(good.asked.values()) == 30
     assert_complete(out)
@@ -211,7 +214,7 @@ def test_stopped_by_ctrl_c(out, line):
         process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True)
         signal.signal(signal.SIGINT, kept)
         with process:
-            wait_until(lambda: drawn(out) >= 5)
+            wait_until(lambda: drawn(out) >= 5 or process.poll() is not None)
             process.send_signal(signal.SIGINT)
             said = process.communicate()[1]
     assert process.returncode == 1
