@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 from support import tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.loras import random_lora
 from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
 from support.words import weighed
@@ -480,7 +480,7 @@ def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog
         calls.append(True)
         return executor(*args, **kwargs)
 
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     patched = inner_wrapper(apply_taca(compiled(model, whole)), count)
     settings = {"steps": 4, "text": (7, 7), "cfg": 1.0}
     expected = sample(apply_taca(model), kind, **settings)
