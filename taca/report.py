@@ -47,7 +47,7 @@ class Report:
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
     prompts: Prompts | None = None  # of the run
     run_words: RunWords | None = None  # that weigh in it
-    own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
+    own: frozenset[Any] | None = None  # uuids of its conditionings, where others are positive too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
     # without TACA and as the run had it
@@ -103,7 +103,8 @@ def _watch_run(
 ) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
-    report.own = conditionings_of(guider, report.num_tokens, report.encode)
+    if report.own is None:
+        report.own = conditionings_of(guider, report.num_tokens, report.encode)
     report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
     sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
