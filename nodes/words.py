@@ -15,10 +15,11 @@ NEGATIVES = {"subtract": False, "mirror about the mean": True}
 
 
 def how_inputs() -> list[io.Input]:
-    """When weights act, and how negative ones do; alike on both nodes."""
+    """When weights act, on what, and how negative ones do; alike on both nodes."""
     return [
         io.Combo.Input("negatives", [*NEGATIVES], optional=True, advanced=True),
         TACASchedule.Input("schedule", optional=True),
+        io.Boolean.Input("any_model", default=True, optional=True, advanced=True),
     ]
 
 
@@ -64,9 +65,10 @@ class TACATextEncode(io.ComfyNode):
         avoid_strength: float = AVOID_STRENGTH,
         negatives: str = "subtract",
         schedule: Schedule | None = None,
+        any_model: bool = True,
     ) -> io.NodeOutput:
         how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
-        return io.NodeOutput(encode(clip, text, avoid, avoid_strength, **how))
+        return io.NodeOutput(encode(clip, text, avoid, avoid_strength, any_model, **how))
 
 
 class TACAWeighWords(io.ComfyNode):
@@ -94,9 +96,11 @@ class TACAWeighWords(io.ComfyNode):
         text: str,
         negatives: str = "subtract",
         schedule: Schedule | None = None,
+        any_model: bool = True,
     ) -> io.NodeOutput:
         how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
-        return io.NodeOutput(attach(conditioning, words_of(clip, parse(text), **how), clip))
+        words = words_of(clip, parse(text), **how)
+        return io.NodeOutput(attach(conditioning, words, clip, any_model))
 
 
 class TACAWordSweep(io.ComfyNode):

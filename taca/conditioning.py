@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import comfy.conds
 import comfy.hooks
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -48,6 +49,20 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
         return False
 
 
+class NeedsTaca(comfy.conds.CONDRegular):
+    """Stands in a conditioning without the hook, until a run with TACA takes it out.
+
+    Any other model is told to ask it for its part of a call.
+    """
+
+    def process_cond(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "TACA: this model has no TACA, and any_model is off for the words of its prompt, so "
+            "they would not weigh. Put TACA Patch Model before the sampler (with gamma 1 it does "
+            "nothing else), or turn any_model on."
+        )
+
+
 class WeightedText(NamedTuple):
     """A prompt without the brackets of its weights."""
 
@@ -87,12 +102,13 @@ def encode(
     text: str,
     avoid: str = "",
     avoid_strength: float = AVOID_STRENGTH,
+    any_model: bool = True,
     **how: Any,
 ) -> Conditioning:
     """The conditioning of a prompt without its brackets, with the weights that they give.
 
-    ``avoid`` is what image queries subtract; the prompt's own text does not see it. ``how`` are
-    more fields of ``Words``.
+    ``avoid`` is what image queries subtract; the prompt's own text does not see it. ``any_model``
+    is as for ``attach``; ``how`` are more fields of ``Words``.
 
     Raises ValueError if the CLIP hides its tokens, or has none for a word that weighs.
     """
@@ -101,7 +117,7 @@ def encode(
     words = words_of(clip, parsed, **how)
     if avoid.strip():
         conditioning, words = avoiding(clip, conditioning, words, parse(avoid), avoid_strength)
-    return attach(conditioning, words)
+    return attach(conditioning, words, any_model=any_model)
 
 
 def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
@@ -172,10 +188,14 @@ def avoiding(
     return joined, replace(words, weights=weights, phrases=phrases, num_avoided=len(chosen))
 
 
-def attach(conditioning: Conditioning, words: Words, clip: CLIP | None = None) -> Conditioning:
+def attach(
+    conditioning: Conditioning, words: Words, clip: CLIP | None = None, any_model: bool = True
+) -> Conditioning:
     """A conditioning that carries its words, and brings their weights to the model.
 
-    Its CLIP tells whether more tokens than the text's are of pictures, which stand before it.
+    Its CLIP tells whether more tokens than the text's are of pictures, which stand before it. With
+    ``any_model`` it brings them by a hook, for which ComfyUI gives up dynamic VRAM; else the model
+    has to have TACA.
 
     Raises ValueError if it has another number of tokens than its words.
     """
@@ -191,6 +211,11 @@ def attach(conditioning: Conditioning, words: Words, clip: CLIP | None = None) -
             log.info("TACA takes %d tokens before those of the text for pictures'.", more)
         carrying.append([text, {**extras, KEY: words.behind(more)}])
     if not words.weigh:
+        return carrying
+    if not any_model:
+        for _, extras in carrying:
+            guard = {KEY: NeedsTaca(torch.zeros(1))}
+            extras["model_conds"] = {**extras.get("model_conds", {}), **guard}
         return carrying
     hooks = comfy.hooks.HookGroup()
     hooks.add(WeighHook())

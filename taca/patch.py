@@ -27,6 +27,7 @@ from .prompt_calls import Prompts
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolve, timestep
+from .words import KEY as WORDS
 from .words import RunWords
 
 log = logging.getLogger("taca")
@@ -103,6 +104,8 @@ def watch_run(
         run.schedule = resolve(config.schedule, sampling, given["sigmas"])
     limited = run.config.options.conditionings(guider)
     run.prompts = Prompts(guider, len(given["noise"]), limited)
+    for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
+        entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS}
     wrappers = guider.model_options["transformer_options"]["wrappers"]
     wrappers = wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
     check_compiler(patcher.model.diffusion_model, wrappers)
@@ -115,6 +118,13 @@ def watch_run(
         log.info("%s trains in %s.", what, where)
         return executor(*args, **kwargs)
     run.words = RunWords.of(run.prompts, lambda s: resolve(s, sampling, given["sigmas"]))
+    dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
+    if run.words is not None and dynamic and not patcher.is_dynamic():
+        log.warning(
+            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
+            "To keep it, turn any_model off where the words are encoded, and put TACA Patch Model "
+            "before the sampler (with gamma 1 it does nothing else)."
+        )
     t = timestep(sampling, given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
     run.word_events.ended = run.events.ended

@@ -172,6 +172,47 @@ def test_at_weight_one_bits_are_cores(folder):
     assert torch.equal(sample(model, "flux", steps=2, positive=one), plain)
 
 
+def test_through_taca_on_the_model_alone(folder, apply_taca):
+    """Without the hook: the same bits on a model with TACA, and an error on any other."""
+    model = tiny.load(folder, "flux")
+    plain = tiny.conditioning("flux", 7)
+    by_hook, by_model = (weighed(plain, PROMPT, any_model=any_model) for any_model in (True, False))
+    assert "hooks" not in by_model[0][1]
+    patched = apply_taca(model, 1.0, 970.0)
+    expected = sample(patched, "flux", steps=3, positive=by_hook)
+    for _ in range(2):  # nothing of the first run is left in the conditioning
+        assert torch.equal(sample(patched, "flux", steps=3, positive=by_model), expected)
+    with pytest.raises(RuntimeError, match="any_model is off"):
+        sample(model, "flux", steps=3, positive=by_model)
+    assert torch.equal(sample(model, "flux", steps=3, positive=by_hook), expected)
+
+
+def test_dynamic_vram_stays(folder, apply_taca, monkeypatch, caplog):
+    """ComfyUI gives it up for a hook, which the run says; not where TACA is on the model."""
+    patched, given_up = apply_taca(tiny.load(folder, "flux"), 1.0, 970.0), []
+    kind = type(patched)
+
+    def delegate(self):
+        given_up.append(self)
+        static = self.clone()
+        static.is_dynamic = lambda: False
+        return static
+
+    monkeypatch.setattr(kind, "is_dynamic", lambda self: True)
+    monkeypatch.setattr(kind, "get_non_dynamic_delegate", delegate, raising=False)
+    plain = tiny.conditioning("flux", 7)
+    for any_model in (False, True):
+        guider = comfy.samplers.CFGGuider(patched)
+        guider.set_conds(weighed(plain, PROMPT, any_model=any_model), plain)
+        assert len(given_up) == any_model
+    guider.model_options = guider.model_patcher.model_options
+    monkeypatch.setattr(kind, "is_dynamic", lambda self: self is patched)
+    latent = torch.zeros(1, 16, 16, 16)
+    sampler = comfy.samplers.sampler_object("euler")
+    guider.sample(latent, latent, sampler, torch.tensor([1.0, 0.5, 0.0]))
+    assert "turn any_model off" in caplog.text
+
+
 def test_a_window_of_their_own(folder, apply_taca):
     """Weights in the first half alone, gamma in the paper's window; neither ends the other."""
     schedule = sys.modules["taca_pack.taca.schedule"]

@@ -30,12 +30,11 @@ def dense(q, k, v, w, is_image, factor=1.0, mask=None, hidden=None):
     return (w * odds) @ v / (w.abs() * odds).sum(-1, keepdim=True)
 
 
-def weighed(conditioning, weights, **how):
+def weighed(conditioning, weights, any_model=True, **how):
     """A conditioning with these weights."""
     table = ((),) * (len(weights) - how.get("num_avoided", 0))
-    return attach(
-        conditioning, Words(PromptTokens("", table), tuple(weights), (("it", 2.0),), **how)
-    )
+    words = Words(PromptTokens("", table), tuple(weights), (("it", 2.0),), **how)
+    return attach(conditioning, words, any_model=any_model)
 
 
 def dense_words(weights, gamma=1.0, inside=lambda sigma: True, threshold=0.97, num_avoided=0):
