@@ -97,7 +97,7 @@ def report_of(guider: Any, words: str, clip: Any, prompt: str | None) -> Report:
         return Report(find_words(words, None))
     chosen, found = _carried(words, carrying)
     same = (each["uuid"] for each in carrying if each[KEY] is chosen[KEY])
-    return Report(found, len(own_tokens(chosen)), own=frozenset(same))
+    return Report(found, len(own_tokens(chosen)), carrying=frozenset(same))
 
 
 def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:

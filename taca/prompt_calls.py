@@ -79,9 +79,7 @@ class Prompts(NamedTuple):
         for uuid, row in zip(told, texts[:: self.batch], strict=True):
             own = [each for each in entries if each[1]["uuid"] == uuid]
             if len(own) != 1:
-                own = [
-                    self._original(each) for each in own or entries if _has_text(row, each[1])
-                ]
+                own = [self._original(each) for each in own or entries if _has_text(row, each[1])]
             found += [own or [ANOTHER]] * self.batch
         return found
 
@@ -134,9 +132,10 @@ def positive_rows(
         positive = torch.tensor([chunk == 0 for chunk in chunks])
         return positive.repeat_interleave(len(call.t) // len(chunks))
     if "positive" not in prompts.guider.conds:
+        name = type(prompts.guider).__name__
         raise ValueError(
-            f"TACA cannot tell which prompt of {type(prompts.guider).__name__} is the positive one. "
-            f"Take another guider, or TACA Options and the report out."
+            f"TACA cannot tell which prompt of {name} is the positive one. Take another guider, or "
+            f"TACA Options and the report out."
         )
     rows = [
         {name == "positive" and (uuids is None or each["uuid"] in uuids) for name, each in entries}

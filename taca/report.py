@@ -45,9 +45,10 @@ class Report:
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     num_tokens: int | None = None  # of the conditioning of the prompt that they are of
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
+    carrying: frozenset[Any] | None = None  # uuids of the conditionings that carry these words
     prompts: Prompts | None = None  # of the run
     run_words: RunWords | None = None  # that weigh in it
-    own: frozenset[Any] | None = None  # uuids of its conditionings, where others are positive too
+    own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
     # without TACA and as the run had it
@@ -103,8 +104,8 @@ def _watch_run(
 ) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
-    if report.own is None:
-        report.own = conditionings_of(guider, report.num_tokens, report.encode)
+    told = report.carrying
+    report.own = told or conditionings_of(guider, report.num_tokens, report.encode)
     report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
     sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
