@@ -125,8 +125,8 @@ def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
     prompt = PromptTokens.of(clip, parsed.text)
     phrases = tuple((parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases)
     places = tuple(tuple(prompt.covering(start, end)) for start, end, _ in parsed.phrases)
-    for (phrase, _), tokens in zip(phrases, places, strict=True):
-        if not tokens:
+    for (phrase, _), (start, end, _) in zip(phrases, parsed.phrases, strict=True):
+        if not prompt.knows(start, end):
             raise ValueError(
                 f"TACA cannot weigh {phrase!r}: the text encoder does not know it, or cut it off. "
                 f"Choose another word, or a shorter prompt."

@@ -50,11 +50,11 @@ class Words:
         return replace(self, prompt=prompt, weights=weights, places=places)
 
     def weighed_tokens(self) -> dict[str, list[int]]:
-        """The tokens of each phrase that weighs, wherever it does so."""
+        """The tokens of each phrase that weighs in the text, wherever it does so."""
         found: dict[str, list[int]] = {}
         for (phrase, _), places in zip(self.phrases, self.places, strict=False):
             found.setdefault(phrase, []).extend(places)
-        return found
+        return {phrase: places for phrase, places in found.items() if places}
 
     def weighted_beside(self, name: str, share: float, count: int) -> list["Weighted"]:
         """The same of ``count`` tokens that the model takes of what is beside the text.

@@ -16,6 +16,7 @@ from comfy_extras.nodes_custom_sampler import (
 )
 
 from support import tiny
+from support import words as words_of
 from support.loras import replaced
 from support.reference import factor_matrix, to_float64, velocity
 from support.reports import report_on
@@ -220,6 +221,41 @@ def test_combined_prompts_are_kept_apart(folder, apply_taca, pack, reports, leng
     torch.testing.assert_close(combined.table(), alone.table(), atol=1e-5, rtol=1e-4)
     maps = [torch.stack(report.maps).mean(0) for report in (combined, alone)]
     torch.testing.assert_close(*maps, atol=1e-5, rtol=1e-4)
+
+
+def carrying(seed, text):
+    """A conditioning of seven tokens that carries its words, one a token."""
+    starts = [i for i in range(len(text)) if i == 0 or text[i - 1] == " "]
+    token = tokens_module.Token
+    table = [(token("l", i, len(text[i:].split()[0]) + i, False, False),) for i in starts]
+    padding = [(token("l", 0, 0, True, False),)] * (7 - len(table))
+    prompt = words_of.PromptTokens(text, tuple(table + padding))
+    own = words_of.Words(prompt, (1.0,) * 7, ())
+    return words_of.attach(tiny.conditioning("flux", 7, seed=seed), own)
+
+
+def test_of_combined_prompts_the_one_that_has_the_word(folder, apply_taca, pack, reports):
+    """Each carries its own words: they are found, and looked for, in one of them."""
+    model = tiny.load(folder, "flux")
+    plain = tiny.conditioning("flux", 7, seed=4)
+    first, second = carrying(1, "a red cat"), carrying(2, "one big blue dog")
+    mask = {"area": (8, 8, 0, 0), "strength": 1.0}
+    area = [[second[0][0], {**second[0][1], **mask}]]
+    runs = [(second, "blue"), ([*plain, *first, *second], "blue"), ([*first, *plain], "red cat")]
+    runs += [(first, "red cat"), ([*plain, *second, *area], "dog")]
+    for positive, words in runs:
+        guider = BasicGuider.execute(apply_taca(model, 1.5, 0.0), positive).result[0]
+        shown(pack, guider, model, words, (16, 16))
+    for alone, combined in ((0, 1), (3, 2)):
+        torch.testing.assert_close(
+            torch.stack(reports[combined].maps),
+            torch.stack(reports[alone].maps),
+            atol=1e-5,
+            rtol=1e-4,
+        )
+    assert {m.shape for m in reports[-1].maps} == {(1, 8, 8), (1, 4, 4)}
+    with pytest.raises(ValueError, match="does not find 'fox'"):
+        shown(pack, guider, model, "fox", (16, 16))
 
 
 def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):

@@ -164,6 +164,15 @@ def test_words_of_what_is_beside_the_text():
         assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost
 
 
+def test_a_word_that_one_encoder_alone_knows():
+    """HiDream-I1's T5 lacks a letter that its Llama has."""
+    clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
+    words = conditioning.words_of(clip, conditioning.parse("(ĩ:1.5) and a (cat:2)"))
+    assert {*words.weights} == {1.0, 2.0}
+    assert 1.5 in words.beside["conditioning_llama3"]
+    assert [*words.weighed_tokens()] == ["cat"]
+
+
 @pytest.mark.parametrize("name", ["Qwen-Image", "Krea 2", "Boogu", "JoyImage", "Mage-Flow"])
 def test_pictures_stand_before_the_text(name, pack):
     """Their encoders put the pictures' tokens first, and end as they do without pictures."""
