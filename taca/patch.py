@@ -28,7 +28,7 @@ from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolve, timestep
 from .words import KEY as WORDS
-from .words import RunWords
+from .words import RunWords, hide_avoided
 
 log = logging.getLogger("taca")
 
@@ -140,6 +140,7 @@ def watch_run(
         log.info("%s trains in %s.", what, where)
         return executor(*args, **kwargs)
     run.words = RunWords.of(run.prompts, lambda s: resolve(s, sampling, given["sigmas"]))
+    hide_avoided(run.prompts)
     dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
     if run.words is not None and dynamic and not patcher.is_dynamic():
         log.warning(
