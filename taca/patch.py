@@ -30,7 +30,7 @@ from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolver, timestep
 from .words import KEY as WORDS
-from .words import RunWords
+from .words import RunWords, hide_avoided
 
 log = logging.getLogger("taca")
 
@@ -150,6 +150,7 @@ def watch_run(
         log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
     run.words = RunWords.of(run.prompts, resolved)
+    hide_avoided(run.prompts)
     dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
     if run.words is not None and dynamic and not patcher.is_dynamic():
         log.warning(

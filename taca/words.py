@@ -84,6 +84,17 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
 
 
+def hide_avoided(prompts: Prompts) -> None:
+    """Give the ControlNets of a run their text without what is to be avoided."""
+    for _, entry in prompts.entries():
+        words = entry.get(KEY)
+        if words and words.num_avoided and "control" in entry:
+            end = len(words.weights)
+            text = entry["cross_attn"]
+            parts = text[:, : end - words.num_avoided], text[:, end:]
+            entry.setdefault("cross_attn_controlnet", torch.cat(parts, 1))
+
+
 class Weighted(NamedTuple):
     """What one text token of a call weighs."""
 
