@@ -111,7 +111,7 @@ def taca_override(
             raise ValueError(
                 f"TACA needs an attention kernel for any number of queries. This one answers "
                 f"{q.shape[dim]} queries with {output.shape[out_dim]} rows: take out the node that "
-                f"chose it, or TACA Patch Model."
+                f"chose it, or the TACA node."
             )
         return output
 

@@ -175,7 +175,7 @@ def warn_of_lost_vram(patcher: ModelPatcher) -> None:
     if patcher.parent is not None and patcher.parent.is_dynamic() and not patcher.is_dynamic():
         log.warning(
             "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
-            "To keep it, turn any_model off where the words are encoded, and put TACA Patch Model "
+            "To keep it, turn any_model off where the words are encoded, and put the TACA node "
             "before the sampler (with gamma 1 it does nothing else)."
         )
 
@@ -209,7 +209,7 @@ def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor
     if config_of(patcher) is None:
         raise RuntimeError(
             f"The TACA LoRA {names} acts inside the window of TACA, which this model lacks: add "
-            f"TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
+            f"the TACA node. For a LoRA that is on in every step use Load LoRA."
         )
     patches = executor.class_obj.model_options["transformer_options"].get("patches", {})
     if any(type(each).__name__ == "KV_Attn_Input" for each in patches.get("attn1_patch", ())):

@@ -62,7 +62,7 @@ def through_handed_attention(position: int, name: str, *factories: str) -> Reach
             return forward, (*args[:position], ours, *args[position + 1 :]), kwargs
         raise RuntimeError(
             "TACA does not know the attention that this model's blocks are handed: another node "
-            "has wrapped it. Take that node out, or TACA Patch Model."
+            "has wrapped it. Take that node out, or the TACA node."
         )
 
     return reach
