@@ -70,8 +70,8 @@ def require_own_options(
     if calls is None or calls.args[0].config != config:
         raise RuntimeError(
             "TACA does not act on this model, since its guider runs it with another model's "
-            "options. Dual Model CFG Guider takes those of its first model for both: put TACA "
-            "Patch Model with the same settings before that one, or before neither."
+            "options. Dual Model CFG Guider takes those of its first model for both: put the TACA "
+            "node with the same settings before that one, or before neither."
         )
 
 
