@@ -370,13 +370,13 @@ def family_of(diffusion_model: nn.Module, own_class: type | None = None) -> Fami
 
 
 def part_of(module: nn.Module, path: str) -> Any:
-    """A part of a module by its path; None where it has none."""
+    """A part of a module by its path, through what is compiled; None where it has none."""
     part: Any = module
     for name in path.split("."):
-        part = getattr(part, name, None)
+        part = uncompiled(getattr(part, name, None))
     return part
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: Any) -> Any:
     """The module itself, where ``torch.compile`` has wrapped it."""
     return getattr(module, "_orig_mod", module)

@@ -59,7 +59,7 @@ class Options:
     def _prompts(
         self, prompts: Prompts | None
     ) -> list[tuple[tuple[float, ...], frozenset[Any] | None]]:
-        """Shares of the tokens of each prompt that limits gamma, and whose they are."""
+        """For each prompt that limits gamma: shares of its tokens, uuids of its conditionings."""
         if self.prompt is not None:
             return [(self.prompt, prompts.limited if prompts else None)]
         if not self.prompt_only or prompts is None:
