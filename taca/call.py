@@ -34,7 +34,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     # is done; inside, all is decided from these numbers.
     t = timesteps(base_model.model_sampling, call.t)
     inside = [bool(schedule.contains(each)) for each in t]
-    is_first = run.schedule is not None and run.events.begin_call()
+    told = call.transformer_options.get("uuids", ())
+    is_first = run.schedule is not None and run.events.begin_call(told)
     model = base_model.diffusion_model
     words = run.words.of_call(call, t, model) if run.words is not None else None
     if not any(inside) and words is None:

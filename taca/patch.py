@@ -16,7 +16,7 @@ from typing import Any
 
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from .arguments import RUN, run_arguments
@@ -31,7 +31,7 @@ from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolver, timestep
 from .words import KEY as WORDS
-from .words import RunWords
+from .words import RunWords, hide_avoided
 
 log = logging.getLogger("taca")
 
@@ -50,7 +50,29 @@ def patch_model(
     patched = model.clone()
     set_wrapper(patched, WrappersMP.OUTER_SAMPLE, KEY, partial(watch_run, config))
     set_wrapper(patched, WrappersMP.APPLY_MODEL, KEY, partial(adjust_call, Run(config)))
+    patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    check = partial(require_own_options, config)
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, check)
     return patched
+
+
+def require_own_options(
+    config: TacaConfig, patcher: ModelPatcher, timestep: Tensor, options: Any = None
+) -> None:
+    """ComfyUI's ON_PREPARE_STATE callback: whether a patched model is called with its own options.
+
+    Raises RuntimeError if it is not, since then its TACA would not act.
+    """
+    if options is None:  # before ComfyUI 0.26, whose guiders have one model each
+        return
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    [calls] = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY) or [None]
+    if calls is None or calls.args[0].config != config:
+        raise RuntimeError(
+            "TACA does not act on this model, since its guider runs it with another model's "
+            "options. Dual Model CFG Guider takes those of its first model for both: put TACA "
+            "Patch Model with the same settings before that one, or before neither."
+        )
 
 
 def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
@@ -121,6 +143,7 @@ def watch_run(
         log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
     words = run.words = RunWords.of(run.prompts, resolved)
+    hide_avoided(run.prompts)
     if words is not None:
         warn_of_lost_vram(patcher)
     t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()

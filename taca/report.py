@@ -45,6 +45,7 @@ class Asked(NamedTuple):
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     num_tokens: int | None = None  # of the conditioning of the prompt that they are of
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
+    carrying: frozenset[Any] | None = None  # uuids of the conditionings that carry these words
 
 
 @dataclass
@@ -120,7 +121,8 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     if comfy.model_management.in_training:
         return executor(*args, **kwargs)
     report.begin(guider)
-    report.own = conditionings_of(guider, report.asked.num_tokens, report.asked.encode)
+    _, num_tokens, encode, carrying = report.asked
+    report.own = carrying or conditionings_of(guider, num_tokens, encode)
     report.prompts = Prompts(
         guider, len(given["noise"]), report.config.options.conditionings(guider)
     )

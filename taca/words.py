@@ -50,11 +50,11 @@ class Words:
         return replace(self, prompt=prompt, weights=weights, places=places)
 
     def weighed_tokens(self) -> dict[str, list[int]]:
-        """The tokens of each phrase that weighs, wherever it does so."""
+        """The tokens of each phrase that weighs in the text, wherever it does so."""
         found: dict[str, list[int]] = {}
         for (phrase, _), places in zip(self.phrases, self.places, strict=False):
             found.setdefault(phrase, []).extend(places)
-        return found
+        return {phrase: places for phrase, places in found.items() if places}
 
     def weighted_beside(self, name: str, share: float, count: int) -> list["Weighted"]:
         """The same of ``count`` tokens that the model takes of what is beside the text.
@@ -82,6 +82,17 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     """
     own = entry[KEY].prompt.own()
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
+
+
+def hide_avoided(prompts: Prompts) -> None:
+    """Give the ControlNets of a run their text without what is to be avoided."""
+    for _, entry in prompts.entries():
+        words = entry.get(KEY)
+        if words and words.num_avoided and "control" in entry:
+            end = len(words.weights)
+            text = entry["cross_attn"]
+            parts = text[:, : end - words.num_avoided], text[:, end:]
+            entry.setdefault("cross_attn_controlnet", torch.cat(parts, 1))
 
 
 class Weighted(NamedTuple):

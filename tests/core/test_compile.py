@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.families import exists, named
 from support.family_runs import dense
 from support.family_runs import sample as sample_family
@@ -32,7 +32,7 @@ schedule = sys.modules["taca_pack.taca.schedule"]
 @pytest.mark.parametrize("whole", [True, False])
 def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
     """Compile before or after TACA, with and without it, in one process: never a stale result."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
     for m, expected in [
@@ -51,7 +51,7 @@ def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
 
 @pytest.mark.parametrize("kind", TRACED)
 def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
-    fast = compiled(tiny.load(folder, kind), whole=True)
+    fast = compiled(load(folder, kind), whole=True)
 
     def graphs(gamma, text):
         sample(apply_taca(fast, gamma), kind, steps=6, text=(text, text))
@@ -125,7 +125,7 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     attention = comfy.ldm.modules.attention.wrap_attn(attention)
     for module in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
         monkeypatch.setattr(module, "optimized_attention", attention)
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
     caplog.clear()
@@ -189,7 +189,7 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(folder, apply_taca, kind):
     """The compiler users have, on the whole model."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole=True, backend="inductor")
     for m, expected in [(apply_taca(fast), ours), (fast, plain)]:
@@ -202,7 +202,7 @@ def test_inductor(folder, apply_taca, kind):
 @torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
 def test_past_dynamos_limit_of_recompilations(folder, apply_taca, kind, whole):
     """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     fast = compiled(model, whole)
     for size, text in (((8, 8), 7), ((8, 10), 9), ((12, 10), 11)):
         settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}

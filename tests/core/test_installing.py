@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 from support import tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.loras import random_lora
 from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
 from support.words import weighed
@@ -287,7 +287,7 @@ def test_sweep_at_gamma_1(folder, apply_taca, pack, load_lora, has_lora):
     model = tiny.load(folder, "flux")
     if has_lora:
         model = load_lora(model, random_lora(model))
-    models, labels = pack["TACASweep"].execute(model, "1, 1.2", "970, 400").result
+    models, labels, *_ = pack["TACASweep"].execute(model, "1, 1.2", "970, 400").result
     rest = ["gamma 1.2, t >= 970", "gamma 1.2, t >= 400"]
     if not has_lora:
         assert labels == ["gamma 1 (plain)", *rest]
@@ -385,13 +385,13 @@ def test_no_call_is_lost_between_threads(caplog):
     events, times = module("events").Events(), 4000
     ran = {acted: module("block").Seen(None, True, True, acted) for acted in (True, False)}
     start = threading.Barrier(8)
-    events.begin_call()
+    events.begin_call([0])
 
     def work():
         start.wait()
         for i in range(times):
             seen = [[ran[True]], [ran[False]], [module("block").Seen(None)]][i % 3]
-            events.end_call(seen, 0.0, events.begin_call(), torch.nn.Identity())
+            events.end_call(seen, 0.0, events.begin_call([0]), torch.nn.Identity())
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -480,7 +480,7 @@ def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog
         calls.append(True)
         return executor(*args, **kwargs)
 
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     patched = inner_wrapper(apply_taca(compiled(model, whole)), count)
     settings = {"steps": 4, "text": (7, 7), "cfg": 1.0}
     expected = sample(apply_taca(model), kind, **settings)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.tiny import KINDS, sample
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -210,7 +210,7 @@ def test_the_host_waits_once_a_call(folder, apply_taca, with_lora, kind):
 @pytest.mark.parametrize("kind", TRACED)
 def test_graphs_for_gamma_ramp_lora_and_size(folder, apply_taca, with_lora, kind):
     """Two graphs a size, plain and inside, for every gamma; one more with a LoRA."""
-    fast = compiled(tiny.load(folder, kind), whole=True)
+    fast = compiled(load(folder, kind), whole=True)
     ramp = schedule.Schedule(1.3, schedule.TimestepWindow(500.0, "linear"))
 
     def graphs(m, **settings):
