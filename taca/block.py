@@ -34,7 +34,7 @@ class Seen:
 def joint_forward(
     forward: Forward, block: JointBlock, state: CallState, override: Override, seen: list[Seen]
 ) -> Forward:
-    """A block's forward, for one call, whose attention asks an override.
+    """A block's forward, for one call, whose attention runs through an override.
 
     ``forward`` is the block's, with whatever other packs have put there. The override is called
     with what the block did so far, the layout of its tokens and its ``num_tokens``, and then as

@@ -55,11 +55,11 @@ class Family:
     models: tuple[str, ...]  # class names of the ``diffusion_model``
     # Path of each list of blocks with a joint attention -> where the tokens of its blocks are.
     joint: dict[str, Locate] = field(hash=False)
-    # The same for lists of blocks that only show what joint blocks are not told.
+    # The same for blocks that are not joint, and record lengths that joint blocks need.
     before: dict[str, Locate] = field(default_factory=dict, hash=False)
     attention: str = ""  # attribute of a block that attends, where the block cannot be reached
     reach: Reach = through_options  # how an attention override reaches that attention
-    extra_text: FindExtraText = no_extra_text  # what it takes for text beside the conditioning
+    extra_text: FindExtraText = no_extra_text  # its text tokens beside the conditioning
     fills_front: int = 0  # to so many text tokens core fills up the conditioning in front
     # Where the picture's own tokens are among all image tokens: before what it is shown, after it,
     # or in the left half of each row.

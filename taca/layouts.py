@@ -96,7 +96,7 @@ def records_length(field: str) -> Locate:
 
 
 def records_only(locate: Locate) -> Locate:
-    """A joint block that is left alone, and still shows where its tokens are."""
+    """A joint block without TACA, which still records where its tokens are."""
 
     def locate_nothing(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         locate(args, kwargs, state)
