@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """For what no node made."""
+    """Tell nobody: for models that were patched without a node."""
 
 
 def step_at(steps: list[float], t: float) -> int:

@@ -22,8 +22,8 @@ Override = Callable[..., Tensor]
 
 Call = tuple[Forward, Args, Kwargs]
 Reach = Callable[[Forward, Args, Kwargs, Override], Call]
-"""Changes the call of a block such that its attention asks the override. One that is there already
-becomes ``other``, and still attends."""
+"""Changes the call of a block such that its attention runs through the override. One that is there
+already becomes ``other``, and still attends."""
 
 
 def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:

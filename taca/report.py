@@ -153,8 +153,8 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
     if report.asked.num_tokens is not None:
-        around = family.around_prompt(transformer, report.asked.num_tokens * repeats, call)
-        start = len(around.before)
+        extra = family.extra_text_of(transformer, report.asked.num_tokens * repeats, call)
+        start = len(extra.before)
     starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
