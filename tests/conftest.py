@@ -48,6 +48,15 @@ class Deprecations(logging.Handler):
 logging.getLogger().addHandler(Deprecations(logging.WARNING))
 
 
+LONGEST = ("test_long_run.py", "test_server.py", "test_compile.py", "test_families.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def pack():
     """The pack's nodes, by id."""
