@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -139,7 +141,7 @@ def drawn(
 
 
 def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
-    """The words of a prompt, or of a run's positive conditioning if it carries its own.
+    """The words of a prompt, or of a positive conditioning of the run that carries its own.
 
     Without words those that weigh are taken. Raises ValueError as ``find_words``.
     """
@@ -148,12 +150,23 @@ def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
         found = find_words(words, tokens)
         return Asked(found, len(tokens.table), partial(text_of, clip, prompt))
     positive = getattr(guider, "original_conds", {}).get("positive", ())
-    carried = next((each for each in positive if KEY in each), None)
-    if carried is None:
+    carrying = [each for each in positive if KEY in each]
+    if not carrying:
         return Asked(find_words(words, None))
-    own = carried[KEY]
-    found = find_words(words, own.prompt) if words.strip() else own.weighed_tokens()
-    return Asked(found, len(own_tokens(carried)))
+    chosen, found = _carried(words, carrying)
+    same = (each["uuid"] for each in carrying if each[KEY] is chosen[KEY])
+    return Asked(found, len(own_tokens(chosen)), carrying=frozenset(same))
+
+
+def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
+    """The first conditioning that has all of these words, or one that weighs; and its tokens."""
+    if not words.strip():
+        chosen = next((each for each in carrying if each[KEY].weigh), carrying[0])
+        return chosen, chosen[KEY].weighed_tokens()
+    for each in carrying[:-1]:
+        with suppress(ValueError):
+            return each, find_words(words, each[KEY].prompt)
+    return carrying[-1], find_words(words, carrying[-1][KEY].prompt)
 
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:

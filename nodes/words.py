@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..taca.conditioning import AVOID_STRENGTH, attach, encode, parse, words_of
+from ..taca.conditioning import AVOID_STRENGTH, attach, check_text, encode, parse, words_of
 from ..taca.schedule import Schedule
 from .patch import TACASchedule
 from .sweep import numbers
@@ -101,6 +101,7 @@ class TACAWeighWords(io.ComfyNode):
     ) -> io.NodeOutput:
         how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": NodeText()}
         words = words_of(clip, parse(text), **how)
+        check_text(conditioning, clip, words)
         return io.NodeOutput(attach(conditioning, words, clip, any_model))
 
 
@@ -132,5 +133,5 @@ class TACAWordSweep(io.ComfyNode):
         values = numbers("TACA Word Sweep", "weights", weights)
         texts = [text.replace(":w)", f":{value})") for value in values]
         labels = [f"w = {value:g}" for value in values]
-        say = NodeText()
+        say = NodeText(total=len(texts))
         return io.NodeOutput([encode(clip, each, say=say) for each in texts], labels)

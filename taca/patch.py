@@ -9,15 +9,17 @@ The path of gamma, one module a stage:
     attention.py  Eq. 10
 """
 
+import itertools
 import logging
 from functools import partial
 from typing import Any
 
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .arguments import RUN, run_arguments
 from .call import adjust_call
 from .compiler import check_compiler
 from .events import Say, silent
@@ -29,7 +31,7 @@ from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolver, timestep
 from .words import KEY as WORDS
-from .words import RunWords
+from .words import RunWords, hide_avoided
 
 log = logging.getLogger("taca")
 
@@ -48,7 +50,29 @@ def patch_model(
     patched = model.clone()
     set_wrapper(patched, WrappersMP.OUTER_SAMPLE, KEY, partial(watch_run, config))
     set_wrapper(patched, WrappersMP.APPLY_MODEL, KEY, partial(adjust_call, Run(config)))
+    patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    check = partial(require_own_options, config)
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, check)
     return patched
+
+
+def require_own_options(
+    config: TacaConfig, patcher: ModelPatcher, timestep: Tensor, options: Any = None
+) -> None:
+    """ComfyUI's ON_PREPARE_STATE callback: whether a patched model is called with its own options.
+
+    Raises RuntimeError if it is not, since then its TACA would not act.
+    """
+    if options is None:  # before ComfyUI 0.26, whose guiders have one model each
+        return
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    [calls] = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY) or [None]
+    if calls is None or calls.args[0].config != config:
+        raise RuntimeError(
+            "TACA does not act on this model, since its guider runs it with another model's "
+            "options. Dual Model CFG Guider takes those of its first model for both: put the TACA "
+            "node with the same settings before that one, or before neither."
+        )
 
 
 def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
@@ -71,6 +95,10 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
             "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
             *(idle, len(lora.module_names), lora.name, family.name),
         )
+    # Of this patcher: a node may have set another dtype than the loaded model's.
+    dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+    for delta in itertools.chain(*lora.deltas):
+        delta.cast(dtype)
     patched = model.clone()
     others = patched.get_additional_models_with_key(LORA_KEY)
     patched.set_additional_models(LORA_KEY, [*others, patcher_of(lora)])
@@ -91,22 +119,14 @@ def watch_run(
 
     Without a config the model has no TACA, and only words weigh.
     """
-    guider = executor.class_obj
-    patcher = guider.model_patcher
-    # As ``outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, ...)``.
-    names = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sampling, training = patcher.get_model_object("model_sampling"), False
-    if comfy.model_management.in_training:
-        training, given["sigmas"] = True, None
-        if config is None:
-            log.warning("TACA: word weights do not act in training.")
-            return executor(*args, **kwargs)
-    shape = (kwargs.get("latent_shapes") or [given["noise"].shape])[0]
-    resolved = resolver(patcher, given["sigmas"], shape)
-    run = Run(config or TacaConfig(Schedule(1.0)), NEVER)
-    if config is not None:
-        run.schedule = resolved(config.schedule)
+    guider, given = executor.class_obj, run_arguments(args, kwargs)
+    patcher, training = guider.model_patcher, comfy.model_management.in_training
+    if training and config is None:
+        log.warning("TACA: word weights do not act in training.")
+        return executor(*args, **kwargs)
+    sigmas = None if training else given["sigmas"]
+    resolved = resolver(patcher, sigmas, given["latent_shapes"][0])
+    run = Run(config or TacaConfig(Schedule(1.0)), resolved(config.schedule) if config else NEVER)
     limited = run.config.options.conditionings(guider)
     run.prompts = Prompts(guider, len(given["noise"]), limited)
     for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
@@ -122,23 +142,18 @@ def watch_run(
     if training:
         log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
-    run.words = RunWords.of(run.prompts, resolved)
-    dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
-    if run.words is not None and dynamic and not patcher.is_dynamic():
-        log.warning(
-            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
-            "To keep it, turn any_model off where the words are encoded, and put TACA Patch Model "
-            "before the sampler (with gamma 1 it does nothing else)."
-        )
-    t = timestep(sampling, given["sigmas"]).tolist()
+    words = run.words = RunWords.of(run.prompts, resolved)
+    hide_avoided(run.prompts)
+    if words is not None:
+        warn_of_lost_vram(patcher)
+    t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
     run.word_events.ended = run.events.ended
     callback = run.events.counted(given.get("callback"))
-    if len(args) > names.index("callback"):
-        args = (*args[:5], callback, *args[6:])
+    if len(args) >= len(RUN):
+        args = (*args[: len(RUN) - 1], callback, *args[len(RUN) :])
     else:
         kwargs["callback"] = callback
-    words = run.words
     try:
         result = executor(*args, **kwargs)
     finally:
@@ -153,6 +168,16 @@ def watch_run(
         for each in words.schedules:
             each.say(said)
     return result
+
+
+def warn_of_lost_vram(patcher: ModelPatcher) -> None:
+    """A run of a clone that is not dynamic, though the model is: ComfyUI made it for a hook."""
+    if patcher.parent is not None and patcher.parent.is_dynamic() and not patcher.is_dynamic():
+        log.warning(
+            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
+            "To keep it, turn any_model off where the words are encoded, and put the TACA node "
+            "before the sampler (with gamma 1 it does nothing else)."
+        )
 
 
 def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
@@ -184,7 +209,7 @@ def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor
     if config_of(patcher) is None:
         raise RuntimeError(
             f"The TACA LoRA {names} acts inside the window of TACA, which this model lacks: add "
-            f"TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
+            f"the TACA node. For a LoRA that is on in every step use Load LoRA."
         )
     patches = executor.class_obj.model_options["transformer_options"].get("patches", {})
     if any(type(each).__name__ == "KV_Attn_Input" for each in patches.get("attn1_patch", ())):

@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from .arguments import CallArguments
+from .arguments import CallArguments, run_arguments
 from .attention import scale_text_keys
 from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
@@ -30,7 +30,7 @@ from .schedule import NEVER, ResolvedSchedule, Schedule
 from .spans import Layout, Span
 from .swap import Forward, Wrap, swapped_forwards
 from .timesteps import resolver, timestep
-from .word_weights import WordWeights, image_mask
+from .word_weights import WordWeights, add_bias, image_bias
 from .words import RunWords
 
 QUERIES = 1024
@@ -45,6 +45,7 @@ class Asked(NamedTuple):
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     num_tokens: int | None = None  # of the conditioning of the prompt that they are of
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
+    carrying: frozenset[Any] | None = None  # uuids of the conditionings that carry these words
 
 
 @dataclass
@@ -116,23 +117,23 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
 
 def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
-    guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
+    guider, given = executor.class_obj, run_arguments(args, kwargs)
     if comfy.model_management.in_training:
         return executor(*args, **kwargs)
     report.begin(guider)
-    report.own = conditionings_of(guider, report.asked.num_tokens, report.asked.encode)
-    report.prompts = Prompts(guider, len(noise), report.config.options.conditionings(guider))
-    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    shape = (kwargs.get("latent_shapes") or [noise.shape])[0]
-    resolved = resolver(guider.model_patcher, sigmas, shape)
+    _, num_tokens, encode, carrying = report.asked
+    report.own = carrying or conditionings_of(guider, num_tokens, encode)
+    report.prompts = Prompts(
+        guider, len(given["noise"]), report.config.options.conditionings(guider)
+    )
+    resolved = resolver(guider.model_patcher, given["sigmas"], given["latent_shapes"][0])
     report.schedule = resolved(report.config.schedule)
     report.run_words = RunWords.of(report.prompts, resolved)
     try:
         return executor(*args, **kwargs)
     finally:
-        report.prompts = report.run_words = (
-            None  # else the guider, and its models, would live on in a circle
-        )
+        # Else the guider, and its models, would live on in a circle.
+        report.prompts = report.run_words = None
 
 
 def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,8 +153,8 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
     if report.asked.num_tokens is not None:
-        around = family.around_prompt(transformer, report.asked.num_tokens * repeats, call)
-        start = len(around.before)
+        extra = family.extra_text_of(transformer, report.asked.num_tokens * repeats, call)
+        start = len(extra.before)
     starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
@@ -274,7 +275,8 @@ class Probe:
         is_adjusted = bool((gamma != 1).any())
         keys, weighed = scale_text_keys(k, gamma, layout, 2) if is_adjusted else k, mask
         if self.words is not None:
-            weighed = image_mask(self.words.of_rows(rows), mask, layout, q)
+            bias = image_bias(self.words.of_rows(rows), layout, q)
+            weighed = bias if mask is None else add_bias(mask, bias)
         adjusted = plain if keys is k and weighed is mask else mass(keys, weighed)
         pair = (plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu())
         self.report.shares.setdefault(self.place, []).append(pair)

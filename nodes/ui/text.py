@@ -26,13 +26,14 @@ def show_text(text: str, node_id: str | None = None) -> None:
 class NodeText:
     """The text under the node that is running now: ``lines``, and what the last runs did.
 
-    Of several runs in one prompt two are shown: a first pass and an upscale.
+    Of several runs in one prompt two are shown: a first pass and an upscale. Where ``total`` runs
+    are to come, the last one is.
     """
 
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str, total: int | None = None) -> None:
         context = get_executing_context()
         self.node_id = context.node_id if context else None
-        self.first, self.added, self.prompt = lines, list[str](), ""
+        self.first, self.added, self.prompt, self.total = lines, list[str](), "", total
         if lines:
             show_text("\n".join(lines))
 
@@ -42,10 +43,11 @@ class NodeText:
             if context.prompt_id != self.prompt:
                 self.prompt, self.added = context.prompt_id, []
             self.added.append(line)
-            if len(self.added) > 1:
-                last = [f"Run {i}: {each}" for i, each in enumerate(self.added, 1)][-2:]
-            else:
-                last = self.added
+            last, count = self.added[-2:], len(self.added)
+            if self.total:
+                last = [f"{count} of {self.total}: {line}"]
+            elif count > 1:
+                last = [f"Run {count - 1}: {last[0]}", f"Run {count}: {line}"]
             show_text("\n".join([*self.first, *last]), self.node_id)
 
 

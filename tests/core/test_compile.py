@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import TRACED, compiled
+from support.compiling import IN_TURN, TRACED, compiled, load
 from support.families import exists, named
 from support.family_runs import dense
 from support.family_runs import sample as sample_family
@@ -25,13 +25,13 @@ from support.tiny import KINDS, installed_on, sample
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 compiler = sys.modules["taca_pack.taca.compiler"]
+schedule = sys.modules["taca_pack.taca.schedule"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("kind", "whole"), IN_TURN)
 def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
     """Compile before or after TACA, with and without it, in one process: never a stale result."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
     for m, expected in [
@@ -50,7 +50,7 @@ def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
 
 @pytest.mark.parametrize("kind", TRACED)
 def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
-    fast = compiled(tiny.load(folder, kind), whole=True)
+    fast = compiled(load(folder, kind), whole=True)
 
     def graphs(gamma, text):
         sample(apply_taca(fast, gamma), kind, steps=6, text=(text, text))
@@ -63,8 +63,38 @@ def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
     assert graphs(1.4, 12) == dynamic
 
 
-@pytest.mark.parametrize("kind", TRACED)
+SIZES = [(8, 8), (8, 12), (12, 16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("whole", [True, False])
+def test_twice_the_plain_models_graphs(folder, apply_taca, kind, whole):
+    """Inside the window as many as outside, over sizes and batches; none for gamma or a prompt."""
+    ramp = schedule.Schedule(1.3, schedule.TimestepWindow(500.0, "linear"))
+    counts = []
+
+    def graphs(model, seed=1):
+        for batch in (1, 2):
+            for size in SIZES:
+                positive = tiny.conditioning(kind, 7, seed=seed)
+                settings = {"steps": 4, "size": size, "batch": batch, "text": (7, 7), "cfg": 1.0}
+                sample(model, kind, positive=positive, **settings)
+        assert not counters["graph_break"]
+        return counters["stats"]["unique_graphs"]
+
+    for with_taca in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        fast = compiled(tiny.load(folder, kind), whole)
+        counts.append(graphs(apply_taca(fast, schedule=ramp) if with_taca else fast))
+    assert counts[1] == 2 * counts[0]
+    assert graphs(apply_taca(fast, 1.1)) == counts[1]
+    assert graphs(apply_taca(fast, schedule=ramp), seed=5) == counts[1]
+
+
+@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeypatch, caplog):
     """With e.g. SageAttention the graph breaks and is compiled in pieces, without guards: those
     with TACA must never be taken for the plain model's."""
@@ -94,7 +124,7 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     attention = comfy.ldm.modules.attention.wrap_attn(attention)
     for module in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
         monkeypatch.setattr(module, "optimized_attention", attention)
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
     caplog.clear()
@@ -105,9 +135,9 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     assert not installed_on(model)
 
 
-QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model takes longest.
+QUICK = {  # the most used; FLUX.1 and SD3 are above
     True: named("Qwen-Image"),
-    False: named("FLUX.2", "Chroma", "Qwen-Image", "Z-Image", "HunyuanVideo"),
+    False: named("FLUX.2", "Chroma", "Z-Image"),
 }
 
 
@@ -121,7 +151,7 @@ QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model take
             marks=[] if case in QUICK[whole] else pytest.mark.slow,
         )
         for whole in (True, False)
-        for case in families.CASES
+        for case in (families.ONE_EACH if whole else families.CASES)
     ],
 )
 def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
@@ -129,7 +159,6 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     attention; nothing is stale, and the blocks compile in one piece.
 
     Where they cannot (``Case.pieces``), steps with TACA run uncompiled, and the log says so.
-    The second order takes a third of the time: of a whole model, once for each class.
     """
     if not exists(case):
         pytest.skip(f"this ComfyUI has no {case.name}")
@@ -144,9 +173,7 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     ]
     fast = compiled(model, whole, lists=lists)
     runs = [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2
-    first = next(each for each in families.CASES if each.transformer == case.transformer)
-    if case is first or not whole:
-        runs += [(compiled(apply_taca(model, 1.4), whole, lists=lists), expected), (fast, plain)]
+    runs += [(compiled(apply_taca(model, 1.4), whole, lists=lists), expected), (fast, plain)]
     for m, wanted in runs:
         assert (sample_family(m, case) - wanted).abs().max() < 2e-3 * effect
     assert counters["stats"]["unique_graphs"]
@@ -158,7 +185,7 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(folder, apply_taca, kind):
     """The compiler users have, on the whole model."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole=True, backend="inductor")
     for m, expected in [(apply_taca(fast), ours), (fast, plain)]:
@@ -171,7 +198,7 @@ def test_inductor(folder, apply_taca, kind):
 @torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
 def test_past_dynamos_limit_of_recompilations(folder, apply_taca, kind, whole):
     """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     fast = compiled(model, whole)
     for size, text in (((8, 8), 7), ((8, 10), 9), ((12, 10), 11)):
         settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}

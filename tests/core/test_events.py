@@ -3,12 +3,15 @@
 import gc
 import sys
 import weakref
+from itertools import pairwise
 
+import comfy.sampler_helpers
 import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_execution.utils import CurrentNodeContext
+from comfy_extras import nodes_custom_sampler as custom_sampler
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
@@ -142,6 +145,69 @@ def test_rows_that_nobody_knows_are_an_error(folder, pack):
         run(guider)
 
 
+def test_a_guider_that_names_no_positive_prompt(folder, pack):
+    """What needs it is an error, and nothing is guessed."""
+
+    class Guider(comfy.samplers.CFGGuider):
+        def set_conds(self, first, second):
+            self.inner_set_conds({"first": first, "second": second})
+
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            lists = [self.conds["first"], self.conds["second"]]
+            return sum(
+                comfy.samplers.calc_cond_batch(self.inner_model, lists, x, timestep, model_options)
+            )
+
+    guider = Guider(limited(pack, tiny.load(folder, "flux")))
+    guider.set_conds(*conds("positive", "negative"))
+    with pytest.raises(ValueError, match="which prompt of Guider is the positive one"):
+        run(guider)
+
+
+@pytest.mark.parametrize("which", ["positive", "negative", "another"])
+def test_a_conditioning_that_a_node_made_again(folder, pack, gammas, which):
+    """A guidance that calls the model with its own copy of a prompt: its text tells whose it is."""
+    model = limited(pack, tiny.load(folder, "flux"))
+    texts = dict(zip(("positive", "negative", "another"), conds(*LENGTHS), strict=False))
+    again = comfy.sampler_helpers.convert_cond(texts[which])
+
+    def guidance(args):
+        encoded = comfy.samplers.encode_model_conds(
+            args["model"].extra_conds, again, args["input"], args["input"].device, "positive"
+        )
+        gammas.clear()
+        how = args["input"], args["sigma"], args["model_options"]
+        return comfy.samplers.calc_cond_batch(args["model"], [encoded], *how)[0]
+
+    model.set_model_sampler_post_cfg_function(guidance)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(texts["positive"], texts["negative"])
+    guider.set_cfg(3.0)
+    run(guider)
+    assert bool(gammas) == (which == "positive")
+
+
+@pytest.mark.skipif(not hasattr(custom_sampler, "DualModelGuider"), reason="no such guider")
+@pytest.mark.parametrize("patched", ["first", "both", "second", "both, unlike"])
+def test_a_guider_of_two_models(folder, pack, gammas, patched):
+    """ComfyUI gives both the options of the first."""
+    first, second = (tiny.load(folder, "flux", seed=seed) for seed in (0, 4))
+    if patched != "second":
+        first = limited(pack, first)
+    if patched == "both, unlike":
+        second = pack["TACAPatchModel"].execute(second, 1.4, 970.0).result[0]
+    elif patched != "first":
+        second = limited(pack, second)
+    texts = conds("positive", "negative")
+    guider = custom_sampler.DualModelGuider.execute(first, texts[0], 3.0, second, texts[1])
+    if patched in ("second", "both, unlike"):
+        with pytest.raises(RuntimeError, match="TACA does not act on this model, since its guider"):
+            run(guider.result[0])
+        return
+    run(guider.result[0])
+    assert {length for length, rows in gammas if any(rows)} == {7}
+
+
 @pytest.mark.parametrize("threshold", [930.0, 840.0])
 @pytest.mark.parametrize("share", [1.0, 0.98, 0.95, 0.9])
 def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share, threshold):
@@ -176,6 +242,66 @@ def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
     guider.set_conds(*conds("positive", "negative"))
     run(guider, steps=10, sampler=comfy.samplers.sampler_object(name))
     assert "acted on 3 of 10 steps" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
+@pytest.mark.parametrize("threshold", [0.0, 860.0])
+def test_a_sampler_that_chooses_its_own_steps(folder, apply_taca, gammas, caplog, name, threshold):
+    """Counted are those that it tells of."""
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, threshold))
+    guider.set_conds(*conds("positive", "negative"))
+    noise = torch.randn(1, 16, 4, 4, generator=torch.manual_seed(3))
+    steps, before = [], []
+
+    def callback(*_):
+        steps.append(len(gammas) > sum(before))
+        before.append(len(gammas) - sum(before))
+
+    sampler = comfy.samplers.sampler_object(name)
+    sigmas = torch.linspace(1, 0, 7)
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback)
+    assert f"acted on {sum(steps)} of {len(steps)} steps" in caplog.records[-1].message
+    assert all(steps) == (threshold == 0)
+
+
+def test_a_sampler_that_tells_of_no_step(folder, apply_taca, caplog):
+    caplog.set_level("INFO", logger="taca")
+
+    def silent(model, x, sigmas, extra_args, **kwargs):
+        for sigma, following in pairwise(sigmas):
+            denoised = model(x, sigma * x.new_ones(len(x)), **extra_args)
+            x = denoised + (x - denoised) * following / sigma
+        return x
+
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, 750.0))
+    guider.set_conds(*conds("positive", "negative"))
+    run(guider, steps=10, sampler=comfy.samplers.KSAMPLER(silent))
+    assert "acted on 3 of 10 steps" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("order", [("positive", "negative"), ("negative", "positive")])
+def test_the_first_call_in_which_taca_acts(folder, pack, order):
+    """With positive_only the negative prompt may come first; no cache can answer either."""
+
+    def forward_of_a_pack(img, *args, **kwargs):
+        return img
+
+    model = limited(pack, tiny.load(folder, "flux"))
+    model.add_object_patch("diffusion_model.forward_orig", forward_of_a_pack)
+
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            how = x, timestep, model_options
+            return sum(
+                comfy.samplers.calc_cond_batch(self.inner_model, [self.conds[name]], *how)[0]
+                for name in order
+            )
+
+    guider = Guider(model)
+    guider.set_conds(*conds("positive", "negative"))
+    with pytest.raises(RuntimeError, match=r"no block of Flux ran.*forward_of_a_pack"):
+        run(guider)
 
 
 def test_a_model_that_never_calls_its_blocks(folder, apply_taca):

@@ -72,9 +72,12 @@ def test_steps_from_picture_to_noise(folder, apply_taca):
     watched = REPORT.watched(PATCH(model, schedule), report)
     guider = BasicGuider.execute(watched, tiny.conditioning("flux", 7)).result[0]
     SamplerCustomAdvanced.execute(
-        Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0], sigmas,
+        Noise_RandomNoise(3),
+        guider,
+        KSamplerSelect.execute("euler").result[0],
+        sigmas,
         {"samples": torch.zeros(1, 16, 16, 16)},
-    )  # fmt: skip
+    )
     table = report.table()
     assert table.shape == (2, 8, 4)
     assert table.isfinite().all()
@@ -92,8 +95,9 @@ def joined(factor, found=None):
     """Dense attention over 18 text tokens and the film's, with a factor for each text key of the
     positive prompt."""
 
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 **kwargs):  # fmt: skip
+    def override(
+        func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         assert k.shape[2] == 18 + FILM
