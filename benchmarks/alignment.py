@@ -117,7 +117,7 @@ class Pictures(Subject):
     def text_share(self, captions: list[str]) -> torch.Tensor:
         """Share of the image queries' attention on text at CFG 1, ``(steps, blocks)``."""
         report_module = sys.modules["taca_pack.taca.report"]
-        report = report_module.Report({})
+        report = report_module.Report(lambda guider: report_module.Asked({}))
         self.sample(report_module.watched(self.model, report), captions, 0, 1.0)
         return report.table()[0]
 

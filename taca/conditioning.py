@@ -13,9 +13,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
+from torch.nn.functional import normalize
 
 from .patch import watch_run
-from .prompt_tokens import PromptTokens, Table
+from .prompt_tokens import PromptTokens, Table, text_of
 from .run import KEY as PATCH_KEY
 from .words import KEY, Words
 
@@ -58,7 +59,7 @@ class NeedsTaca(comfy.conds.CONDRegular):
     def process_cond(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "TACA: this model has no TACA, and any_model is off for the words of its prompt, so "
-            "they would not weigh. Put TACA Patch Model before the sampler (with gamma 1 it does "
+            "they would not weigh. Put the TACA node before the sampler (with gamma 1 it does "
             "nothing else), or turn any_model on."
         )
 
@@ -125,8 +126,8 @@ def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
     prompt = PromptTokens.of(clip, parsed.text)
     phrases = tuple((parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases)
     places = tuple(tuple(prompt.covering(start, end)) for start, end, _ in parsed.phrases)
-    for (phrase, _), tokens in zip(phrases, places, strict=True):
-        if not tokens:
+    for (phrase, _), (start, end, _) in zip(phrases, parsed.phrases, strict=True):
+        if not prompt.knows(start, end):
             raise ValueError(
                 f"TACA cannot weigh {phrase!r}: the text encoder does not know it, or cut it off. "
                 f"Choose another word, or a shorter prompt."
@@ -220,6 +221,29 @@ def attach(
     hooks = comfy.hooks.HookGroup()
     hooks.add(WeighHook())
     return comfy.hooks.set_hooks_for_conditioning(carrying, hooks)
+
+
+def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
+    """Raise ValueError if a conditioning with padding, as long for every text, is of another text.
+
+    It need not be what the CLIP makes of the text, for another node may have weighed embeddings or
+    mixed texts. But then many of its tokens are more like their own place there than any other.
+    """
+    own = torch.tensor(words.prompt.own()).bool()
+    theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]
+    if not theirs or not words.weigh or own.all():
+        return
+    made = text_of(clip, words.prompt.text)[0][own].float().cpu()
+    middle = made.mean(0)
+    made = normalize(made - middle, dim=1)
+    for text in theirs:
+        alike = normalize(text[own].float().cpu() - middle, dim=1) @ made.T
+        in_place = alike.diagonal() >= alike.amax(1) - 0.05  # a word may stand there twice
+        if in_place.float().mean() < 0.3:
+            raise ValueError(
+                "TACA: this conditioning is of another text, so the weights would be on the wrong "
+                "words. Connect the CLIP and the text that made it."
+            )
 
 
 def _sees_pictures(clip: CLIP | None) -> bool:

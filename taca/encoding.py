@@ -91,7 +91,10 @@ class OffsetTokenizer:
         for own in (found, found[1:]):
             decoded = (self.tokenizer.decode(own[:i], **WHOLE) for i in range(len(own) + 1))
             parts = ["".join(part.split()) for part in decoded]
-            if parts[-1].lower() == "".join(text.split()).lower():
+            # Characters that it does not know it may drop, as HunyuanVideo's does then.
+            known = {*parts[-1].lower()}
+            kept = [i for i in written if {*text[i].lower()} <= known]
+            if parts[-1].lower() == "".join(text[i] for i in kept).lower():
                 break
         else:
             return told
@@ -99,7 +102,7 @@ class OffsetTokenizer:
         spans = [(0, 0)] * (len(own) + 1)
         for i in reversed(range(len(own))):
             if ends[i + 1] > ends[i]:
-                spans[i] = written[ends[i]], written[ends[i + 1] - 1] + 1
+                spans[i] = kept[ends[i]], kept[ends[i + 1] - 1] + 1
             elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
                 spans[i] = spans[i + 1]
         return _within(ids, own, spans)
@@ -151,7 +154,8 @@ def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
 def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int, Sequence[int]]:
     """The characters of a textual inversion's name, by the ``id()`` of each of its vectors."""
     pattern = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()]+?)(?=:[^\s():]*\)|[\s()]|$)"
-    names = re.finditer(pattern, text)
+    has_any = tokenizer.embedding_directory is not None
+    names = re.finditer(pattern, text) if has_any else ()
     found = iter([n for n in names if tokenizer._try_get_embedding(n[1])[0] is not None])
     places: dict[int, Sequence[int]] = {}
     last, at = None, range(0)

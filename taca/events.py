@@ -8,7 +8,7 @@ never reached TACA.
 import inspect
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,13 @@ from .block import Seen
 from .families import uncompiled
 
 log = logging.getLogger("taca")
+
+Say = Callable[[str], None]
+"""Tells the user a sentence, under the node that it is about."""
+
+
+def silent(text: str) -> None:
+    """Tell nobody: for models that were patched without a node."""
 
 
 def step_at(steps: list[float], t: float) -> int:
@@ -32,16 +39,19 @@ class Events:
     """The calls of one run. Lists are appended to from a thread for each device."""
 
     steps: list[float] = field(default_factory=list)  # t at which each step begins
-    calls: list[None] = field(default_factory=list)  # all of them, inside the window or not
+    called: set[Any] = field(default_factory=set)  # the conditionings of the calls until now
     ended: list[None] = field(default_factory=list)  # steps whose callback came
-    acted: list[int] = field(default_factory=list)  # the step of each call that acted
+    # For each call that acted how many steps had ended, and the step of its t.
+    acted: list[tuple[int, int]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
-    def begin_call(self) -> bool:
-        """Whether this is the run's first call, which no cache can answer."""
-        self.calls.append(None)
-        return len(self.calls) == 1
+    def begin_call(self, conditionings: Iterable[Any]) -> bool:
+        """Whether this is the first call of these, in the first step: no cache can answer it."""
+        key = tuple(conditionings)
+        is_first = key not in self.called and not self.ended
+        self.called.add(key)
+        return is_first
 
     def counted(self, callback: Callable[..., Any] | None) -> Callable[..., Any]:
         """A sampler's callback, which also counts the steps that ended."""
@@ -58,34 +68,45 @@ class Events:
         Raises RuntimeError if TACA was bypassed in the first call.
         """
         missed = [block for block in seen if block.ran and not block.attended]
+        no_block_ran = bool(seen) and not any(block.called for block in seen)
         if missed:
             count = sum(block.ran for block in seen)
             self.elsewhere.append((len(missed), count, _origin(missed[0].forward)))
-        elif seen and not any(block.called for block in seen):
+        elif no_block_ran:
             self.cached.append(None)
         else:
-            # A sampler that calls the model again in a step does so after the step's callback; one
-            # that tells the model another sigma than its own is still in its own step.
-            self.acted.append(min(len(self.ended), step_at(self.steps, t)))
+            self.acted.append((len(self.ended), step_at(self.steps, t)))
         if is_first and missed:
             blocks, count, who = self.elsewhere[-1]
             raise RuntimeError(
                 f"TACA was bypassed in {blocks} of {count} blocks of {type(model).__name__}: they "
                 f"run {who}, whose attention TACA does not reach. Take out the node that put it "
-                f"there, or TACA Patch Model."
+                f"there, or the TACA node."
             )
-        if is_first and self.cached:
+        if is_first and no_block_ran:
             raise RuntimeError(
                 f"TACA was bypassed: no block of {type(model).__name__} ran inside the window. "
-                f"{_replacement(model)} Take out the node that did this, or TACA Patch Model."
+                f"{_replacement(model)} Take out the node that did this, or the TACA node."
             )
 
-    def report(self, what: str, where: str, lowest: float, highest: float) -> None:
-        """Say at the end of a run what happened.
+    def counts(self) -> tuple[int, int]:
+        """Steps in which a call acted, and steps of the run."""
+        ended, total = len(self.ended), len(self.steps)
+        if not ended:  # a sampler that tells of no step
+            return len({step for _, step in self.acted}), total
+        if ended != total:  # one that chooses its own, as dpm_fast and dpm_adaptive do
+            own = {min(before, ended - 1) for before, _ in self.acted}
+            return len(own), ended
+        # A sampler that calls the model again in a step does so after the step's callback; one
+        # that tells the model another sigma than its own is still in its own step.
+        return len({min(before, step) for before, step in self.acted}), total
+
+    def report(self, what: str, where: str, lowest: float, highest: float) -> str:
+        """Log at the end of a run what happened; what of it to say under a node.
 
         Raises RuntimeError if TACA was bypassed in every call inside the window.
         """
-        count, total = len(set(self.acted)), len(self.steps)
+        (count, total), bypass = self.counts(), ""
         if self.elsewhere:
             blocks, of, who = map(max, zip(*self.elsewhere, strict=True))
             bypassed = f"in {len(self.elsewhere)} calls inside the window {blocks} of {of} blocks"
@@ -94,10 +115,10 @@ class Events:
                     f"TACA changed nothing: {bypassed} ran {who}, whose attention TACA does not "
                     f"reach. Start that node after the TACA window ends, or take it out."
                 )
-            log.warning(
-                "TACA: %s ran %s, without TACA. Start that node after the TACA window ends.",
-                *(bypassed, who),
+            bypass = (
+                f"{bypassed} ran {who}, without TACA. Start that node after the TACA window ends."
             )
+            log.warning("TACA: %s", bypass)
         advice = f" A cache answered {len(self.cached)} calls in the window." if self.cached else ""
         if not count and not advice:
             advice = (
@@ -105,7 +126,9 @@ class Events:
                 f"{lowest:.0f}. Lower the threshold, or use more steps."
             )
         level = logging.INFO if count else logging.WARNING
-        log.log(level, "%s acted on %d of %d steps, %s.%s", what, count, total, where, advice)
+        log.log(level, "TACA: %s acted on %d of %d steps, %s.%s", what, count, total, where, advice)
+        said = f"{what} acted on {count} of {total} steps.{advice}"
+        return f"{said}\nWarning: {bypass}" if bypass else said
 
 
 def _origin(forward: Callable[..., Any]) -> str:

@@ -1,5 +1,6 @@
 """Reading a LoRA file and fitting it to a model."""
 
+import copy
 import json
 import logging
 import re
@@ -95,6 +96,14 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         _check_numbers(parts, target, name)
         tensors = {id(part) for part in parts if isinstance(part, Tensor)}
         module = submodule(model, module_name)
+        if hasattr(module, "in_features"):
+            try:
+                value = _flat(value)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{name} is not a whole LoRA: a part of {target} is missing or misshapen "
+                    f"({error}). Get it again."
+                ) from error
         if isinstance(value, WeightAdapterBase):
             is_sum = isinstance(value, SUMS) and not tensors & dora and list not in map(type, parts)
         else:
@@ -121,6 +130,27 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         )
     log.info("TACA: %s fits %d modules, strength %g.", name, len(deltas), strength)
     return LoRA(name, strength, deltas)
+
+
+def _flat(value: Any) -> Any:
+    """An adapter of a linear layer as ``h(x)`` takes it: with matrices.
+
+    Files of convolutions have more axes, and a LoRA of theirs a tensor between its two. Of a LoKr
+    whose factors are both decomposed core's merge and ``h(x)`` take another one's rank.
+    """
+    if isinstance(value, LoRAAdapter):
+        up, down, alpha, mid, *more = value.weights
+        if mid is not None and mid[0, 0].numel() == 1:
+            down, mid = mid.float().flatten(1) @ down.float().flatten(1), None
+        parts = (up.flatten(1), down.flatten(1), alpha, mid, *more)
+    elif isinstance(value, LoKrAdapter) and value.weights[0] is None is value.weights[1]:
+        _, w2, alpha, w1_a, w1_b, *more = value.weights
+        parts = (w1_a.float() @ w1_b.float(), w2, alpha, None, None, *more)
+    else:
+        return value
+    flat = copy.copy(value)
+    flat.weights = parts
+    return flat
 
 
 def _check_numbers(parts: Any, target: str, name: str) -> None:
@@ -155,7 +185,8 @@ def _fits(delta: LoRADelta, module: Any) -> bool:
             return False
         if isinstance(value, LoRAAdapter):
             up, down = (part.flatten(1) for part in value.weights[:2])
-            return (up.shape[0], down.shape[1]) == (own.shape[0], own[0].numel())
+            kernel = 1 if value.weights[3] is None else value.weights[3][0, 0].numel()
+            return (up.shape[0], down.shape[1] * kernel) == (own.shape[0], own[0].numel())
         return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
     # A quantised weight's own shape may be another.
     rows = place.rows[2] if place.rows else module.out_features

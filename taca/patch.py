@@ -9,43 +9,70 @@ The path of gamma, one module a stage:
     attention.py  Eq. 10
 """
 
+import itertools
 import logging
 from functools import partial
 from typing import Any
 
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .arguments import RUN, run_arguments
 from .call import adjust_call
 from .compiler import check_compiler
+from .events import Say, silent
 from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
-from .timesteps import resolve, timestep
+from .timesteps import resolver, timestep
 from .words import KEY as WORDS
-from .words import RunWords
+from .words import RunWords, hide_avoided
 
 log = logging.getLogger("taca")
 
 
 def patch_model(
-    model: ModelPatcher, schedule: Schedule, options: Options = NO_OPTIONS
+    model: ModelPatcher, schedule: Schedule, options: Options = NO_OPTIONS, say: Say = silent
 ) -> ModelPatcher:
     """A clone of the model that samples with TACA, in place of the TACA that it may have.
+
+    At the end of each run ``say`` is told what it did.
 
     Raises ValueError if the model has no joint attention that TACA can reach, or no such blocks.
     """
     count_blocks(model, options)
-    config = TacaConfig(schedule, options)
+    config = TacaConfig(schedule, options, say=say)
     patched = model.clone()
     set_wrapper(patched, WrappersMP.OUTER_SAMPLE, KEY, partial(watch_run, config))
     set_wrapper(patched, WrappersMP.APPLY_MODEL, KEY, partial(adjust_call, Run(config)))
+    patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    check = partial(require_own_options, config)
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, check)
     return patched
+
+
+def require_own_options(
+    config: TacaConfig, patcher: ModelPatcher, timestep: Tensor, options: Any = None
+) -> None:
+    """ComfyUI's ON_PREPARE_STATE callback: whether a patched model is called with its own options.
+
+    Raises RuntimeError if it is not, since then its TACA would not act.
+    """
+    if options is None:  # before ComfyUI 0.26, whose guiders have one model each
+        return
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    [calls] = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY) or [None]
+    if calls is None or calls.args[0].config != config:
+        raise RuntimeError(
+            "TACA does not act on this model, since its guider runs it with another model's "
+            "options. Dual Model CFG Guider takes those of its first model for both: put the TACA "
+            "node with the same settings before that one, or before neither."
+        )
 
 
 def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
@@ -68,6 +95,10 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
             "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
             *(idle, len(lora.module_names), lora.name, family.name),
         )
+    # Of this patcher: a node may have set another dtype than the loaded model's.
+    dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+    for delta in itertools.chain(*lora.deltas):
+        delta.cast(dtype)
     patched = model.clone()
     others = patched.get_additional_models_with_key(LORA_KEY)
     patched.set_additional_models(LORA_KEY, [*others, patcher_of(lora)])
@@ -88,20 +119,14 @@ def watch_run(
 
     Without a config the model has no TACA, and only words weigh.
     """
-    guider = executor.class_obj
-    patcher = guider.model_patcher
-    # As ``outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, ...)``.
-    names = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sampling, training = patcher.get_model_object("model_sampling"), False
-    if comfy.model_management.in_training:
-        training, given["sigmas"] = True, None
-        if config is None:
-            log.warning("TACA: word weights do not act in training.")
-            return executor(*args, **kwargs)
-    run = Run(config or TacaConfig(Schedule(1.0)), NEVER)
-    if config is not None:
-        run.schedule = resolve(config.schedule, sampling, given["sigmas"])
+    guider, given = executor.class_obj, run_arguments(args, kwargs)
+    patcher, training = guider.model_patcher, comfy.model_management.in_training
+    if training and config is None:
+        log.warning("TACA: word weights do not act in training.")
+        return executor(*args, **kwargs)
+    sigmas = None if training else given["sigmas"]
+    resolved = resolver(patcher, sigmas, given["latent_shapes"][0])
+    run = Run(config or TacaConfig(Schedule(1.0)), resolved(config.schedule) if config else NEVER)
     limited = run.config.options.conditionings(guider)
     run.prompts = Prompts(guider, len(given["noise"]), limited)
     for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
@@ -115,35 +140,44 @@ def watch_run(
     wrappers[KEY] = [partial(adjust_call, run)]
     what, where = said_of(run.config, patcher)
     if training:
-        log.info("%s trains in %s.", what, where)
+        log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
-    run.words = RunWords.of(run.prompts, lambda s: resolve(s, sampling, given["sigmas"]))
-    dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
-    if run.words is not None and dynamic and not patcher.is_dynamic():
-        log.warning(
-            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
-            "To keep it, turn any_model off where the words are encoded, and put TACA Patch Model "
-            "before the sampler (with gamma 1 it does nothing else)."
-        )
-    t = timestep(sampling, given["sigmas"]).tolist()
+    words = run.words = RunWords.of(run.prompts, resolved)
+    hide_avoided(run.prompts)
+    if words is not None:
+        warn_of_lost_vram(patcher)
+    t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
     run.word_events.ended = run.events.ended
     callback = run.events.counted(given.get("callback"))
-    if len(args) > names.index("callback"):
-        args = (*args[:5], callback, *args[6:])
+    if len(args) >= len(RUN):
+        args = (*args[: len(RUN) - 1], callback, *args[len(RUN) :])
     else:
         kwargs["callback"] = callback
-    words = run.words
     try:
         result = executor(*args, **kwargs)
     finally:
         # Else the guider, and its models, would live until they are collected.
         run.prompts = run.words = None
     if config is not None:
-        run.events.report(what, where, min(t), max(t))
+        said = run.events.report(what, where, min(t), max(t))
+        for say in (config.say, *(lora.say for lora in loras_of(patcher))):
+            say(said)
     if words is not None:
-        run.word_events.report(f"TACA: weights of {words}", where, min(t), max(t))
+        said = run.word_events.report(f"weights of {words}", where, min(t), max(t))
+        for each in words.schedules:
+            each.say(said)
     return result
+
+
+def warn_of_lost_vram(patcher: ModelPatcher) -> None:
+    """A run of a clone that is not dynamic, though the model is: ComfyUI made it for a hook."""
+    if patcher.parent is not None and patcher.parent.is_dynamic() and not patcher.is_dynamic():
+        log.warning(
+            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
+            "To keep it, turn any_model off where the words are encoded, and put the TACA node "
+            "before the sampler (with gamma 1 it does nothing else)."
+        )
 
 
 def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
@@ -152,7 +186,7 @@ def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
     loras = "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher))
     schedule = config.schedule
     where = f"{num_blocks} joint blocks of {name}{loras}"
-    return f"TACA: gamma {schedule.gamma:g} at {schedule.window}", where
+    return f"gamma {schedule.gamma:g} at {schedule.window}", where
 
 
 def count_blocks(patcher: ModelPatcher, options: Options) -> tuple[str, int]:
@@ -175,7 +209,7 @@ def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor
     if config_of(patcher) is None:
         raise RuntimeError(
             f"The TACA LoRA {names} acts inside the window of TACA, which this model lacks: add "
-            f"TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
+            f"the TACA node. For a LoRA that is on in every step use Load LoRA."
         )
     patches = executor.class_obj.model_options["transformer_options"].get("patches", {})
     if any(type(each).__name__ == "KV_Attn_Input" for each in patches.get("attn1_patch", ())):

@@ -1,4 +1,4 @@
-"""Whose the rows of a call are: the positive prompt's, or one of several that are combined."""
+"""Which conditioning each row of a call belongs to."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +12,9 @@ from .arguments import CallArguments
 def conditionings_of(
     guider: Any, num_tokens: int | None, encode: Callable[[], Tensor] | None
 ) -> frozenset[Any] | None:
-    """The uuids of the conditionings that a prompt made; None where there is no choice.
+    """The uuids of the conditionings of a prompt; None if there is at most one positive one.
 
-    Of several positive ones that could be the prompt's, those are that ``encode`` makes again, or
-    the first one if there is no telling.
+    Of several with as many tokens, those that equal what ``encode`` makes; without it, the first.
 
     Raises ValueError if none is.
     """
@@ -68,22 +67,18 @@ class Prompts(NamedTuple):
         """The conditioning of each row of a call; or all that it can be.
 
         ComfyUI tells that of each chunk of the batch. Where another node has put the rows in
-        another order, their text tells.
+        another order, or made conditionings of its own, their text tells.
         """
         entries = self.entries()
+        texts = [None] * len(call.t) if call.c_crossattn is None else call.c_crossattn
         told = call.transformer_options.get("uuids", ())
         if len(call.t) != len(told) * self.batch:
-            if call.c_crossattn is None:
-                return [[] for _ in call.t]
-            return [
-                [each for each in entries if _has_text(row, each[1])] for row in call.c_crossattn
-            ]
+            return [[each for each in entries if _has_text(row, each[1])] for row in texts]
         found = []
-        for i, uuid in enumerate(told):
+        for uuid, row in zip(told, texts[:: self.batch], strict=True):
             own = [each for each in entries if each[1]["uuid"] == uuid]
-            if len(own) > 1:
-                row = call.c_crossattn[i * self.batch]  # type: ignore[index]
-                own = [self._original(each) for each in own if _has_text(row, each[1])]
+            if len(own) != 1:
+                own = [self._original(each) for each in own or entries if _has_text(row, each[1])]
             found += [own or [ANOTHER]] * self.batch
         return found
 
@@ -108,7 +103,7 @@ class Prompts(NamedTuple):
         return [each for each in entries if uuids is None or each["uuid"] in uuids]
 
     def repeats(self, call: CallArguments, uuids: frozenset[Any] | None) -> int:
-        """How often a call holds the text of these conditionings, one behind the other.
+        """How many times a call repeats the text of these conditionings.
 
         To join texts of two lengths, ComfyUI repeats each of them.
         """
@@ -135,6 +130,12 @@ def positive_rows(
         chunks = call.transformer_options.get("cond_or_uncond") or [0]
         positive = torch.tensor([chunk == 0 for chunk in chunks])
         return positive.repeat_interleave(len(call.t) // len(chunks))
+    if "positive" not in prompts.guider.conds:
+        name = type(prompts.guider).__name__
+        raise ValueError(
+            f"TACA cannot tell which prompt of {name} is the positive one. Take another guider, or "
+            f"TACA Options and the report out."
+        )
     rows = [
         {name == "positive" and (uuids is None or each["uuid"] in uuids) for name, each in entries}
         for entries in prompts.of_rows(call)
@@ -150,10 +151,12 @@ UNTOLD = (
 )
 
 
-def _has_text(row: Tensor, entry: Entry) -> bool:
-    """Whether a row ``(num_text, channels)`` holds the text of a conditioning.
+def _has_text(row: Tensor | None, entry: Entry) -> bool:
+    """Whether a row ``(num_text, channels)`` holds the text of a conditioning; None for no text.
 
     To join texts of two lengths, ComfyUI repeats each of them.
     """
-    text = entry["model_conds"]["c_crossattn"].cond.to(row)
-    return any(torch.equal(row[: one.shape[0]], one) for one in text)
+    text = entry["model_conds"].get("c_crossattn")
+    if row is None or text is None:
+        return row is text
+    return any(torch.equal(row[: one.shape[0]], one) for one in text.cond.to(row))

@@ -90,14 +90,11 @@ class PromptTokens:
 
     def covering(self, start: int, end: int) -> list[int]:
         """The tokens of these characters; none of an encoder that does not know them all."""
-        found = [
-            (i, token)
-            for i, tokens in enumerate(self.table)
-            for token in tokens
-            if token.start < end and start < token.end
-        ]
-        ignorant = {token.encoder for _, token in found if token.is_unknown}
-        return sorted({i for i, token in found if token.encoder not in ignorant})
+        return _covering(self.table, start, end)
+
+    def knows(self, start: int, end: int) -> bool:
+        """Whether any encoder has tokens for these characters."""
+        return any(_covering(each, start, end) for each in (self.table, *self.beside.values()))
 
     def word(self, word: str) -> list[int]:
         """The tokens of a word or phrase, wherever it stands in the prompt.
@@ -119,6 +116,17 @@ class PromptTokens:
                 f"off. Choose another word."
             )
         return found
+
+
+def _covering(table: Table, start: int, end: int) -> list[int]:
+    found = [
+        (i, token)
+        for i, tokens in enumerate(table)
+        for token in tokens
+        if token.start < end and start < token.end
+    ]
+    ignorant = {token.encoder for _, token in found if token.is_unknown}
+    return sorted({i for i, token in found if token.encoder not in ignorant})
 
 
 def text_of(clip: CLIP, text: str) -> Tensor:

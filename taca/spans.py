@@ -11,16 +11,20 @@ class Span(NamedTuple):
 
     kind: Kind  # "other" is neither text nor image, such as registers
     length: int
-    is_query: bool = True  # a model that caches the keys of its text asks with the others alone
+    is_query: bool = True  # not where a model has cached the keys of its text
 
 
 Layout = Sequence[Span]
 """A whole joint sequence, in order."""
 
 
-def query_groups(layout: Layout) -> list[tuple[bool, int, int]]:
-    """Runs of consecutive queries that attend alike: ``(is_image, start, length)``."""
-    groups: list[tuple[bool, int, int]] = []
+Group = tuple[bool, int, int]
+"""Consecutive queries that attend alike: ``(is_image, start, length)``."""
+
+
+def query_groups(layout: Layout) -> list[Group]:
+    """All queries of a layout, in order."""
+    groups: list[Group] = []
     end = 0
     for kind, length, is_query in layout:
         if not is_query or not length:
@@ -34,7 +38,7 @@ def query_groups(layout: Layout) -> list[tuple[bool, int, int]]:
 
 
 def num_tokens(layout: Layout) -> tuple[int, int]:
-    """Numbers of queries and keys, by which the attention over these tokens is told."""
+    """Numbers of queries and keys, by which the joint attention is recognised."""
     num_queries = num_keys = 0
     for _, length, is_query in layout:
         num_queries += length if is_query else 0

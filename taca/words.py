@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .arguments import CallArguments
+from .events import Say, silent
 from .families import family_of, uncompiled
-from .layouts import Around
+from .layouts import ExtraText
 from .prompt_calls import UNTOLD, Prompts
 from .prompt_tokens import PromptTokens
 from .schedule import ResolvedSchedule, Schedule
@@ -32,6 +33,7 @@ class Words:
     num_avoided: int = 0  # so many of its last tokens are of what to avoid
     about_mean: bool = False  # whether negative weights mirror about the prompt's mean value
     schedule: Schedule | None = None  # in whose window they weigh; None for the whole run
+    say: Say = silent
 
     @property
     def weigh(self) -> bool:
@@ -48,11 +50,11 @@ class Words:
         return replace(self, prompt=prompt, weights=weights, places=places)
 
     def weighed_tokens(self) -> dict[str, list[int]]:
-        """The tokens of each phrase that weighs, wherever it does so."""
+        """The tokens of each phrase that weighs in the text, wherever it does so."""
         found: dict[str, list[int]] = {}
         for (phrase, _), places in zip(self.phrases, self.places, strict=False):
             found.setdefault(phrase, []).extend(places)
-        return found
+        return {phrase: places for phrase, places in found.items() if places}
 
     def weighted_beside(self, name: str, share: float, count: int) -> list["Weighted"]:
         """The same of ``count`` tokens that the model takes of what is beside the text.
@@ -80,6 +82,17 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     """
     own = entry[KEY].prompt.own()
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
+
+
+def hide_avoided(prompts: Prompts) -> None:
+    """Give the ControlNets of a run their text without what is to be avoided."""
+    for _, entry in prompts.entries():
+        words = entry.get(KEY)
+        if words and words.num_avoided and "control" in entry:
+            end = len(words.weights)
+            text = entry["cross_attn"]
+            parts = text[:, : end - words.num_avoided], text[:, end:]
+            entry.setdefault("cross_attn_controlnet", torch.cat(parts, 1))
 
 
 class Weighted(NamedTuple):
@@ -152,13 +165,13 @@ class RunWords:
                 f"weight, or use a negative prompt."
             )
         num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
-        around = family.around_prompt(transformer, num_text, call)
-        sizes = num_text, len(around.before), len(around.behind), around.cut
+        extra = family.extra_text_of(transformer, num_text, call)
+        sizes = num_text, len(extra.before), len(extra.after), extra.num_cut
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:
-            made = [_of_row(row, num_text, around) for row in rows]
+            made = [_of_row(row, num_text, extra) for row in rows]
             self.tensors[key] = _stacked(made, call.t.device)
-        return self.tensors[key]
+        return replace(self.tensors[key], shared={})  # of this call alone
 
     def _rows(self, call: CallArguments, t: list[float]) -> Iterator[Row]:
         for entries, each in zip(self.prompts.of_rows(call), t, strict=True):
@@ -184,7 +197,7 @@ def _lengths(entry: dict[str, Any]) -> tuple[int, int]:
     return length, 0 if encoded is None else length - encoded.shape[1]
 
 
-def _of_row(row: Row, num_text: int, around: Around) -> list[Weighted]:
+def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
     """What the text tokens of one row weigh; ``num_text`` are the conditioning's of the call."""
     tokens = [PLAIN] * num_text
     if row.words is not None:
@@ -199,15 +212,16 @@ def _of_row(row: Row, num_text: int, around: Around) -> list[Weighted]:
         # two lengths, ComfyUI repeats each of them.
         tokens = [PLAIN] * row.filled + own + [PLAIN] * appended
         tokens *= num_text // row.length
-    before, behind = ([PLAIN] * len(each) for each in (around.before, around.behind))
-    if row.words is not None and around.of:
-        before, behind = (
-            row.words.weighted_beside(around.of, row.share, len(each)) for each in (before, behind)
+    before, after = ([PLAIN] * len(each) for each in (extra.before, extra.after))
+    if row.words is not None and extra.source:
+        before, after = (
+            row.words.weighted_beside(extra.source, row.share, len(each))
+            for each in (before, after)
         )
-    kept = num_text - around.cut
-    if any(token.is_avoided for token in tokens[kept:]):
+    num_kept = num_text - extra.num_cut
+    if any(token.is_avoided for token in tokens[num_kept:]):
         raise ValueError("TACA: this model cuts off what is to be avoided: write a shorter prompt.")
-    return before + tokens[:kept] + behind
+    return before + tokens[:num_kept] + after
 
 
 def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:

@@ -67,7 +67,7 @@ def pack():
 
 @pytest.fixture
 def apply_taca(pack):
-    """``model -> model`` through the node TACA Patch Model."""
+    """``model -> model`` through the TACA node."""
 
     def apply(model, gamma=1.2, timestep_threshold=970.0, schedule=None):
         node = pack["TACAPatchModel"]

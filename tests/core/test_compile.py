@@ -25,6 +25,7 @@ from support.tiny import KINDS, installed_on, sample
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 compiler = sys.modules["taca_pack.taca.compiler"]
+schedule = sys.modules["taca_pack.taca.schedule"]
 
 
 @pytest.mark.parametrize(("kind", "whole"), IN_TURN)
@@ -60,6 +61,36 @@ def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
     dynamic = graphs(1.2, 9)  # dynamo makes the length dynamic: two more graphs, for all lengths
     assert dynamic == 4
     assert graphs(1.4, 12) == dynamic
+
+
+SIZES = [(8, 8), (8, 12), (12, 16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_twice_the_plain_models_graphs(folder, apply_taca, kind, whole):
+    """Inside the window as many as outside, over sizes and batches; none for gamma or a prompt."""
+    ramp = schedule.Schedule(1.3, schedule.TimestepWindow(500.0, "linear"))
+    counts = []
+
+    def graphs(model, seed=1):
+        for batch in (1, 2):
+            for size in SIZES:
+                positive = tiny.conditioning(kind, 7, seed=seed)
+                settings = {"steps": 4, "size": size, "batch": batch, "text": (7, 7), "cfg": 1.0}
+                sample(model, kind, positive=positive, **settings)
+        assert not counters["graph_break"]
+        return counters["stats"]["unique_graphs"]
+
+    for with_taca in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        fast = compiled(tiny.load(folder, kind), whole)
+        counts.append(graphs(apply_taca(fast, schedule=ramp) if with_taca else fast))
+    assert counts[1] == 2 * counts[0]
+    assert graphs(apply_taca(fast, 1.1)) == counts[1]
+    assert graphs(apply_taca(fast, schedule=ramp), seed=5) == counts[1]
 
 
 @pytest.mark.parametrize("kind", TRACED)

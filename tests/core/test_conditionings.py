@@ -192,6 +192,23 @@ def test_a_controlnet(folder, apply_taca, kind, layout, tmp_path):
     ours = drawn(model, (weighed(hinted[0], PROMPT), hinted[1]))
     torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
     assert not installed_on(model)
+    # What is to be avoided is behind the text, and not shown to the ControlNet.
+    lengths = []
+
+    def seen_text(module, args, kwargs):
+        lengths.append(kwargs["context"].shape[1])
+
+    hook = control.control_model.register_forward_pre_hook(seen_text, with_kwargs=True)
+    own, avoided = hinted[0][0], tiny.conditioning(kind, 3, seed=8)[0][0]
+    weights = [*PROMPT, -1.5, -1.5, -1.5]
+    longer = [[torch.cat([own[0], avoided], 1), own[1]]]
+    theirs = [[longer[0][0], {**own[1], "cross_attn_controlnet": own[0]}]]
+    override = dense_words({TEXT: [1.0] * TEXT, TEXT + 3: weights}, num_avoided=3)
+    expected = drawn(by_reference(model, override), (theirs, hinted[1]))
+    ours = drawn(model, (weighed(longer, weights, num_avoided=3), hinted[1]))
+    hook.remove()
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    assert {*lengths} == {TEXT}
 
 
 @contextlib.contextmanager

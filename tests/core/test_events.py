@@ -3,19 +3,32 @@
 import gc
 import sys
 import weakref
+from itertools import pairwise
 
+import comfy.sampler_helpers
 import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy_execution.utils import CurrentNodeContext
+from comfy_extras import nodes_custom_sampler as custom_sampler
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
+from server import PromptServer
 from support import tiny
+from support.reports import report_on
 from support.tiny import sample
+from support.words import weighed
 
 block = sys.modules["taca_pack.taca.block"]
+patch = sys.modules["taca_pack.taca.patch"]
 Options = sys.modules["taca_pack.taca.options"].Options
+Schedule = sys.modules["taca_pack.taca.schedule"].Schedule
+TimestepWindow = sys.modules["taca_pack.taca.schedule"].TimestepWindow
+NodeText = sys.modules["taca_pack.nodes.ui.text"].NodeText
+lacks_taca = sys.modules["taca_pack.nodes.lora"].lacks_taca
+ordinary_loras = sys.modules["taca_pack.nodes.patch"].ordinary_loras
 LENGTHS = {"positive": 7, "middle": 9, "negative": 12, "empty_negative_prompt": 5}
 
 
@@ -132,6 +145,69 @@ def test_rows_that_nobody_knows_are_an_error(folder, pack):
         run(guider)
 
 
+def test_a_guider_that_names_no_positive_prompt(folder, pack):
+    """What needs it is an error, and nothing is guessed."""
+
+    class Guider(comfy.samplers.CFGGuider):
+        def set_conds(self, first, second):
+            self.inner_set_conds({"first": first, "second": second})
+
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            lists = [self.conds["first"], self.conds["second"]]
+            return sum(
+                comfy.samplers.calc_cond_batch(self.inner_model, lists, x, timestep, model_options)
+            )
+
+    guider = Guider(limited(pack, tiny.load(folder, "flux")))
+    guider.set_conds(*conds("positive", "negative"))
+    with pytest.raises(ValueError, match="which prompt of Guider is the positive one"):
+        run(guider)
+
+
+@pytest.mark.parametrize("which", ["positive", "negative", "another"])
+def test_a_conditioning_that_a_node_made_again(folder, pack, gammas, which):
+    """A guidance that calls the model with its own copy of a prompt: its text tells whose it is."""
+    model = limited(pack, tiny.load(folder, "flux"))
+    texts = dict(zip(("positive", "negative", "another"), conds(*LENGTHS), strict=False))
+    again = comfy.sampler_helpers.convert_cond(texts[which])
+
+    def guidance(args):
+        encoded = comfy.samplers.encode_model_conds(
+            args["model"].extra_conds, again, args["input"], args["input"].device, "positive"
+        )
+        gammas.clear()
+        how = args["input"], args["sigma"], args["model_options"]
+        return comfy.samplers.calc_cond_batch(args["model"], [encoded], *how)[0]
+
+    model.set_model_sampler_post_cfg_function(guidance)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(texts["positive"], texts["negative"])
+    guider.set_cfg(3.0)
+    run(guider)
+    assert bool(gammas) == (which == "positive")
+
+
+@pytest.mark.skipif(not hasattr(custom_sampler, "DualModelGuider"), reason="no such guider")
+@pytest.mark.parametrize("patched", ["first", "both", "second", "both, unlike"])
+def test_a_guider_of_two_models(folder, pack, gammas, patched):
+    """ComfyUI gives both the options of the first."""
+    first, second = (tiny.load(folder, "flux", seed=seed) for seed in (0, 4))
+    if patched != "second":
+        first = limited(pack, first)
+    if patched == "both, unlike":
+        second = pack["TACAPatchModel"].execute(second, 1.4, 970.0).result[0]
+    elif patched != "first":
+        second = limited(pack, second)
+    texts = conds("positive", "negative")
+    guider = custom_sampler.DualModelGuider.execute(first, texts[0], 3.0, second, texts[1])
+    if patched in ("second", "both, unlike"):
+        with pytest.raises(RuntimeError, match="TACA does not act on this model, since its guider"):
+            run(guider.result[0])
+        return
+    run(guider.result[0])
+    assert {length for length, rows in gammas if any(rows)} == {7}
+
+
 @pytest.mark.parametrize("threshold", [930.0, 840.0])
 @pytest.mark.parametrize("share", [1.0, 0.98, 0.95, 0.9])
 def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share, threshold):
@@ -166,6 +242,66 @@ def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
     guider.set_conds(*conds("positive", "negative"))
     run(guider, steps=10, sampler=comfy.samplers.sampler_object(name))
     assert "acted on 3 of 10 steps" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
+@pytest.mark.parametrize("threshold", [0.0, 860.0])
+def test_a_sampler_that_chooses_its_own_steps(folder, apply_taca, gammas, caplog, name, threshold):
+    """Counted are those that it tells of."""
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, threshold))
+    guider.set_conds(*conds("positive", "negative"))
+    noise = torch.randn(1, 16, 4, 4, generator=torch.manual_seed(3))
+    steps, before = [], []
+
+    def callback(*_):
+        steps.append(len(gammas) > sum(before))
+        before.append(len(gammas) - sum(before))
+
+    sampler = comfy.samplers.sampler_object(name)
+    sigmas = torch.linspace(1, 0, 7)
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback)
+    assert f"acted on {sum(steps)} of {len(steps)} steps" in caplog.records[-1].message
+    assert all(steps) == (threshold == 0)
+
+
+def test_a_sampler_that_tells_of_no_step(folder, apply_taca, caplog):
+    caplog.set_level("INFO", logger="taca")
+
+    def silent(model, x, sigmas, extra_args, **kwargs):
+        for sigma, following in pairwise(sigmas):
+            denoised = model(x, sigma * x.new_ones(len(x)), **extra_args)
+            x = denoised + (x - denoised) * following / sigma
+        return x
+
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, 750.0))
+    guider.set_conds(*conds("positive", "negative"))
+    run(guider, steps=10, sampler=comfy.samplers.KSAMPLER(silent))
+    assert "acted on 3 of 10 steps" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("order", [("positive", "negative"), ("negative", "positive")])
+def test_the_first_call_in_which_taca_acts(folder, pack, order):
+    """With positive_only the negative prompt may come first; no cache can answer either."""
+
+    def forward_of_a_pack(img, *args, **kwargs):
+        return img
+
+    model = limited(pack, tiny.load(folder, "flux"))
+    model.add_object_patch("diffusion_model.forward_orig", forward_of_a_pack)
+
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            how = x, timestep, model_options
+            return sum(
+                comfy.samplers.calc_cond_batch(self.inner_model, [self.conds[name]], *how)[0]
+                for name in order
+            )
+
+    guider = Guider(model)
+    guider.set_conds(*conds("positive", "negative"))
+    with pytest.raises(RuntimeError, match=r"no block of Flux ran.*forward_of_a_pack"):
+        run(guider)
 
 
 def test_a_model_that_never_calls_its_blocks(folder, apply_taca):
@@ -255,9 +391,84 @@ def test_a_run_lets_its_guider_go(folder, apply_taca, pack, with_report):
     try:
         if with_report:
             report = sys.modules["taca_pack.taca.report"]
-            guider.model_patcher = report.watched(guider.model_patcher, report.Report({}))
+            guider.model_patcher = report.watched(guider.model_patcher, report_on({}))
         run(guider)
         del guider
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_what_a_run_did_is_told(folder, apply_taca, pack):
+    """Under each node that had a part in it: what acted, or why nothing did."""
+    said, others = [], []
+    model = patch.patch_model(
+        tiny.load(folder, "flux"), Schedule(1.2, TimestepWindow(750.0)), say=said.append
+    )
+    words = weighed(tiny.conditioning("flux", 7), [1.0] * 6 + [2.0], say=others.append)
+    sample(model, "flux", steps=8, positive=words)
+    assert said == ["gamma 1.2 at t >= 750 acted on 5 of 8 steps."]
+    assert others == ["weights of 'it' 2 acted on 8 of 8 steps."]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(*conds("positive", "negative"))
+    run(guider, sigmas=torch.tensor([0.64, 0.3, 0.0]))
+    assert said[1].startswith("gamma 1.2 at t >= 750 acted on 0 of 2 steps. No step was inside")
+    assert "from t = 640 to 0. Lower the threshold" in said[1]
+
+
+def test_text_under_a_node(monkeypatch):
+    """Of the node that made it, in whichever node the run is; anew with each prompt."""
+    sent = []
+    server = type("Server", (), {"send_progress_text": lambda _, *what: sent.append(what)})
+    monkeypatch.setattr(PromptServer, "instance", server(), raising=False)
+    with CurrentNodeContext("a", "10"):
+        text = NodeText("Above gamma 1.5")
+    for prompt in ("a", "b"):
+        for i in range(3):
+            with CurrentNodeContext(prompt, "11"):
+                text(f"acted {i}")
+    assert sent[0] == ("Above gamma 1.5", "10")
+    expected = [
+        ("Above gamma 1.5\nacted 0", "10"),
+        ("Above gamma 1.5\nRun 1: acted 0\nRun 2: acted 1", "10"),
+        ("Above gamma 1.5\nRun 2: acted 1\nRun 3: acted 2", "10"),
+    ]
+    assert sent[1:] == expected * 2
+
+
+def holder(graph, node):
+    return type("Hidden", (), {"prompt": graph, "unique_id": node})()
+
+
+@pytest.mark.parametrize("behind", ["TACAPatchModel", "TACASweep", "KSampler"])
+def test_a_lora_that_gets_no_taca_is_told_at_once(behind):
+    """By the graph, whatever lies between; a node that another one runs is left alone."""
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {}},
+        "2:5": {"class_type": "LoadTACALoRA", "inputs": {"model": ["1", 0]}},
+        "3": {"class_type": "SomeSwitch", "inputs": {"anything": ["2:5", 0], "n": [1, 2]}},
+        "4": {"class_type": behind, "inputs": {"model": ["3", 1]}},
+        "9": {"class_type": "TACAPatchModel", "inputs": {"model": ["1", 0]}},
+    }
+    assert lacks_taca(holder(graph, "2:5")) == (behind == "KSampler")
+    assert not lacks_taca(holder(graph, "7"))
+    assert not lacks_taca(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_told"),
+    [
+        ("taca/flux.safetensors", "LoraLoaderModelOnly", True),
+        ("flux-dev-lora-rank-64.safetensors", "LoraLoader", True),
+        ("sd3.5-medium-lora-rank-16.safetensors", "LoraLoader", True),
+        ("taca.safetensors", "LoadTACALoRA", False),
+        ("style.safetensors", "LoraLoader", False),
+        (["3", 0], "LoraLoader", False),
+    ],
+)
+def test_a_taca_lora_in_another_loader_is_told(name, kind, is_told):
+    graph = {"1": {"class_type": kind, "inputs": {"lora_name": name}}}
+    said = ordinary_loras(holder(graph, "2"))
+    assert [f"{name} acts in all steps, in {kind}. Load TACA LoRA keeps it inside the window."] * (
+        is_told
+    ) == said

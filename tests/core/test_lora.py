@@ -211,6 +211,9 @@ def test_no_window_no_cost(published, apply_taca, load_lora, loras):
         ("full", "generic"),
         ("GLoRA", "generic"),
         ("GLoRA, old", "kohya"),
+        ("1 x 1", "kohya"),
+        ("tucker", "generic"),
+        ("LoKr, both", "generic"),
     ],
 )
 def test_formats(folder, apply_taca, load_lora, kind, algorithm, naming):

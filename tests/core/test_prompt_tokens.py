@@ -143,6 +143,30 @@ def test_textual_inversion(tmp_path, vectors):
     assert sum(tokens.own()) == ids.index(1) + 1
 
 
+@pytest.mark.parametrize("folder", [None, "empty"])
+def test_an_embedding_that_is_not_there(tmp_path, folder):
+    clip = clip_of(*SD3_WITHOUT_T5, folder and str(tmp_path), t5=False)
+    tokens = of(clip, "embedding:missing, a cat")
+    _, decoded = ids_at(clip, "l", tokens, "cat")
+    assert decoded == "cat"
+
+
+def test_characters_that_a_tokenizer_drops():
+    """HunyuanVideo's, as transformers 5 reads it."""
+    clip = clip_of(*CLIPS["HunyuanVideo"])
+    tokens = of(clip, "一只猫 and a big cat😀 on the sofa, don’t")
+    ids = [each for each, _ in clip.tokenize(tokens.text)["llama"][0]]
+    cut = len(ids) - len(tokens.table)
+    for word in ("big cat", "sofa", "on"):
+        decoded = clip.tokenizer.llama.tokenizer.decode([ids[cut + i] for i in tokens.word(word)])
+        decoded = decoded.replace(" ", "")
+        assert word.replace(" ", "") in decoded
+        assert len(decoded) < len(word) + 4
+    if "猫" not in clip.tokenizer.llama.tokenizer.decode(ids):
+        with pytest.raises(ValueError, match="does not know it"):
+            tokens.word("猫")
+
+
 def test_words_as_users_write_them():
     clip = clip_of(*FLUX)
     tokens, find = of(clip, "six seven six"), tokens_module.find_words

@@ -13,6 +13,7 @@ from support.families import named
 from support.family_runs import dense, sample
 from support.loras import random_lora
 from support.reference import dense_attention
+from support.reports import report_on
 
 REPORT = sys.modules["taca_pack.taca.report"]
 CASES = [case for case in families.CASES if "Qwen-Image 2.1" in case.name]
@@ -87,7 +88,7 @@ def test_reported_in_every_step(case, folder, apply_taca, keeping, monkeypatch, 
         maps.append(seen[:, 6].view(4, 3))
 
     sample(dense(model, case, 1.4, looks=looks), case, steps=3)
-    report = REPORT.Report({"word": [6]})
+    report = report_on({"word": [6]})
     watched = REPORT.watched(apply_taca(model, 1.4, 0.0), report)
     sample(keeping(watched) if kept else watched, case, steps=3)
     close = {"atol": 1e-5, "rtol": 1e-3}

@@ -18,6 +18,7 @@ from support import families, tiny
 from support.families import exists, named
 from support.family_runs import sample as sample_family
 from support.reference import dense_attention
+from support.reports import report_on
 
 REPORT = sys.modules["taca_pack.taca.report"]
 OPTIONS = sys.modules["taca_pack.taca.options"].Options
@@ -52,7 +53,7 @@ def test_keys_of_references_that_core_keeps(folder, apply_taca, monkeypatch):
 
     cached = lambda m: nodes_flux.FluxKVCache.execute(m).result[0]  # noqa: E731
     sample_family(attending(cached(model), dense), case, steps=3)
-    report = REPORT.Report({"word": [505]})
+    report = report_on({"word": [505]})
     sample_family(REPORT.watched(cached(apply_taca(model, 1.5, 0.0)), report), case, steps=3)
     shares = torch.stack([share for share, _ in found]).view(3, case.joint)
     close = {"atol": 1e-5, "rtol": 1e-3}
@@ -67,7 +68,7 @@ def test_steps_from_picture_to_noise(folder, apply_taca):
     model = tiny.load(folder, "flux")
     sampling = model.get_model_object("model_sampling")
     sigmas = FlipSigmas.execute(comfy.samplers.calculate_sigmas(sampling, "simple", 8)).result[0]
-    report = REPORT.Report({})
+    report = report_on({})
     watched = REPORT.watched(PATCH(model, schedule), report)
     guider = BasicGuider.execute(watched, tiny.conditioning("flux", 7)).result[0]
     SamplerCustomAdvanced.execute(
@@ -135,7 +136,7 @@ def test_prompts_that_core_repeats(film):
     assert effect > 1e-2
     assert (sample_family(ours, case, **how) - expected).abs().max() < 2e-3 * effect
     for num_tokens in (None, 9):
-        report = REPORT.Report({"word": [2]}, num_tokens)
+        report = report_on({"word": [2]}, num_tokens)
         sample_family(REPORT.watched(ours, report), case, **how)
         maps = torch.stack(report.maps)[:, 0].double()
         torch.testing.assert_close(maps, torch.stack(found), atol=1e-5, rtol=1e-3)

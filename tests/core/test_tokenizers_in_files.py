@@ -1,19 +1,22 @@
-"""Tokenizers that come in the encoder's file: FLUX.2-dev, Ernie-Image, Lens.
+"""Tokenizers that come in the encoder's file: FLUX.2-dev, Ernie-Image, Lens; and SentencePiece's.
 
 Core has no such files, so they are made here: Mistral's format with a token for each byte and for
-some words; and Lens's of core's Llama tokenizer, with the special tokens of its template.
+some words; Lens's of core's Llama tokenizer, with the special tokens of its template; SentencePiece
+models of Gemma's kind and of Jina's, trained on a few sentences. AuraFlow's comes with core.
 """
 
 import base64
+import io
 import json
 import sys
 from pathlib import Path
 
 import comfy.ops
+import comfy.sd
 import pytest
 import torch
 
-from support.clips import OPTIONS, TINY, clip_of
+from support.clips import OPTIONS, TINY, clip_of, part
 
 of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of
 MERGED = (
@@ -139,8 +142,97 @@ def test_words_are_their_ids(clip, prompt, word):
     """The ids at a word's tokens decode to the word alone, as often as it stands there."""
     tokens, ids = of(clip, prompt), ids_of(clip, prompt)
     cut = len(ids) - len(tokens.table)
-    part = getattr(clip.tokenizer, clip.tokenizer.clip)
+    inner = getattr(clip.tokenizer, clip.tokenizer.clip)
     found = tokens.word(word)
-    decoded = part.tokenizer.decode([ids[cut + i] for i in found])
+    decoded = inner.tokenizer.decode([ids[cut + i] for i in found])
+    times = prompt.replace("catfish", "").count(word)
+    assert decoded.replace(" ", "") == word * times
+
+
+SENTENCES = (
+    "a red cat on a plate and the blue dog near it",
+    "the house by the sea, in two words",
+    "don't touch the dog's bone",
+    "one two three four five six seven",
+)
+
+
+def sentencepiece_model(kind, **options):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 30),
+        model_writer=file,
+        model_type=kind,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    return torch.tensor(list(file.getvalue()), dtype=torch.uint8)
+
+
+def gemma():
+    """With a token for each byte, spaces as they are, and no space in front."""
+    return sentencepiece_model(
+        "bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+    )  # fmt: skip
+
+
+def jina():
+    """Normalised, with a token for what it does not know."""
+    ids = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
+    return sentencepiece_model("unigram", vocab_size=100, **ids)
+
+
+PIECES = {
+    "AuraFlow": ("aura_t5.AuraT5Tokenizer", "aura_t5.AuraT5Model", None),
+    "Lumina 2": ("lumina2.LuminaTokenizer", "lumina2.te", {"spiece_model": gemma}),
+    "PixelDiT": (
+        "pixeldit.PixelDiTGemma2Tokenizer", "pixeldit.pixeldit_te", {"spiece_model": gemma}
+    ),
+    "NewBie": (
+        "newbie.NewBieTokenizer",
+        "newbie.te",
+        {"gemma_spiece_model": gemma, "jina_spiece_model": jina},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ("a catfish and a cat", "cat"),
+        ("the red cat's red hat", "red"),
+        ("an 😀 here", "😀"),
+        ("一只猫在沙发上", "猫"),
+        ("two\n\n  words and  one", "words"),
+        ("café, a (blue:1.2) dog", "dog"),
+        ("a <end_of_turn> sign", "sign"),
+        ("(one (two:1.3)) three", "three"),
+    ],
+)
+@pytest.mark.parametrize("name", PIECES)
+def test_words_are_their_pieces(name, prompt, word):
+    """Of SentencePiece, whose encoders here have no weights: their structure is enough."""
+    tokenizer, encoder, files = PIECES[name]
+    try:
+        built = part(encoder)
+    except ImportError:
+        pytest.skip(f"this ComfyUI has no {name}")
+    clip = comfy.sd.CLIP(no_init=True)
+    held = {key: make() for key, make in (files or {}).items()}
+    clip.tokenizer = part(tokenizer)(embedding_directory=None, tokenizer_data=held)
+    clip.tokenizer_options, clip.layer_idx = {}, None
+    built = built if isinstance(built, type) else built()
+    clip.cond_stage_model = built(device="meta", dtype=torch.float32)
+    tokens = of(clip, prompt)
+    encoder_name, chunks = next(iter(clip.tokenize(prompt).items()))
+    ids = [each for chunk in chunks for each, *_ in chunk]
+    cut = len(ids) - len(tokens.table)
+    [inner] = [v for k, v in vars(clip.tokenizer).items() if k.endswith(encoder_name)]
+    found = tokens.word(word)
+    decoded = inner.tokenizer.decode([int(ids[cut + i]) for i in found])
     times = prompt.replace("catfish", "").count(word)
     assert decoded.replace(" ", "") == word * times

@@ -134,6 +134,21 @@ def test_a_conditioning_of_another_node(pack):
         encode(other, clip, TEXT)
 
 
+def test_a_text_that_its_padding_makes_as_long(pack):
+    """FLUX.1's every prompt has 256 tokens: one of another text is told by what they are."""
+    clip, weigh = clip_named("FLUX.1"), pack["TACAWeighWords"].execute
+    plain = nodes.CLIPTextEncode().encode
+    for other in ("a red house by the lake, two dogs", "portrait of a man, oil on canvas, 1890"):
+        with pytest.raises(ValueError, match="this conditioning is of another text"):
+            weigh(plain(clip, other)[0], clip, TEXT)
+    (theirs,) = plain(clip, other)
+    for another in ("a (blue:1.4) scarf on a chair, (fog:0.5) and pillows", PLAIN):
+        own = plain(clip, another)[0]
+        mixed = nodes.ConditioningAverage().addWeighted(own, theirs, 0.6)[0]
+        for each in (own, mixed, nodes.ConditioningZeroOut().zero_out(own)[0]):
+            assert KEY in weigh(each, clip, TEXT).result[0][0][1]
+
+
 def test_what_to_avoid_is_behind_the_prompt(pack):
     clip = clip_named("FLUX.1")
     ((text, extras),) = pack["TACATextEncode"].execute(clip, PLAIN, "red pillows", 2.0).result[0]
@@ -162,6 +177,15 @@ def test_words_of_what_is_beside_the_text():
         found = decode([ids[i] for i, w in enumerate(beside) if w == weight])
         assert found.strip()
         assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost
+
+
+def test_a_word_that_one_encoder_alone_knows():
+    """HiDream-I1's T5 lacks a letter that its Llama has."""
+    clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
+    words = conditioning.words_of(clip, conditioning.parse("(ĩ:1.5) and a (cat:2)"))
+    assert 2.0 in words.weights
+    assert 1.5 in words.beside["conditioning_llama3"]
+    assert [*words.weighed_tokens()] == ["cat"]
 
 
 @pytest.mark.parametrize("name", ["Qwen-Image", "Krea 2", "Boogu", "JoyImage", "Mage-Flow"])

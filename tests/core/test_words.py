@@ -1,6 +1,7 @@
 """Words that weigh: attention, whole runs, and prompts, against dense float64."""
 
 import sys
+from functools import partial
 
 import comfy.model_management
 import comfy.samplers
@@ -470,8 +471,9 @@ def test_the_report_shows_what_weighs(folder, pack):
         return func(q, k, *args, **kwargs)
 
     guider = BasicGuider.execute(by_reference(model, looks), words).result[0]
-    report = sys.modules["taca_pack.nodes.report"].report_of(guider, "", None, None)
-    assert report.words == {"b": [1]}
+    ask = partial(sys.modules["taca_pack.nodes.report"].asked, "", None, None)
+    assert ask(guider).words == {"b": [1]}
+    report = sys.modules["taca_pack.taca.report"].Report(ask)
     watched = sys.modules["taca_pack.taca.report"].watched
     guider.model_patcher = watched(guider.model_patcher, report)
     noise = torch.randn(1, 16, 16, 16, generator=torch.manual_seed(3))

@@ -45,6 +45,25 @@ def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, se
                 state[f"{key}.alpha"] = torch.tensor(2.0)
                 if algorithm == "dora":
                     state[f"{key}.dora_scale"] = weight.flatten(1).norm(dim=1)[:, None] * 1.1
+            elif algorithm in ("1 x 1", "tucker"):  # as LyCORIS writes them for convolutions
+                kernel = weight.shape[2:] or (1, 1)
+                own = (rank, weight.shape[1], *(kernel if algorithm == "1 x 1" else (1, 1)))
+                state[f"{key}.lora_up.weight"] = random(rows, rank, 1, 1, scale=0.2)
+                state[f"{key}.lora_down.weight"] = random(*own, scale=0.2)
+                if algorithm == "tucker":
+                    state[f"{key}.lora_mid.weight"] = random(rank, rank, *kernel, scale=0.6)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
+            elif algorithm == "LoKr, both":  # factors decomposed, with a rank each
+                outer = (4, 4) if rows % 4 == 0 == weight.shape[1] % 4 else (1, 1)
+                inner = rows // outer[0], weight.shape[1] // outer[1]
+                state[f"{key}.lokr_w1_a"] = random(outer[0], 2, scale=0.6)
+                state[f"{key}.lokr_w1_b"] = random(2, outer[1], scale=0.6)
+                if weight.ndim > 2:
+                    state[f"{key}.lokr_w2"] = random(*inner, *weight.shape[2:], scale=0.2)
+                else:
+                    state[f"{key}.lokr_w2_a"] = random(inner[0], rank, scale=0.2)
+                    state[f"{key}.lokr_w2_b"] = random(rank, inner[1], scale=0.2)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
             elif algorithm == "full":
                 state[f"{key}.diff"] = random(*weight.shape, scale=0.02)
             elif algorithm.startswith("GLoRA"):
