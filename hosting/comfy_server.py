@@ -27,6 +27,7 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = {"comfyui-taca": ROOT, "comfyui-taca-demo": ROOT / "demo"}
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras")
+START_LIMIT = 600  # seconds: a busy machine takes minutes; a server that ends is noticed at once
 TIMEOUT = 60  # seconds for one request, and without a sign of life from a server at work
 Models = Iterable[tuple[str, Path]]
 
@@ -318,7 +319,7 @@ def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
     Raises
     ------
     RuntimeError
-        If it does not come up within two minutes; with the end of its log.
+        If it does not come up; with the end of its log.
     """
     comfyui = Path(os.environ["COMFYUI_PATH"])
     port = free_port()
@@ -330,7 +331,7 @@ def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
             command(comfyui, port, arguments), stdout=output, stderr=subprocess.STDOUT, cwd=comfyui
         ) as process,
     ):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + START_LIMIT
         while True:
             with suppress(OSError):
                 server.get("/system_stats")
