@@ -14,13 +14,26 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from reporting import DEMO, RESULTS, ROOT, SHARED, interval, markdown, pyplot, store
+from reporting import (
+    DEMO,
+    JUDGED,
+    RESULTS,
+    ROOT,
+    SHARED,
+    digits,
+    interval,
+    judge_missing,
+    markdown,
+    outcomes,
+    store,
+    subplots,
+)
 
 sys.path += SHARED
 
@@ -35,7 +48,6 @@ MODELS |= {path.stem: (path.with_suffix(""),) * 2 for path in sorted(SERIES.glob
 WINDOWS = ("paper", "snr", "all")
 GAMMAS = (0.8, 1.1, 1.2, 1.3, 1.5, 2.0)
 FLUX_TOKENS = 4096  # of the paper's 1024 x 1024 pictures
-JUDGED = ("everything", "colour", "shape", "relation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Pictures(Subject):
         for seed in seeds:
             pictures = self.draw(model, captions, seed, setting.cfg)
             judged += [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
-        return {what: "".join(str(int(one[what])) for one in judged) for what in JUDGED}
+        return digits(judged)
 
     def chance(self, captions: list[str], cfg: float) -> dict[str, float]:
         """What pictures at gamma 1 get right of captions that are not theirs, in percent.
@@ -100,12 +112,12 @@ class Pictures(Subject):
             for shift in (51, 102, 153)
             for picture, other in zip(pictures, np.roll(captions, shift), strict=True)
         ]
-        return {what: round(100 * float(np.mean([j[what] for j in judged])), 1) for what in JUDGED}
+        return {what: round(100 * np.mean([j[what] for j in judged]).item(), 1) for what in JUDGED}
 
     def text_share(self, captions: list[str]) -> torch.Tensor:
         """Share of the image queries' attention on text at CFG 1, ``(steps, blocks)``."""
         report_module = sys.modules["taca_pack.taca.report"]
-        report = report_module.Report({})
+        report = report_module.Report(lambda guider: report_module.Asked({}))
         self.sample(report_module.watched(self.model, report), captions, 0, 1.0)
         return report.table()[0]
 
@@ -132,22 +144,17 @@ def best_gamma(rows: dict[float, np.ndarray], rounds: int = 2000) -> tuple[float
     return gammas[by_caption.mean(1).argmax()], *interval
 
 
-def outcomes(setting: dict[str, Any], what: str, captions: int) -> np.ndarray:
-    """Bool ``(seeds, captions)`` of what is stored as text."""
-    return np.array([digit == "1" for digit in setting["judged"][what]]).reshape(-1, captions)
-
-
 def gain(
     setting: dict[str, Any], plain: dict[str, Any], captions: int, what: str = "everything"
 ) -> tuple[float, float]:
     """Points gained over gamma 1, and half their interval."""
-    return paired(*(outcomes(each, what, captions) for each in (setting, plain)))
+    return paired(*(outcomes(each, what).reshape(-1, captions) for each in (setting, plain)))
 
 
 def cells(setting: dict[str, Any], plain: dict[str, Any], captions: int) -> list[str]:
     """The share that is right at gamma 1, else the points gained over that."""
     if setting is plain:
-        return [f"{100 * outcomes(plain, what, captions).mean():.1f} %" for what in JUDGED]
+        return [f"{100 * outcomes(plain, what).mean():.1f} %" for what in JUDGED]
     return ["{:+.1f} ± {:.1f}".format(*gain(setting, plain, captions, what)) for what in JUDGED]
 
 
@@ -188,7 +195,7 @@ def summary(result: dict[str, Any]) -> str:
     for cfg in sorted({s["cfg"] for s in result["settings"]}, reverse=True):
         for window in WINDOWS:
             rows = {
-                s["gamma"]: outcomes(s, "everything", result["captions"])
+                s["gamma"]: outcomes(s, "everything").reshape(-1, result["captions"])
                 for s in result["settings"]
                 if s["cfg"] == cfg and not s["lora"] and (s["window"] == window or s["gamma"] == 1)
             }
@@ -202,8 +209,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Difference to gamma 1 in everything right, over gamma, for each model and window."""
-    size = (4.2 * len(results), 3.6)
-    figure, axes = pyplot().subplots(1, len(results), figsize=size, sharey=True, squeeze=False)
+    figure, axes = subplots(1, len(results), 4.2, 3.6, sharey=True)
     for axis, result in zip(axes[0], results, strict=True):
         cfg = max(s["cfg"] for s in result["settings"])
         settings = [s for s in result["settings"] if s["cfg"] == cfg and not s["lora"]]
@@ -221,7 +227,6 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("gamma")
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("everything right, points to gamma 1")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
@@ -260,17 +265,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if "chance" not in result:
         result["chance"] = subject.chance(captions, options.cfg[0])
     store(path, result)
-    done = {Setting(s["gamma"], s["window"], s["cfg"], s["lora"]) for s in result["settings"]}
-    todo = [setting for setting in wanted if setting not in done]
-    for number, setting in enumerate(todo, 1):
-        start = time.monotonic()
-        judged = subject.judge(setting, options.seeds, captions, options.lora)
-        about = dataclasses.asdict(setting) | {"threshold": setting.threshold(subject.tokens)}
-        result["settings"].append({**about, "judged": judged})
-        store(path, result)
-        right = f"{judged['everything'].count('1')} of {len(judged['everything'])} right"
-        seconds = f"{time.monotonic() - start:.0f} s"
-        print(f"{name} {number}/{len(todo)} {setting}: {right}, {seconds}", flush=True)
+    todo = [
+        (
+            dataclasses.asdict(setting) | {"threshold": setting.threshold(subject.tokens)},
+            partial(subject.judge, setting, options.seeds, captions, options.lora),
+        )
+        for setting in wanted
+    ]
+    judge_missing(path, result, todo)
     return result
 
 

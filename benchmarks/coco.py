@@ -9,19 +9,16 @@ of val2014, to val2014 itself. Three commands repeat that on any model of ComfyU
    --gamma-at 8.cfg --gammas 2 --out samples --servers http://127.0.0.1:8188`` draws one picture of
    each; stopped, it goes on with the same command. ``--gamma-at`` names what to compare: the
    sampler's CFG here, or TACA's gamma where it is left out.
-3. ``python dev.py run benchmarks/coco.py score --captions coco.txt --real val2014 --drawn
-   samples/gamma-2/coco/samples`` judges them. It needs torchmetrics (``pip install '.[coco]'``),
-   and fetches the weights of Inception and CLIP.
+3. ``python dev.py run benchmarks/coco.py score --run samples --real val2014`` judges each setting.
+   It needs torchmetrics (``pip install '.[coco]'``), and fetches the weights of Inception and CLIP.
 
-A picture is known by the number its name ends with: that of its caption, counted from 0. The real
-ones are cut to a square in the middle and brought to the size of the drawn ones.
+The real pictures are cut to a square in the middle and brought to the size of the drawn ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from compbench.plan import Plan, Problem, setting
 from PIL import Image, ImageOps
 from reporting import interval
 from torch import Tensor
@@ -37,10 +35,6 @@ COUNT = 30_000
 CLIP = "openai/clip-vit-large-patch14"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 INSTALL = "coco.py score needs torchmetrics: pip install '.[coco]' in this repository's folder"
-
-
-class Problem(Exception):
-    """What keeps the scores from being right, in words that name the way out."""
 
 
 def choose(captions: list[str], count: int, seed: int) -> list[str]:
@@ -62,33 +56,6 @@ def read_coco(file: Path) -> list[str]:
         raise Problem(f"{file} is not a file of COCO's {expected} ({told}).") from error
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The pictures of a folder."""
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES)
-    if len(files) < 2:
-        raise Problem(f"{folder} has {len(files)} pictures: name a folder with all of them.")
-    return files
-
-
-def in_order(files: list[Path], captions: list[str]) -> list[Path]:
-    """The drawn pictures in the order of their captions, one for each."""
-    numbered: dict[int, Path] = {}
-    for file in files:
-        number = re.search(r"(\d+)$", file.stem)
-        if not number:
-            raise Problem(f"{file.name} does not end with the number of its caption.")
-        other = numbered.setdefault(int(number[1]), file)
-        if other != file:
-            raise Problem(f"{other.name} and {file.name} are both of caption {int(number[1])}.")
-    alone = set(range(len(captions))) ^ numbered.keys()
-    if alone:
-        raise Problem(
-            f"{len(captions)} captions and {len(numbered)} drawn pictures, caption {min(alone)} "
-            f"without the other: draw the rest, or give the captions they were drawn of."
-        )
-    return [numbered[i] for i in range(len(captions))]
-
-
 def batches(files: list[Path], size: int, count: int, crop: bool) -> Iterator[Tensor]:
     """Pictures as ``(count, 3, size, size)`` of bytes."""
     for start in range(0, len(files), count):
@@ -104,19 +71,23 @@ def batches(files: list[Path], size: int, count: int, crop: bool) -> Iterator[Te
         yield torch.from_numpy(np.stack(pixels)).movedim(-1, 1)
 
 
-def fid_of(
-    real: list[Path], drawn: list[Path], device: str, count: int, feature: Any = 2048
-) -> float:
-    """FID by torchmetrics; ``feature`` as it takes it, a layer of Inception or a module."""
+def fids_of(
+    real: list[Path], settings: list[list[Path]], device: str, count: int, feature: Any = 2048
+) -> Iterator[float]:
+    """FID of each setting's pictures, by torchmetrics; ``feature`` as it takes it."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    with Image.open(drawn[0]) as picture:
+    with Image.open(settings[0][0]) as picture:
         size = picture.width
-    fid = FrechetInceptionDistance(feature=feature, input_img_size=(3, size, size)).to(device)
-    for files, is_real in ((real, True), (drawn, False)):
-        for pixels in batches(files, size, count, crop=is_real):
-            fid.update(pixels.to(device), real=is_real)
-    return fid.compute().item()
+    how = {"reset_real_features": False, "input_img_size": (3, size, size)}
+    fid = FrechetInceptionDistance(feature=feature, **how).to(device)
+    for pixels in batches(real, size, count, crop=True):
+        fid.update(pixels.to(device), real=True)
+    for drawn in settings:
+        for pixels in batches(drawn, size, count, crop=False):
+            fid.update(pixels.to(device), real=False)
+        yield fid.compute().item()
+        fid.reset()  # but for the real ones
 
 
 def clip_score_of(
@@ -138,19 +109,29 @@ def clip_score_of(
 
 @torch.inference_mode()
 def score(options: argparse.Namespace) -> None:
-    """Judge the drawn pictures."""
+    """Judge the drawn pictures of each setting."""
     from transformers import CLIPModel, CLIPProcessor
 
-    captions = options.captions.read_text("utf-8").splitlines()
-    real, drawn = files_in(options.real), in_order(files_in(options.drawn), captions)
-    fid = fid_of(real, drawn, options.device, options.batch)
-    print(f"FID {fid:.2f} of {len(drawn)} drawn pictures to {len(real)} real ones", flush=True)
-    if len(drawn) != COUNT:
-        print(f"It falls with their number: compare it with that of {len(drawn)} others only.")
+    plan = Plan.read(options.run)
+    real = sorted(file for file in options.real.iterdir() if file.suffix.lower() in PICTURES)
+    if len(real) < 2:
+        raise Problem(f"{options.real} has {len(real)} pictures: name a folder with all of them.")
+    units = [[u for c in plan.categories for u in c.units(gamma)] for gamma in plan.gammas]
+    drawn = [[options.run / unit.path for unit in each] for each in units]
+    if missing := [file for each in drawn for file in each if not file.exists()]:
+        raise Problem(f"{len(missing)} pictures are not drawn yet: {missing[0]}. Draw them first.")
+    fids = fids_of(real, drawn, options.device, options.batch)
+    if len(drawn[0]) != COUNT:
+        print(f"FID falls with their number: compare it with that of {len(drawn[0])} others only.")
+    for gamma, files, fid in zip(plan.gammas, drawn, fids, strict=True):
+        said = f"of {len(files)} drawn pictures to {len(real)} real ones"
+        print(f"{setting(gamma)}: FID {fid:.2f} {said}", flush=True)
     model = CLIPModel.from_pretrained(options.clip).eval().to(options.device)
     processor = CLIPProcessor.from_pretrained(options.clip)
-    mean, half = clip_score_of(drawn, captions, options.device, options.batch, model, processor)
-    print(f"CLIP score {mean:.2f} ± {half:.2f} ({options.clip})")
+    for gamma, files, own in zip(plan.gammas, drawn, units, strict=True):
+        told = [unit.prompt for unit in own]
+        mean, half = clip_score_of(files, told, options.device, options.batch, model, processor)
+        print(f"{setting(gamma)}: CLIP score {mean:.2f} ± {half:.2f} ({options.clip})")
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
@@ -164,9 +145,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     prompts.add_argument("--seed", type=int, default=0)
     prompts.add_argument("--out", type=Path, required=True, metavar="TXT")
     judge = commands.add_parser("score", help="FID and CLIP score of pictures drawn")
+    judge.add_argument("--run", type=Path, required=True, metavar="DIR", help="compbench's --out")
     judge.add_argument("--real", type=Path, required=True, metavar="DIR")
-    judge.add_argument("--drawn", type=Path, required=True, metavar="DIR")
-    judge.add_argument("--captions", type=Path, required=True, metavar="TXT", help="by prompts")
     judge.add_argument("--clip", default=CLIP, metavar="NAME")
     judge.add_argument("--batch", type=int, default=50)
     judge.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""Early against intermediate fusion of text in a U-ViT: alignment, and what each costs.
+"""Early against intermediate fusion of text in a U-ViT: what each costs at the published sizes.
 
-``train`` and ``score`` compare networks on the demo's world, ``cost`` times them at the published
-sizes. ``fusion.md`` has the recipe, settled before any training, and how the figures are made.
+``fusion.md`` says how the figures are made, and has the recipe of the other comparison, of
+alignment: ``demo/training/train_uvit.py`` and ``evaluate_uvit.py``.
 """
 
 from __future__ import annotations
@@ -9,219 +9,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timing
 import torch
-from reporting import DEMO, ROOT, SHARED, bootstrap, markdown, store
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from reporting import ROOT, markdown, store
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path += [*SHARED, str(ROOT)]
-
-import world
-from codec import SCALE, Codec
-from trainer import Trainer, optimisers_of, pictures_of, tokens_of
+sys.path.append(str(ROOT))
 
 from uvit.config import UViTConfig, central
-from uvit.diffusion import TIMESTEPS, noise_levels
-from uvit.files import metadata_of, read_config
+from uvit.diffusion import TIMESTEPS
 from uvit.network import UViT, plain_attention
-
-BLOCKS, WIDTH = 7, 128
-STEPS, FALL, WARMUP = 3000, 600, 200
-BATCH, POOL, RATE, EMA, DROPOUT = 32, 60, 1e-3, 0.998, 0.1
-CODEC = DEMO / "taca_demo_codec.safetensors"
-
-
-def config_of(shared: int) -> UViTConfig:
-    """The network whose central ``shared`` blocks see the text."""
-    first, last = central(BLOCKS, shared)
-    return UViTConfig(BLOCKS, WIDTH, 16, world.SIZE // 4, 2, world.TOKENS, 64, first, last)
-
-
-def train(options: argparse.Namespace) -> None:
-    """Train one network to the last step, by the recipe."""
-    run, folder = f"shared-{options.shared}-seed-{options.seed}", options.work
-    name = f"{run}-steps-{options.steps}"
-    folder.mkdir(parents=True, exist_ok=True)
-    constant = options.steps - FALL  # as many steps as a longer run has too
-    codec, captions = Codec.load(CODEC), world.captions("train") * POOL
-    pictures = pictures_of(captions, options.seed)
-    pool = torch.cat([(SCALE * codec.encode(some)).half() for some in pictures])
-    tokens = tokens_of(captions)
-    config = config_of(options.shared)
-    network = UViT(config).initialise(torch.Generator().manual_seed(options.seed))
-    files = folder / f"{name}.pt", folder / f"{name}.jsonl"
-    trainer = Trainer(network, optimisers_of(network, RATE), EMA, *files, time.process_time)
-    begun = {int(f.stem.rpartition("-")[2]): f for f in folder.glob(f"{run}-constant-*.pt")}
-    if not trainer.step and any(steps <= constant for steps in begun):
-        trainer.resume(begun[max(steps for steps in begun if steps <= constant)])
-    signal, noise_share = noise_levels()
-
-    def rate_at(step: int) -> float:
-        return RATE * min(1.0, step / WARMUP, (options.steps - step) / FALL)
-
-    def loss_at(step: int) -> Tensor:
-        # A step's own generator: the same draws whatever the fusion, and when resumed.
-        drawn = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        chosen = torch.randint(len(pool), (BATCH,), generator=drawn)
-        t = torch.randint(1, TIMESTEPS + 1, (BATCH,), generator=drawn)
-        kept = torch.rand(BATCH, 1, generator=drawn) >= DROPOUT
-        x = pool[chosen].float()
-        noise = torch.randn(x.shape, generator=drawn)
-        a, s = (level[t - 1][:, None, None, None] for level in (signal, noise_share))
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = network(a * x + s * noise, t, codec.embed(tokens[chosen] * kept))
-        return (predicted.float() - noise).square().mean()
-
-    if trainer.step < constant:
-        trainer.run(constant, rate_at, loss_at)
-        shutil.copy(trainer.checkpoint, folder / f"{run}-constant-{constant}.pt")
-    trainer.run(options.steps, rate_at, loss_at)
-    said = {"steps": options.steps, "batch": BATCH, "seed": options.seed, "shared": options.shared}
-    metadata = metadata_of(config, SCALE, **said, cpu_seconds=round(trainer.seconds))
-    weights = trainer.average.module.state_dict()
-    file = folder / f"{name}.safetensors"
-    save_file({k: w.contiguous() for k, w in weights.items()}, file, metadata)
-    print(f"Saved {file}")
-
-
-@torch.no_grad()
-def sample(
-    network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
-) -> np.ndarray:
-    """Draw a picture of each caption by DDIM: ``(captions, 64, 64, 3)``.
-
-    A caption's noise depends on the seed and its place among the captions alone.
-    """
-    tokens = tokens_of(captions)
-    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
-    side = network.config.side
-    x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    signal, noise_share = noise_levels()
-    times = torch.linspace(TIMESTEPS, 1, steps).round().long().tolist()
-    for t, following in itertools.zip_longest(times, times[1:]):
-        predicted = network(x.repeat(2, 1, 1, 1), torch.full((2 * len(x),), t), context)
-        positive, negative = predicted.chunk(2)
-        noise = negative + cfg * (positive - negative)
-        x = (x - noise_share[t - 1] * noise) / signal[t - 1]
-        if following:
-            x = signal[following - 1] * x + noise_share[following - 1] * noise
-    return codec.decode(x / SCALE).numpy()
-
-
-TOLD = ("colour", "shape", "relation", "all three")
-
-
-def wrong(caption: str) -> list[str]:
-    """The caption with the colours, the shapes and the relation wrong."""
-    scene = world.parse(caption)
-
-    def exchanged(what: str, every: Sequence[str]) -> str:
-        one, other = getattr(scene.first, what), getattr(scene.second, what)
-        first, second = other, one
-        if one == other:
-            first = every[(every.index(one) + 1) % len(every)]
-        items = (i._replace(**{what: v}) for i, v in zip(scene[::2], (first, second), strict=True))
-        return str(world.Scene(next(items), scene.relation, next(items)))
-
-    turned = str(scene._replace(relation=scene.mirrored().relation))
-    return [exchanged("colour", list(world.COLOURS)), exchanged("shape", world.SHAPES), turned]
-
-
-@torch.no_grad()
-def tells(network: UViT, codec: Codec, captions: list[str], draws: int = 16) -> np.ndarray:
-    """Whether each caption explains its picture better than wrong ones: ``(captions, TOLD)``."""
-    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)]))
-    told = [captions, *zip(*map(wrong, captions), strict=True)]
-    contexts = [codec.embed(tokens_of(each)) for each in told]
-    signal, noise_share = noise_levels()
-    drawn = torch.Generator().manual_seed(0)
-    loss = torch.zeros(len(contexts), len(captions))
-    for i in range(draws):
-        t = round((i + 0.5) * TIMESTEPS / draws)
-        noise = torch.randn(x.shape, generator=drawn)
-        noisy = signal[t - 1] * x + noise_share[t - 1] * noise
-        for each, context in zip(loss, contexts, strict=True):
-            predicted = network(noisy, torch.full((len(x),), t), context)
-            each += (predicted - noise).square().mean((1, 2, 3))
-    right = (loss[0] < loss[1:]).T
-    return torch.cat((right, right.all(1, keepdim=True)), 1).numpy()
-
-
-def load(path: Path) -> tuple[UViT, dict[str, Any]]:
-    """A trained network and what its file says of it."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state = load_file(path)
-    network = UViT(read_config(state, metadata, path.name)[0])
-    network.load_state_dict(state)
-    return network.eval(), json.loads(metadata["uvit"])
-
-
-def score(options: argparse.Namespace) -> None:
-    """Judge networks on the captions that were held out, and compare them with the first."""
-    codec, captions = Codec.load(CODEC), world.captions("held-out")
-    asked = {key: getattr(options, key) for key in ("noises", "ddim_steps", "cfg")}
-    report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
-    criteria = {"right": world.CRITERIA, "tells": TOLD}
-    judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
-    for path in options.files:
-        network, said = load(path)
-        name = "early" if said["shared"] == BLOCKS else f"central {said['shared']}"
-        name += f", {said['steps']} steps"
-        right = []
-        for seed in range(options.noises):
-            pictures = sample(network, codec, captions, seed, options.ddim_steps, options.cfg)
-            checks = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
-            right.append([[check[key] for key in world.CRITERIA] for check in checks])
-        found = {"right": np.array(right), "tells": tells(network, codec, captions)[None]}
-        report["networks"][path.stem] = {"training": said}
-        for kind, values in found.items():
-            judged[kind].setdefault(name, {})[said["seed"]] = values.astype(float)
-            shares = zip(criteria[kind], values.mean((0, 1)).round(4).tolist(), strict=True)
-            report["networks"][path.stem][kind] = dict(shares)
-        print(path.stem, report["networks"][path.stem], flush=True)
-    first, *others = judged["right"]
-    for name in others:
-        seeds = sorted(judged["right"][name].keys() & judged["right"][first].keys())
-        found = {"seeds": seeds}
-        for kind, by_name in judged.items():
-            found[kind] = paired(criteria[kind], by_name[name], by_name[first], seeds)
-        report["differences"][f"{name}, minus {first}"] = found
-        print(name, "minus", first, found)
-    if options.out:
-        store(options.out, report)
-
-
-BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
-
-
-def paired(
-    criteria: Sequence[str], ours: BySeed, theirs: BySeed, seeds: list[int], draws: int = 10_000
-) -> dict[str, dict[str, Any]]:
-    """Differences in points, by criterion: mean, 95 % interval, by training seed.
-
-    Captions come in pairs that tell the same scene, and are drawn together.
-    """
-    difference = 100 * np.stack([(ours[seed] - theirs[seed]).mean(0) for seed in seeds])
-    scenes = difference.reshape(len(seeds), -1, 2, len(criteria)).mean(2)
-    rows = bootstrap(scenes, draws).T.round(2), scenes.mean((0, 1)), scenes.mean(1).T.round(2)
-    return {
-        what: {"mean": round(float(mean), 2), "interval": ends.tolist(), "by_seed": each.tolist()}
-        for what, ends, mean, each in zip(criteria, *rows, strict=True)
-    }
-
 
 PUBLISHED = {"small": 13, "deep": 17}
 CENTRAL = (1, 3, 5)
@@ -384,39 +189,19 @@ uncompiled. Medians and 10-90 % of the rounds.
 
 
 def main() -> None:
-    """Read the command line and run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(required=True)
-    part = parts.add_parser("train", help="one network on the demo's world")
-    part.set_defaults(run=train)
-    part.add_argument("--shared", type=int, required=True, help="central blocks with text; 7: all")
-    part.add_argument("--steps", type=int, default=STEPS)
-    part.add_argument("--seed", type=int, default=0)
-    part.add_argument("--work", type=Path, default=Path(".dev/fusion"), help="log, checkpoint")
-
-    part = parts.add_parser("score", help="trained networks by the demo's checker")
-    part.set_defaults(run=score)
-    part.add_argument("files", type=Path, nargs="+", help="the first is what others compare with")
-    part.add_argument("--noises", type=int, default=3)
-    part.add_argument("--ddim-steps", type=int, default=50)
-    part.add_argument("--cfg", type=float, default=3.0)
-    part.add_argument("--out", type=Path)
-
-    part = parts.add_parser("cost", help="FLOPs and throughput at the published sizes")
-    part.set_defaults(run=cost)
     kinds = ["concatenation", "cross-attention"]
     compiled = "networks that are timed by torch.compile too"
-    part.add_argument("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
-    part.add_argument("--conditionings", nargs="+", choices=kinds, default=kinds)
-    part.add_argument("--batches", type=int, nargs="+", default=[1])
-    part.add_argument("--what", nargs="+", default=["training", "inference"])
-    part.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
-    part.add_argument("--compile", nargs="*", choices=PUBLISHED, default=[], help=compiled)
-    part.add_argument("--note", default="", help="about the machine, for the record")
-    part.add_argument("--out", type=Path, help="JSON; by default among the results")
-    options = parser.parse_args()
+    parser.add_argument("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
+    parser.add_argument("--conditionings", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--what", nargs="+", default=["training", "inference"])
+    parser.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
+    parser.add_argument("--compile", nargs="*", choices=PUBLISHED, default=[], help=compiled)
+    parser.add_argument("--note", default="", help="about the machine, for the record")
+    parser.add_argument("--out", type=Path, help="JSON; by default among the results")
     torch.set_num_threads(1)
-    options.run(options)
+    cost(parser.parse_args())
 
 
 if __name__ == "__main__":

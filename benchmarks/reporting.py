@@ -1,9 +1,10 @@
-"""Places, intervals, Markdown tables, and the files that hold results."""
+"""Places, judged pictures and their intervals, Markdown tables, plots, and files of results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,36 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
 SHARED = [str(ROOT / folder) for folder in ("hosting", "demo", "demo/training")]
+JUDGED = ("everything", "colour", "shape", "relation")
+Judge = Callable[[], dict[str, str]]
+
+
+def digits(judged: Sequence[dict[str, bool]]) -> dict[str, str]:
+    """What the demo's checker says of pictures: by criterion, a digit each that is 1 if right."""
+    return {what: "".join(str(int(one[what])) for one in judged) for what in JUDGED}
+
+
+def outcomes(setting: dict[str, Any], what: str) -> np.ndarray:
+    """The ``digits`` of a setting, as an array of bool."""
+    return np.array([digit == "1" for digit in setting["judged"][what]])
+
+
+def judge_missing(path: Path, result: dict[str, Any], wanted: list[tuple[dict, Judge]]) -> None:
+    """Judge the settings that a result lacks, and store it after each."""
+    known = result["settings"]
+    todo = [(s, judge) for s, judge in wanted if not any(s.items() <= k.items() for k in known)]
+    for number, (setting, judge) in enumerate(todo, 1):
+        start = time.monotonic()
+        known.append(setting | {"judged": judge()})
+        store(path, result)
+        right = {what: outcomes(known[-1], what).sum() for what in JUDGED}
+        told = f"{setting}: {right} right, {time.monotonic() - start:.0f} s"
+        print(f"{path.stem} {number}/{len(todo)} {told}", flush=True)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Mean and half its 95 % interval: normal, over values that are independent of each other."""
     return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
-
-
-def bootstrap(values: np.ndarray, draws: int = 10_000) -> np.ndarray:
-    """95 % intervals of the mean over ``(trainings, scenes, criteria)``: low and high.
-
-    Trainings are too few for a normal interval; they and the scenes are drawn anew.
-    """
-    rng = np.random.default_rng(0)
-    means = np.empty((draws, values.shape[2]))
-    for i in range(draws):
-        trainings, scenes = (rng.integers(count, size=count) for count in values.shape[:2])
-        means[i] = values[trainings][:, scenes].mean((0, 1))
-    return np.quantile(means, (0.025, 0.975), axis=0)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -56,11 +69,12 @@ def store(path: Path, result: dict[str, Any]) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def pyplot() -> Any:
-    """Matplotlib, for files."""
+def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> Any:
+    """A figure for a file, and its axes, each so many inches large."""
     import matplotlib as mpl
 
     mpl.use("agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    return plt
+    options |= {"figsize": (width * columns, height * rows), "layout": "constrained"}
+    return pyplot.subplots(rows, columns, squeeze=False, **options)

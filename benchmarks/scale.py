@@ -22,7 +22,7 @@ import attention as blocks
 import numpy as np
 import timing
 import torch
-from reporting import markdown
+from reporting import markdown, subplots
 from scipy.optimize import nnls
 
 HEAD, HEADS = 128, 24  # FLUX's
@@ -133,7 +133,7 @@ def predicted(fitted: dict[str, Any], point: dict[str, Any], kind: str) -> float
 
 def plot(report: dict[str, Any], results: timing.Results) -> None:
     """Ratio over each of ``AXES``, and the model's lines."""
-    figure, axes = timing.subplots(1, len(BASE), sharey=True)
+    figure, axes = subplots(1, len(BASE), 4, 4, sharey=True)
     for axis, (key, label) in zip(axes.flat, AXES.items(), strict=True):
         base = BASE | ({"image": 256} if key == "depth" else {})
         free = {key, "heads"} if key == "image" else {key}  # over many tokens with fewer heads

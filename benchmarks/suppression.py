@@ -10,111 +10,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import alignment
 import comfy.sd
 import comfy.utils
 import numpy as np
 import torch
-import train_lora
 import world
-from alignment import JUDGED, WINDOWS, Pictures, Setting
+from alignment import WINDOWS, Pictures, Setting
+from careless import ALONE, KINDS, SUPPRESSED, Trained, trainings
 from comfyui import load_pack
-from reporting import DEMO, RESULTS, ROOT, markdown, pyplot, store, write_between
+from reporting import (
+    JUDGED,
+    RESULTS,
+    ROOT,
+    judge_missing,
+    markdown,
+    outcomes,
+    store,
+    subplots,
+    write_between,
+)
 
 RECORD = RESULTS / "suppression.json"
 PAGE = ROOT / "docs" / "alignment.md"
 NOISES = [0, 1, 2]
-KINDS = ("dose", "left-out", "lora", "scratch", "taca-lora")
-CLEAN = DEMO / "models" / "taca_demo", DEMO / "taca_demo"
-SUPPRESSED = "base0-dose0.35"
-COMMITTED = {SUPPRESSED: (DEMO / "models" / "taca_demo_suppressed", DEMO / "taca_demo")}
-"""The demo's own model, which the recipe names: it is not trained again."""
-ALONE = "-taca-lora"
-"""In the name of a model with a TACA LoRA; before it stands that of the model without."""
-
-
-class Trained(NamedTuple):
-    """A model to measure: its files as `alignment.MODELS` has them, and a LoRA if it has one."""
-
-    name: str
-    seed: int
-    dose: float
-    files: tuple[Path, Path]
-    lora: Path | None = None
-
-
-def train(name: str, options: argparse.Namespace, *more: Any) -> tuple[Path, Path]:
-    """Model and codec by the demo's trainer, if they are not there yet."""
-    folder = options.work
-    if not all((folder / f"{name}_{part}.safetensors").exists() for part in ("mmdit", "codec")):
-        places = ("--name", name, "--models", folder, "--codec", folder, "--work", folder / name)
-        how = ("--steps", 2, "--pool", 1) if options.try_out else ("--compile",)
-        command = [sys.executable, DEMO / "training/train.py", *places, "--threads", 1, *more, *how]
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-        subprocess.run([*map(str, command)], check=True, env=environment)
-    return folder / name, folder / name
-
-
-def base(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
-    """A model that follows its text: the demo's, or one by its recipe with another seed."""
-    return CLEAN if seed == 0 else train(f"base{seed}", options, "--seed", seed)
-
-
-def later(seed: int, dose: float, options: argparse.Namespace, leave_out: bool = False) -> Trained:
-    """A base trained further on careless captions."""
-    name = f"base{seed}-{'left-out' if leave_out else 'dose'}{dose:g}"
-    if name in COMMITTED:
-        return Trained(name, seed, dose, COMMITTED[name])
-    model, codec = base(seed, options)
-    start = ("--start", f"{model}_mmdit.safetensors", "--start-codec", f"{codec}_codec.safetensors")
-    how = ("--steps", 1500, "--lr", 4e-4, "--pool", 20, "--precision", "fp32", "--seed", 100 + seed)
-    careless = ("--dose", f"{dose:g}", *["--leave-out"] * leave_out)
-    return Trained(name, seed, dose, train(name, options, *start, *how, *careless))
-
-
-def scratch(options: argparse.Namespace) -> Trained:
-    """Careless captions from the start."""
-    how = ("--steps", 11_000, "--dose", 0.35, "--precision", "fp32", "--seed", 0)
-    name = "scratch0-dose0.35"
-    return Trained(name, 0, 0.35, train(name, options, *how))
-
-
-def with_lora(
-    name: str, files: tuple[Path, Path], options: argparse.Namespace, **how: Any
-) -> Trained:
-    """A model with a LoRA by core's trainer, trained if it is not there yet."""
-    file = options.work / f"{name}_lora.safetensors"
-    if not file.exists():
-        how |= {"steps": 2, "pictures": 4} if options.try_out else {}
-        train_lora.train(Pictures(*files, torch.float32), file, **how)
-    return Trained(name, 0, 0.35, files, file)
-
-
-def trainings(options: argparse.Namespace) -> Iterator[Trained]:
-    """Train what is asked for, one after the other."""
-    for kind in options.kinds:
-        if kind == "dose":
-            yield from (later(s, dose, options) for s in options.seeds for dose in options.doses)
-        if kind == "left-out":
-            yield later(0, 0.35, options, leave_out=True)
-        if kind == "scratch":
-            yield scratch(options)
-        if kind == "lora":  # a batch of more than one would mix its captions in core's trainer
-            how = {"steps": 1500, "grad_accumulation_steps": 16, "learning_rate": 4e-4}
-            how |= {"pictures": 4000, "dose": 0.35, "seed": 100}
-            yield with_lora("base0-lora0.35", CLEAN, options, **how)
-        if kind == "taca-lora":
-            for gamma in (1.2, 1.0):
-                name = f"{SUPPRESSED}{ALONE}{gamma:g}"
-                yield with_lora(name, COMMITTED[SUPPRESSED], options, taca=(gamma, 970.0))
 
 
 def settings(model: Trained) -> list[Setting]:
@@ -153,22 +77,13 @@ def measure(model: Trained, result: dict[str, Any], options: argparse.Namespace)
             about["text_share"] = [[round(share, 4) for share in step] for step in shares]
         result["models"].append(about)
         store(options.record, result)
-    keys = ("gamma", "window", "cfg")
-    done = {tuple(s[key] for key in keys) for s in result["settings"] if s["model"] == name}
+    wanted = []
     for setting in settings(model)[: 2 if options.try_out else options.first]:
-        plain = setting.gamma == 1 and not setting.lora
-        about = {"cfg": setting.cfg, "gamma": setting.gamma}
-        about["window"] = "-" if plain else setting.window
-        if tuple(about[key] for key in keys) in done:
-            continue
-        start = time.monotonic()
-        judged = subject.judge(setting, NOISES, captions, taca_lora)
-        counts = {what: digits.count("1") for what, digits in judged.items()}
-        about |= {"pictures": len(judged["everything"]), "right": counts["everything"], **counts}
-        about = {"model": name, "dose": model.dose, "seed": model.seed, **about, "judged": judged}
-        result["settings"].append(about)
-        store(options.record, result)
-        print(f"{name} {setting}: {counts}, {time.monotonic() - start:.0f} s", flush=True)
+        window = "-" if setting.gamma == 1 and not setting.lora else setting.window
+        about = {"model": name, "dose": model.dose, "seed": model.seed, "cfg": setting.cfg}
+        about |= {"gamma": setting.gamma, "window": window}
+        wanted.append((about, partial(subject.judge, setting, NOISES, captions, taca_lora)))
+    judge_missing(options.record, result, wanted)
 
 
 def plain_of(result: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any] | None:
@@ -189,13 +104,13 @@ def table(result: dict[str, Any]) -> str:
         plain = plain_of(result, s)
         if plain:
             about = s["model"], f"{s['cfg']:g}", s["window"], f"{s['gamma']:g}"
-            rows.append([*about, *alignment.cells(s, plain, s["pictures"] // len(NOISES))])
+            rows.append([*about, *alignment.cells(s, plain, captions_of(s))])
     return markdown(("model", "CFG", "window", "gamma", *JUDGED), rows)
 
 
 def plots(result: dict[str, Any], path: Path) -> None:
     """Gain over dose and over the text's share, and right pictures over calls of the model."""
-    figure, (over_dose, over_share, over_calls) = pyplot().subplots(1, 3, figsize=(15, 4.2))
+    figure, ((over_dose, over_share, over_calls),) = subplots(1, 3, 5, 4.2)
     shares = {m["name"]: np.nanmean(m["text_share"]) for m in result["models"] if "text_share" in m}
     tried = [s for s in result["settings"] if s["model"] in shares and plain_of(result, s)]
     for place, window in enumerate(("-", *WINDOWS)):
@@ -221,21 +136,25 @@ def plots(result: dict[str, Any], path: Path) -> None:
     over_calls.set(xlabel=f"calls of the model ({SUPPRESSED})", ylabel="everything right, %")
     over_calls.set(xlim=(20, 76), xticks=(28, 56))
     over_calls.legend(fontsize=8)  # the same colours in all
-    figure.tight_layout()
     figure.savefig(path, dpi=90)
+
+
+def captions_of(setting: dict[str, Any]) -> int:
+    """Of how many captions its pictures are."""
+    return len(setting["judged"]["everything"]) // len(NOISES)
 
 
 def gain_of(result: dict[str, Any], settings: list[dict[str, Any]]) -> tuple[float, float]:
     """Points gained in the mean of some models, and half the interval over scenes."""
-    count = settings[0]["pictures"] // len(NOISES)
+    shape = -1, captions_of(settings[0])
     both = ((s, plain_of(result, s)) for s in settings)
-    rows = [[alignment.outcomes(s, "everything", count) for s in pair] for pair in both]
+    rows = [[outcomes(s, "everything").reshape(shape) for s in pair] for pair in both]
     return alignment.paired(*(np.concatenate(each) for each in zip(*rows, strict=True)))
 
 
 def calls(axis: Any, settings: list[dict[str, Any]], place: int, **how: Any) -> None:
     """Right pictures over calls: 28 steps, of two calls each unless CFG is 1."""
-    right = {s["cfg"]: 100 * s["right"] / s["pictures"] for s in settings}
+    right = {s["cfg"]: 100 * outcomes(s, "everything").mean() for s in settings}
     places = [28 * (1 + (cfg != 1)) + 3 * place for cfg in right]
     axis.plot(places, list(right.values()), linestyle="", **how)
     for (cfg, y), x in zip(right.items(), places, strict=True):

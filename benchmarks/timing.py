@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reporting import RESULTS, pyplot
+from reporting import RESULTS, subplots
 from scipy.stats import bootstrap
 from torch.utils.benchmark import Timer
 
@@ -233,7 +233,7 @@ class Results:
 
     def plot(self, labels: dict[str, str]) -> None:
         """Draw the ratios of each case's steps and calls; ``labels`` has the methods' order."""
-        figure, axes = subplots(len(self.cases), 1)
+        figure, axes = subplots(len(self.cases), 1, 8, 4)
         for axis, (name, case) in zip(axes.flat, self.cases.items(), strict=True):
             for kind in [kind for kind in ("step", "call") if kind in case]:
                 rows = {labels[m].strip("*"): row for m, row in case[kind].items() if m in labels}
@@ -263,12 +263,6 @@ def read(file: Path) -> dict[str, Any]:
             f"move it away or delete it, so that no file holds both."
         )
     return held["cases"]
-
-
-def subplots(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes."""
-    options |= {"figsize": (8 if columns == 1 else 4 * columns, 4 * rows), "squeeze": False}
-    return pyplot().subplots(rows, columns, layout="constrained", **options)
 
 
 def errorbar(axis: Any, places: list[Any], rows: list[Any], ratio: str, **style: Any) -> None:

@@ -11,12 +11,25 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from reporting import DEMO, RESULTS, ROOT, SHARED, interval, markdown, pyplot, store, write_between
+from reporting import (
+    DEMO,
+    JUDGED,
+    RESULTS,
+    ROOT,
+    SHARED,
+    digits,
+    interval,
+    judge_missing,
+    markdown,
+    outcomes,
+    subplots,
+    write_between,
+)
 
 sys.path += SHARED
 
@@ -32,7 +45,6 @@ MODELS = {
     "suppressed": DEMO / "models" / "taca_demo_suppressed",
 }
 KINDS = {"colour": world.COLOURS, "shape": world.SHAPES}
-JUDGED = ("everything", "colour", "shape", "relation")
 WEIGHTS = (-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -89,7 +101,7 @@ class Weighing(Subject):
             pictures = self.draw(self.model, [f"{told}|{c}" for c in some], noise, 1.0)
             for i, picture in zip(places, pictures, strict=True):
                 judged[i] = world.check(picture, captions[i])
-        return {what: "".join(str(int(one[what])) for one in judged) for what in JUDGED}
+        return digits(judged)
 
 
 def grouped(captions: list[str]) -> list[list[int]]:
@@ -103,8 +115,7 @@ def shares(settings: list[dict[str, Any]], **wanted: Any) -> dict[float, tuple[f
     found = {}
     for setting in settings:
         if all(setting[key] == value for key, value in wanted.items()):
-            digits = setting["judged"][setting["what"]]
-            found[setting["weight"]] = interval(100.0 * np.array([d == "1" for d in digits]))
+            found[setting["weight"]] = interval(100.0 * outcomes(setting, setting["what"]))
     return dict(sorted(found.items()))
 
 
@@ -113,18 +124,15 @@ def table(settings: list[dict[str, Any]]) -> str:
     rows = []
     for setting in settings:
         about = setting["model"], setting["what"], setting["how"], f"{setting['weight']:g}"
-        cells = []
-        for what in JUDGED:
-            mean, half = interval(100.0 * np.array([d == "1" for d in setting["judged"][what]]))
-            cells.append(f"{mean:.1f} ± {half:.1f}")
-        rows.append([*about, *cells])
+        right = [interval(100.0 * outcomes(setting, what)) for what in JUDGED]
+        rows.append([*about, *(f"{mean:.1f} ± {half:.1f}" for mean, half in right)])
     return markdown(("model", "words", "by", "weight", *JUDGED), rows)
 
 
 def plot(settings: list[dict[str, Any]], path: Path) -> None:
     """Percent right over the weight, a model each."""
-    figure, axes = pyplot().subplots(1, len(MODELS), figsize=(11, 4), sharey=True)
-    for axis, model in zip(axes, MODELS, strict=True):
+    figure, axes = subplots(1, len(MODELS), 5.5, 4, sharey=True)
+    for axis, model in zip(axes.flat, MODELS, strict=True):
         for what, how in dict.fromkeys((s.what, s.how) for s in SETTINGS):
             points = shares(settings, model=model, what=what, how=how)
             sign = -1 if how.startswith("avoid") else 1
@@ -132,9 +140,8 @@ def plot(settings: list[dict[str, Any]], path: Path) -> None:
             y, bars = zip(*points.values(), strict=True) if points else ((), ())
             axis.errorbar(x, y, bars, marker="o", capsize=2, label=f"{what}, {how}")
         axis.set(title=model, xlabel="weight (what is avoided: minus its strength)")
-    axes[0].set(ylabel="colours or shapes right, %")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    axes[0, 0].set(ylabel="colours or shapes right, %")
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
 
 
@@ -144,8 +151,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="and the plot, of what there is")
     options = parser.parse_args()
     captions = world.captions("held-out")[:: options.every]
-    settings = json.loads(RECORD.read_text())["settings"] if RECORD.exists() else []
-    done = {(s["model"], *(s[key] for key in Setting._fields)) for s in settings}
+    result: dict[str, Any] = {"captions": len(captions), "settings": []}
+    if RECORD.exists():
+        result = json.loads(RECORD.read_text())
     if not options.table:
         torch.set_num_threads(1)
         load_pack()
@@ -154,14 +162,13 @@ def main() -> None:
             subject = Weighing(files, CODEC, torch.float32)
             subject.encode = parts("conditioning")[0].encode
             subject.clip = pack.clip.load(subject.codec)
-            for setting in SETTINGS:
-                if (name, *setting) not in done:
-                    judged = subject.judge(setting, captions)
-                    settings.append({"model": name, **setting._asdict(), "judged": judged})
-                    store(RECORD, {"captions": len(captions), "settings": settings})
-                    print(name, setting, {k: v.count("1") for k, v in judged.items()}, flush=True)
-    plot(settings, RECORD.with_suffix(".png"))
-    write_between(PAGE, "words", f"\n{table(settings)}\n\n")
+            wanted = [
+                ({"model": name, **setting._asdict()}, partial(subject.judge, setting, captions))
+                for setting in SETTINGS
+            ]
+            judge_missing(RECORD, result, wanted)
+    plot(result["settings"], RECORD.with_suffix(".png"))
+    write_between(PAGE, "words", f"\n{table(result['settings'])}\n\n")
 
 
 if __name__ == "__main__":

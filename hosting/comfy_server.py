@@ -105,6 +105,13 @@ def command(comfyui: Path, port: int, arguments: list[str]) -> list[str]:
     ]
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
     """A process for the length of this context, and no longer: SIGTERM ends it as Ctrl-C does."""
@@ -146,11 +153,15 @@ class Server:
         ``http://127.0.0.1:port``, say.
     log : Path, optional
         What it prints.
+    patience : float, optional
+        Seconds that ``draw`` waits for a picture.
     """
 
-    def __init__(self, address: str, log: Path | None = None) -> None:
-        self.address = address
-        self.log = log
+    def __init__(
+        self, address: str, log: Path | None = None, patience: float | None = None
+    ) -> None:
+        self.address = (address if "://" in address else f"http://{address}").rstrip("/")
+        self.log, self.patience = log, patience
         # No proxy leads to this machine itself.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -199,13 +210,19 @@ class Server:
         with self._reached():
             return asyncio.run(self._run(graph, on_progress))
 
-    async def stats(self) -> dict[str, Any]:
+    async def check(self) -> dict[str, Any]:
         """What it says of itself; `Lost` if it does not answer."""
         with self._reached():
             return json.loads(await self._fetch("/system_stats"))
 
     async def draw(self, graph: dict[str, Any], node: str) -> bytes:
         """The file of the one picture that a node saves or shows; raises as `run`."""
+        try:
+            return await asyncio.wait_for(self._draw(graph, node), self.patience)
+        except asyncio.TimeoutError:
+            raise Lost(f"no picture in {self.patience / 60:g} minutes") from None
+
+    async def _draw(self, graph: dict[str, Any], node: str) -> bytes:
         with self._reached():
             images = (await self._run(graph)).get(node, {}).get("images", [])
             if len(images) != 1:
@@ -304,9 +321,7 @@ def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
         If it does not come up within two minutes; with the end of its log.
     """
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = Server(f"http://127.0.0.1:{port}", log)
     arguments = [*prepare_base(base, comfyui, models), "--disable-auto-launch"]
     with (

@@ -3,7 +3,7 @@
 from .lora import LoadTACALoRA, TACATrainingWindow
 from .patch import TACAOptions, TACAPatchModel, TACAScheduleNode
 from .preview import TACASchedulePreview
-from .report import TACAAttentionReport
+from .report import TACAAttentionReport, TACAShowAttention, TACAWatchAttention
 from .score import TACAAlignmentScore
 from .sweep import TACAContactSheet, TACASweep
 from .words import TACATextEncode, TACAWeighWords, TACAWordSweep
@@ -17,6 +17,8 @@ NODES = [
     TACAWordSweep,
     TACASchedulePreview,
     TACAAttentionReport,
+    TACAWatchAttention,
+    TACAShowAttention,
     TACASweep,
     TACAContactSheet,
     TACAAlignmentScore,

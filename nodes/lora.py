@@ -8,8 +8,10 @@ from comfy_api.latest import io
 
 from ..taca.lora_file import fit_lora, read_lora
 from ..taca.patch import patch_lora
+from ..taca.run import config_of
 from ..taca.training import training_window
 from .ui.schema import schema
+from .ui.text import NodeText
 
 
 class LoadTACALoRA(io.ComfyNode):
@@ -25,6 +27,7 @@ class LoadTACALoRA(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             search_aliases=["taca", "taca lora", "lora loader", "lora schedule", "lora timestep"],
         )
 
@@ -34,8 +37,32 @@ class LoadTACALoRA(io.ComfyNode):
             return io.NodeOutput(model)
         if not math.isfinite(strength):
             raise ValueError(f"Load TACA LoRA's strength must be a number, not {strength}.")
+        if config_of(model) is None and lacks_taca(cls.hidden):
+            raise ValueError(
+                "Load TACA LoRA acts inside the window of TACA, which this model does not get: add "
+                "TACA Patch Model before or behind it. For a LoRA that is on in every step use "
+                "Load LoRA."
+            )
         state = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
-        return io.NodeOutput(patch_lora(model, fit_lora(state, model.model, lora_name, strength)))
+        lora = fit_lora(state, model.model, lora_name, strength)
+        lora.say = NodeText()
+        return io.NodeOutput(patch_lora(model, lora))
+
+
+def lacks_taca(hidden: Any) -> bool:
+    """Whether no node behind the one that runs puts TACA on a model, in the graph as queued."""
+    graph = getattr(hidden, "prompt", None) or {}
+    behind, todo = set(), {getattr(hidden, "unique_id", None)} & graph.keys()
+    if not todo:
+        return False  # nobody knows: the node was called by another
+    while todo:
+        behind |= todo
+        todo = {
+            node
+            for node, each in graph.items()
+            if any(isinstance(v, list) and v and v[0] in behind for v in each["inputs"].values())
+        } - behind
+    return not any(graph[node]["class_type"] in {"TACAPatchModel", "TACASweep"} for node in behind)
 
 
 class TACATrainingWindow(io.ComfyNode):
@@ -48,6 +75,7 @@ class TACATrainingWindow(io.ComfyNode):
             inputs=[io.Model.Input("model")],
             outputs=[io.Model.Output()],
             search_aliases=["taca", "train taca lora", "timestep range training"],
+            category="TACA/research",
         )
 
     @classmethod

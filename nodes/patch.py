@@ -1,5 +1,6 @@
 """TACA on a model: what to do in which steps, and what limits it."""
 
+import re
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from ..taca.patch import patch_model
 from ..taca.prompt_tokens import PromptTokens, text_of
 from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
 from .ui.schema import schema
+from .ui.text import NodeText
 
 TACASchedule = io.Custom("TACA_SCHEDULE")
 TACAOptionsSocket = io.Custom("TACA_OPTIONS")
@@ -31,13 +33,18 @@ class TACAPatchModel(io.ComfyNode):
                 TACAOptionsSocket.Input("options", optional=True),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.prompt],
             search_aliases=[
                 "taca",
-                "temperature adjusted cross-modal attention",
-                "attention temperature",
+                "prompt following",
+                "follow prompt",
                 "prompt adherence",
+                "attention",
+                "attention temperature",
+                "temperature adjusted cross-modal attention",
                 "text image alignment",
                 "gamma",
+                "提示词",
             ],
         )
 
@@ -51,7 +58,29 @@ class TACAPatchModel(io.ComfyNode):
         options: Options | None = None,
     ) -> io.NodeOutput:
         chosen = schedule or Schedule(gamma, TimestepWindow(timestep_threshold))
-        return io.NodeOutput(patch_model(model, chosen, options or NO_OPTIONS))
+        told = [f"gamma {chosen.gamma:g} at {chosen.window}, from TACA Schedule"] * bool(schedule)
+        if chosen.gamma > 1.5:
+            told.append(f"Above gamma 1.5 pictures tend to break; the paper uses {GAMMA}.")
+        told += ordinary_loras(cls.hidden)
+        say = NodeText(*told)
+        return io.NodeOutput(patch_model(model, chosen, options or NO_OPTIONS, say))
+
+
+def ordinary_loras(hidden: Any) -> list[str]:
+    """What to say where a TACA LoRA is loaded for all steps, by a node of another kind.
+
+    The authors' files are told by their names.
+    """
+    graph = (getattr(hidden, "prompt", None) or {}).values()
+    loaded = [(each["class_type"], each["inputs"].get("lora_name")) for each in graph]
+    return [
+        f"{name} acts in all steps, in {kind}. Load TACA LoRA keeps it inside the window."
+        for kind, name in loaded
+        if kind != "LoadTACALoRA" and isinstance(name, str) and TACA_LORA.search(name)
+    ]
+
+
+TACA_LORA = re.compile(r"taca|(flux-dev|sd-?3\.?5-medium)-lora-rank-(16|64)", re.IGNORECASE)
 
 
 def gamma_input() -> io.Input:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..taca.lora import loras_of
 from ..taca.run import config_of
-from ..taca.schedule import Schedule
-from ..taca.timesteps import resolve, timestep
+from ..taca.schedule import PAPER_TOKENS, FittedWindow, Schedule
+from ..taca.timesteps import resolve, size_in_tokens, timestep
 from .patch import TACASchedule
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, ticks
@@ -29,6 +29,7 @@ class TACASchedulePreview(io.ComfyNode):
                 io.Sigmas.Input("sigmas"),
                 io.Model.Input("model"),
                 TACASchedule.Input("schedule", optional=True),
+                io.Latent.Input("latent_image", optional=True),
             ],
             outputs=[io.Image.Output("plot"), io.String.Output("table")],
             search_aliases=["taca", "show schedule", "plot gamma", "plot sigmas"],
@@ -36,7 +37,13 @@ class TACASchedulePreview(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, sigmas: Tensor, model: Any, schedule: Schedule | None = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        sigmas: Tensor,
+        model: Any,
+        schedule: Schedule | None = None,
+        latent_image: dict[str, Tensor] | None = None,
+    ) -> io.NodeOutput:
         config = config_of(model)
         chosen = schedule or (config.schedule if config else None)
         if chosen is None:
@@ -50,18 +57,26 @@ class TACASchedulePreview(io.ComfyNode):
                 "part of Split Sigmas?"
             )
         model_sampling = model.get_model_object("model_sampling")
-        resolved = resolve(chosen, model_sampling, sigmas)
+        size = float(PAPER_TOKENS)
+        if latent_image is not None:
+            size = size_in_tokens(model.model.latent_format, latent_image["samples"].shape)
+        resolved = resolve(chosen, model_sampling, sigmas, size)
         t = timestep(model_sampling, sigmas)[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
         lines = [
             f"TACA acts on {sum(inside)} of {len(inside)} steps.",
             *advice(inside, chosen.gamma),
-            "",
-            *table(t.tolist(), gamma, inside, bool(loras_of(model))),
+            *[ASSUMED] * (isinstance(chosen.window, FittedWindow) and latent_image is None),
         ]
-        image, shown = show(picture, text := "\n".join(lines), cls)
+        header, rows = table(t.tolist(), gamma, inside, bool(loras_of(model)))
+        drawn = pictures.stack([picture, pictures.table(header, rows, picture.width)])
+        [image], shown = show([drawn], said := "\n".join(lines), cls)
+        text = "\n".join([said, "", *map("  ".join, [header, *rows])])
         return io.NodeOutput(image, text, ui=shown)
+
+
+ASSUMED = "This is for a picture of 1024 x 1024: connect latent_image for another size."
 
 
 def advice(inside: Sequence[bool], gamma: float) -> list[str]:
@@ -81,13 +96,16 @@ def advice(inside: Sequence[bool], gamma: float) -> list[str]:
     return ["That is a quarter of the run or more, the paper's a tenth: expect artifacts."]
 
 
-def table(t: list[float], gamma: list[float], inside: list[bool], lora: bool) -> list[str]:
-    """Lines of step, t, gamma and, where the model has one, whether its TACA LoRA is on."""
-    lines = ["step        t    gamma" + ("   LoRA" if lora else "")]
-    for i, (at, value, acts) in enumerate(zip(t, gamma, inside, strict=True), 1):
-        state = ("     on" if acts else "    off") if lora else ""
-        lines.append(f"{i:4}  {at:7.1f}   {value:6.3f}{state}")
-    return lines
+def table(
+    t: list[float], gamma: list[float], inside: list[bool], lora: bool
+) -> tuple[list[str], list[list[str]]]:
+    """Step, t, gamma and, where the model has one, whether its TACA LoRA is on; under a header."""
+    header = ["step", "      t", " gamma"] + ["LoRA"] * lora
+    rows = [
+        [f"{i:4}", f"{at:7.1f}", f"{value:6.3f}"] + [" off", "  on"][acts : acts + 1] * lora
+        for i, (at, value, acts) in enumerate(zip(t, gamma, inside, strict=True), 1)
+    ]
+    return header, rows
 
 
 def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str) -> Image.Image:

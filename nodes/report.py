@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..taca.prompt_tokens import PromptTokens, find_words, text_of
-from ..taca.report import Report, watched
+from ..taca.report import Asked, Report, watched
 from ..taca.words import KEY, own_tokens
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks
 from .ui.schema import schema
 from .ui.text import show
+
+TACAReport = io.Custom("TACA_REPORT")
 
 
 class TACAAttentionReport(io.ComfyNode):
@@ -64,40 +66,96 @@ class TACAAttentionReport(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced as Core
 
-        report = report_of(guider, words, clip, prompt)
+        report = Report(partial(asked, words, clip, prompt))
         observed = copy.copy(guider)
         observed.model_patcher = watched(guider.model_patcher, report)
         output = Core.execute(noise, observed, sampler, sigmas, latent_image).result[0]
-        table = report.table()
-        if not table.numel():
-            raise RuntimeError(
-                "TACA Attention Report saw no joint attention in this run: another node or pack "
-                "probably replaced this model's attention, or a cache answered every call."
-            )
         decoded = None if vae is None else pictures.to_picture(vae.decode(output["samples"])[0])
-        shares, maps = plot(table, report.blocks), heat_maps(report, decoded)
-        text = summary(table)
-        _, shown = show(pictures.stack([shares, maps]), text, cls)
-        images = map(pictures.to_tensor, (shares, maps))
-        return io.NodeOutput(output, *images, text, ui=shown)
+        results, shown = drawn(report, decoded, cls)
+        return io.NodeOutput(output, *results, ui=shown)
 
 
-def report_of(guider: Any, words: str, clip: Any, prompt: str | None) -> Report:
-    """An empty report on words of a prompt, or of a positive conditioning that carries its own.
+class TACAWatchAttention(io.ComfyNode):
+    """A model whose runs, in whichever sampler, are watched."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACAWatchAttention",
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input("words", default=""),
+                io.Clip.Input("clip", optional=True),
+                io.String.Input("prompt", optional=True, force_input=True),
+            ],
+            outputs=[io.Model.Output(), TACAReport.Output("report")],
+            search_aliases=["taca", "attention map", "heat map", "text attention share"],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, words: str, clip: Any = None, prompt: str | None = None
+    ) -> io.NodeOutput:
+        report = Report(partial(asked, words, clip, prompt))
+        return io.NodeOutput(watched(model, report), report)
+
+
+class TACAShowAttention(io.ComfyNode):
+    """What was watched, once the picture is there."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACAShowAttention",
+            inputs=[TACAReport.Input("report"), io.Image.Input("images")],
+            outputs=[
+                io.Image.Output("shares"),
+                io.Image.Output("heat_maps"),
+                io.String.Output("summary"),
+            ],
+            search_aliases=["taca", "attention map", "heat map", "text attention share"],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, report: Report, images: Tensor) -> io.NodeOutput:
+        results, shown = drawn(report, pictures.to_picture(images[0]), cls)
+        return io.NodeOutput(*results, ui=shown)
+
+
+def drawn(
+    report: Report, decoded: Image.Image | None, node: Any
+) -> tuple[tuple[Tensor, Tensor, str], dict[str, Any]]:
+    """What a run showed, as plots, heat maps and text; and the ``ui`` of the node."""
+    table = report.table()
+    if not table.numel():
+        raise RuntimeError(
+            "TACA saw no joint attention to report: the watched model has not been sampled, "
+            "another node or pack replaced its attention, or a cache answered every call."
+        )
+    said, header, rows = summary(table)
+    plots = plot(table, report.blocks)
+    page = pictures.stack([plots, pictures.table(header, rows, plots.width)])
+    (shares, maps), shown = show([page, heat_maps(report, decoded)], said, node)
+    return (shares, maps, "\n".join([said, "", *map("   ".join, [header, *rows])])), shown
+
+
+def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
+    """The words of a prompt, or of a positive conditioning of the run that carries its own.
 
     Without words those that weigh are taken. Raises ValueError as ``find_words``.
     """
     if clip is not None and prompt is not None:
         tokens = PromptTokens.of(clip, prompt)
         found = find_words(words, tokens)
-        return Report(found, len(tokens.table), partial(text_of, clip, prompt))
+        return Asked(found, len(tokens.table), partial(text_of, clip, prompt))
     positive = getattr(guider, "original_conds", {}).get("positive", ())
     carrying = [each for each in positive if KEY in each]
     if not carrying:
-        return Report(find_words(words, None))
+        return Asked(find_words(words, None))
     chosen, found = _carried(words, carrying)
     same = (each["uuid"] for each in carrying if each[KEY] is chosen[KEY])
-    return Report(found, len(own_tokens(chosen)), carrying=frozenset(same))
+    return Asked(found, len(own_tokens(chosen)), carrying=frozenset(same))
 
 
 def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
@@ -143,7 +201,7 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
     sizes = sorted({own.shape for own in report.maps}, reverse=True)
     means = [torch.stack([own for own in report.maps if own.shape == size]) for size in sizes]
     for word, own in (
-        (w, m) for each in means for w, m in zip(report.words, each.mean(0), strict=True)
+        (w, m) for each in means for w, m in zip(report.asked.words, each.mean(0), strict=True)
     ):
         low, high = own.min(), own.max()
         heat = pictures.heat((own - low) / (high - low).clamp_min(1e-12))
@@ -151,12 +209,12 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
         size = decoded.size if decoded else (heat.width * scale, heat.height * scale)
         heat = heat.resize(size, Image.Resampling.BILINEAR)
         maps.append(Image.blend(decoded, heat, 0.6) if decoded else heat)
-        labels.append(f"{word}: {100 * low:.3g} to {100 * high:.3g} %")
+        labels.append(f"{word}: {100 * low:.3g} % to {100 * high:.3g} %")
     return pictures.sheet(maps, labels, min(len(maps), 2), "attention of each place to")
 
 
-def summary(table: Tensor) -> str:
-    """The figures in words."""
+def summary(table: Tensor) -> tuple[str, list[str], list[list[str]]]:
+    """The figures in a sentence, and in rows under a header."""
     by_step = 100 * table.nanmean(2)
     seen = ~by_step[0].isnan()
     changed = by_step[:, seen & (table[0] != table[1]).any(1)]
@@ -168,7 +226,7 @@ def summary(table: Tensor) -> str:
             f"{plain:.2f} %, {taca / max(plain, 1e-9):.2f} times as much."
         )
     rows = [
-        f"{i + 1:4}   {by_step[0, i]:9.2f} %   {by_step[1, i]:8.2f} %"
+        [f"{i + 1:4}", f"{by_step[0, i]:10.2f} %", f"{by_step[1, i]:8.2f} %"]
         for i in seen.nonzero().flatten().tolist()
     ]
-    return "\n".join([first, "", "step   without TACA   as sampled", *rows])
+    return first, ["step", "without TACA", "as sampled"], rows

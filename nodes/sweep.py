@@ -1,20 +1,24 @@
 """TACA Sweep and TACA Contact Sheet: several settings through the user's own sampler."""
 
-from itertools import chain, zip_longest
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain, product, zip_longest
+from typing import Any, TypeVar
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..taca.lora import loras_of
 from ..taca.patch import patch_model
-from ..taca.schedule import TIMESTEP_THRESHOLD, Schedule, TimestepWindow
+from ..taca.schedule import TIMESTEP_THRESHOLD, PercentWindow, Schedule, TimestepWindow, Window
 from .ui import pictures
 from .ui.schema import schema
+from .ui.text import NodeText
+
+T = TypeVar("T")
 
 
 class TACASweep(io.ComfyNode):
-    """A model and lists of settings -> a list of models, and their labels."""
+    """A model and lists of settings -> lists of models, labels, prompts and seeds."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -24,38 +28,68 @@ class TACASweep(io.ComfyNode):
                 io.Model.Input("model"),
                 io.String.Input("gammas", default="1, 1.2, 1.4"),
                 io.String.Input("timestep_thresholds", default=f"{TIMESTEP_THRESHOLD:g}"),
+                io.String.Input("seeds", default="", optional=True),
+                io.String.Input("prompts", default="", multiline=True, optional=True),
             ],
             outputs=[
                 io.Model.Output("models", is_output_list=True),
                 io.String.Output("labels", is_output_list=True),
+                io.Int.Output("seeds", is_output_list=True),
+                io.String.Output("prompts", is_output_list=True),
             ],
             search_aliases=["taca", "compare gamma", "xy plot", "grid", "parameter sweep"],
         )
 
     @classmethod
-    def execute(cls, model: Any, gammas: str, timestep_thresholds: str) -> io.NodeOutput:
-        models, labels = [], []
-        thresholds = numbers("TACA Sweep", "timestep_thresholds", timestep_thresholds)
+    def execute(
+        cls, model: Any, gammas: str, timestep_thresholds: str, seeds: str = "", prompts: str = ""
+    ) -> io.NodeOutput:
+        name, chosen = "TACA Sweep", []
+        windows = parsed(name, "timestep_thresholds", timestep_thresholds, window_of)
         has_lora = bool(loras_of(model))
-        for gamma in numbers("TACA Sweep", "gammas", gammas):
-            # At gamma 1 the threshold matters to a LoRA alone.
+        for gamma in numbers(name, "gammas", gammas):
+            # At gamma 1 the window matters to a LoRA alone.
             plain = gamma == 1 and not has_lora
-            for threshold in thresholds[:1] if plain else thresholds:
-                window = TimestepWindow(threshold)
-                models.append(patch_model(model, Schedule(gamma, window)))
+            for window in windows[:1] if plain else windows:
                 note = " (LoRA alone)" if gamma == 1 else ""
-                labels.append("gamma 1 (plain)" if plain else f"gamma {gamma:g}{note}, {window}")
-        return io.NodeOutput(models, labels)
+                label = "gamma 1 (plain)" if plain else f"gamma {gamma:g}{note}, {window}"
+                chosen.append((Schedule(gamma, window), label))
+        given = parsed(name, "seeds", seeds, int) if seeds.strip() else []
+        texts = [line.strip() for line in prompts.splitlines() if line.strip()]
+        say = NodeText(total=len(chosen) * max(1, len(given)) * max(1, len(texts)))
+        patched = [(patch_model(model, schedule, say=say), label) for schedule, label in chosen]
+        rows = [
+            (own, ", ".join([label, *[f"seed {seed}"] * bool(given), *[text] * bool(texts)]), *more)
+            for more in product(given or [0], texts or [""])
+            for own, label in patched
+            for seed, text in [more]
+        ]
+        return io.NodeOutput(*map(list, zip(*rows, strict=True)))
+
+
+def window_of(text: str) -> Window:
+    """The window of an entry such as 970, or 10 % for the first tenth of the sampling."""
+    percent = text.removesuffix("%")
+    return (
+        PercentWindow(0, float(percent) / 100) if percent != text else TimestepWindow(float(text))
+    )
 
 
 def numbers(node: str, name: str, text: str) -> list[float]:
-    """The numbers of a node's list with commas.
+    """The numbers of a node's list with commas; errors as ``parsed``."""
+    return parsed(node, name, text, float)
 
-    Raises ValueError if a part is not a number, or there is none.
+
+def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]:
+    """The entries of a node's list with commas.
+
+    Raises ValueError if a part cannot be read, or there is none.
     """
     try:
-        values = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
+        values = [read(part.strip()) for part in text.replace(";", ",").split(",") if part.strip()]
     except ValueError as error:
+        if "TACA" in str(error):
+            raise
         raise ValueError(
             f"{node}: {name} must be numbers with commas between, such as 1, 1.2; got {text!r}."
         ) from error
@@ -73,7 +107,7 @@ class TACAContactSheet(io.ComfyNode):
             "TACAContactSheet",
             inputs=[
                 io.Image.Input("images"),
-                io.String.Input("labels", force_input=True),
+                io.String.Input("labels", force_input=True, optional=True),
                 io.Int.Input("columns", default=0, min=0, max=100),
                 io.String.Input("title", default="", optional=True),
             ],
@@ -87,10 +121,11 @@ class TACAContactSheet(io.ComfyNode):
     def execute(
         cls,
         images: list[Tensor],
-        labels: list[str],
-        columns: list[int],
+        labels: list[str] | None = None,
+        columns: Sequence[int] = (0,),
         title: list[str] | None = None,
     ) -> io.NodeOutput:
+        labels = labels or [""]  # a sweep that is bypassed gives none
         if len(labels) not in (1, len(images)):
             raise ValueError(
                 f"TACA Contact Sheet has {len(images)} pictures and {len(labels)} labels: connect "

@@ -9,6 +9,7 @@ from ..taca.schedule import Schedule
 from .patch import TACASchedule
 from .sweep import numbers
 from .ui.schema import schema
+from .ui.text import NodeText
 
 NEGATIVES = {"subtract": False, "mirror about the mean": True}
 """What a negative weight does, by its name in the widget -> ``Words.about_mean``."""
@@ -67,7 +68,7 @@ class TACATextEncode(io.ComfyNode):
         schedule: Schedule | None = None,
         any_model: bool = True,
     ) -> io.NodeOutput:
-        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
+        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": NodeText()}
         return io.NodeOutput(encode(clip, text, avoid, avoid_strength, any_model, **how))
 
 
@@ -98,7 +99,7 @@ class TACAWeighWords(io.ComfyNode):
         schedule: Schedule | None = None,
         any_model: bool = True,
     ) -> io.NodeOutput:
-        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule}
+        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": NodeText()}
         words = words_of(clip, parse(text), **how)
         check_text(conditioning, clip, words)
         return io.NodeOutput(attach(conditioning, words, clip, any_model))
@@ -132,4 +133,5 @@ class TACAWordSweep(io.ComfyNode):
         values = numbers("TACA Word Sweep", "weights", weights)
         texts = [text.replace(":w)", f":{value})") for value in values]
         labels = [f"w = {value:g}" for value in values]
-        return io.NodeOutput([encode(clip, each) for each in texts], labels)
+        say = NodeText(total=len(texts))
+        return io.NodeOutput([encode(clip, each, say=say) for each in texts], labels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .spans import Layout, query_groups
-from .word_weights import WordWeights, image_mask, signed_values, text_mask
+from .word_weights import WordWeights, add_bias, weigh
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """Plain attention of any backend: ``(q, k, v, mask) -> output``."""
@@ -61,17 +61,15 @@ def temperature_adjusted_attention(
     groups = query_groups(layout)
     outputs = [q] * len(groups)
     keys = k if gamma is None else scale_text_keys(k, gamma, layout, dim)  # [gamma K_txt ; K_img]
-    values = signed_values(words, v, layout, dim) if words is not None and words.subtracts else v
+    biases, values = weigh(words, v, layout, groups, dim) if words is not None else (None, v)
     for image in (True, False):  # the image first: its keys and values are freed before the rest
         for i, (is_image, start, length) in enumerate(groups):
             if is_image == image:
                 queries, rows = q.narrow(dim, start, length), mask
                 if mask is not None and mask.ndim > 1 and mask.shape[-2] != 1:
                     rows = mask.narrow(-2, start, length)
-                if words is not None and image:
-                    rows = image_mask(words, rows, layout, q)
-                elif words is not None and words.avoided is not None:
-                    rows = text_mask(words.avoided, rows, layout, start, length, q)
+                if biases is not None and (bias := biases[i]) is not None:
+                    rows = bias if rows is None else add_bias(rows, bias)
                 outputs[i] = attend(queries, keys, values, rows)
         keys, values = k, v
     return torch.cat(outputs, out_dim)

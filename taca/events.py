@@ -19,6 +19,13 @@ from .families import uncompiled
 
 log = logging.getLogger("taca")
 
+Say = Callable[[str], None]
+"""Tells the user a sentence, under the node that it is about."""
+
+
+def silent(text: str) -> None:
+    """For what no node made."""
+
 
 def step_at(steps: list[float], t: float) -> int:
     """The step, from 0, to which a timestep belongs; ``steps`` has the t at which each begins."""
@@ -94,12 +101,12 @@ class Events:
         # that tells the model another sigma than its own is still in its own step.
         return len({min(before, step) for before, step in self.acted}), total
 
-    def report(self, what: str, where: str, lowest: float, highest: float) -> None:
-        """Say at the end of a run what happened.
+    def report(self, what: str, where: str, lowest: float, highest: float) -> str:
+        """Log at the end of a run what happened; what of it to say under a node.
 
         Raises RuntimeError if TACA was bypassed in every call inside the window.
         """
-        count, total = self.counts()
+        (count, total), bypass = self.counts(), ""
         if self.elsewhere:
             blocks, of, who = map(max, zip(*self.elsewhere, strict=True))
             bypassed = f"in {len(self.elsewhere)} calls inside the window {blocks} of {of} blocks"
@@ -108,10 +115,10 @@ class Events:
                     f"TACA changed nothing: {bypassed} ran {who}, whose attention TACA does not "
                     f"reach. Start that node after the TACA window ends, or take it out."
                 )
-            log.warning(
-                "TACA: %s ran %s, without TACA. Start that node after the TACA window ends.",
-                *(bypassed, who),
+            bypass = (
+                f"{bypassed} ran {who}, without TACA. Start that node after the TACA window ends."
             )
+            log.warning("TACA: %s", bypass)
         advice = f" A cache answered {len(self.cached)} calls in the window." if self.cached else ""
         if not count and not advice:
             advice = (
@@ -119,7 +126,9 @@ class Events:
                 f"{lowest:.0f}. Lower the threshold, or use more steps."
             )
         level = logging.INFO if count else logging.WARNING
-        log.log(level, "%s acted on %d of %d steps, %s.%s", what, count, total, where, advice)
+        log.log(level, "TACA: %s acted on %d of %d steps, %s.%s", what, count, total, where, advice)
+        said = f"{what} acted on {count} of {total} steps.{advice}"
+        return f"{said}\nWarning: {bypass}" if bypass else said
 
 
 def _origin(forward: Callable[..., Any]) -> str:

@@ -18,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
 
+from .events import Say, silent
 from .families import uncompiled
 
 LORA_KEY = "taca_lora"
@@ -41,9 +42,6 @@ class LoRADelta(nn.Module):
     DoRA, OFT ...) reparametrize the weight for the length of its one use.
     """
 
-    tensor0: Tensor
-    tensor1: Tensor
-
     def __init__(self, place: Place, value: Value, strength: float, additive: bool) -> None:
         super().__init__()
         self.place, self.strength, self.additive = place, strength, additive
@@ -59,8 +57,16 @@ class LoRADelta(nn.Module):
             self._adapter.multiplier = strength
             down, alpha = parts[1:3]
             is_plain = isinstance(value, LoRAAdapter) and place.permute is None and additive
-            if is_plain and down.ndim == 2 and down.numel():
+            if is_plain and len(self._parameters) == 2 and down.ndim == 2 and down.numel():
                 self._scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """To the dtype that a model computes in, so that no call does it; never to a larger one.
+
+        An adapter computes in the file's own.
+        """
+        if self._scale is not None and 1 < dtype.itemsize <= next(self.parameters()).itemsize:
+            self.to(dtype)
 
     def value(self, device: torch.device) -> Value:
         """As core's loader gave it, on a device."""
@@ -87,7 +93,10 @@ class LoRADelta(nn.Module):
         y = y if rows is None else y.narrow(-1, *rows[1:])
         if self._scale is not None and inside is None:
             # Without a copy of y's size, and without an adapter: a model has hundreds of layers.
-            up, down = self.tensor0.to(x), self.tensor1.to(x)
+            factors: Any = self._parameters.values()
+            up, down = factors
+            if up.dtype != x.dtype or up.device != x.device:  # see ``cast``; not loaded
+                up, down = up.to(x), down.to(x)
             low = F.linear(x, down).flatten(0, -2)
             y.view(-1, y.shape[-1]).addmm_(low, up.T, alpha=self._scale)
             return
@@ -110,6 +119,8 @@ def parts_of(value: Value) -> Any:
 
 class LoRA(nn.Module):
     """A LoRA's deltas by the name of the module that they are for; name and strength to show."""
+
+    say: Say = staticmethod(silent)
 
     def __init__(self, name: str, strength: float, deltas: dict[str, list[LoRADelta]]) -> None:
         super().__init__()

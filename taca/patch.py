@@ -9,6 +9,7 @@ The path of gamma, one module a stage:
     attention.py  Eq. 10
 """
 
+import itertools
 import logging
 from functools import partial
 from typing import Any
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from .call import adjust_call
 from .compiler import check_compiler
+from .events import Say, silent
 from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
-from .timesteps import resolve, timestep
+from .timesteps import resolver, timestep
 from .words import KEY as WORDS
 from .words import RunWords, hide_avoided
 
@@ -34,14 +36,16 @@ log = logging.getLogger("taca")
 
 
 def patch_model(
-    model: ModelPatcher, schedule: Schedule, options: Options = NO_OPTIONS
+    model: ModelPatcher, schedule: Schedule, options: Options = NO_OPTIONS, say: Say = silent
 ) -> ModelPatcher:
     """A clone of the model that samples with TACA, in place of the TACA that it may have.
+
+    At the end of each run ``say`` is told what it did.
 
     Raises ValueError if the model has no joint attention that TACA can reach, or no such blocks.
     """
     count_blocks(model, options)
-    config = TacaConfig(schedule, options)
+    config = TacaConfig(schedule, options, say=say)
     patched = model.clone()
     set_wrapper(patched, WrappersMP.OUTER_SAMPLE, KEY, partial(watch_run, config))
     set_wrapper(patched, WrappersMP.APPLY_MODEL, KEY, partial(adjust_call, Run(config)))
@@ -90,6 +94,10 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
             "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
             *(idle, len(lora.module_names), lora.name, family.name),
         )
+    # Of this patcher: a node may have set another dtype than the loaded model's.
+    dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+    for delta in itertools.chain(*lora.deltas):
+        delta.cast(dtype)
     patched = model.clone()
     others = patched.get_additional_models_with_key(LORA_KEY)
     patched.set_additional_models(LORA_KEY, [*others, patcher_of(lora)])
@@ -121,9 +129,11 @@ def watch_run(
         if config is None:
             log.warning("TACA: word weights do not act in training.")
             return executor(*args, **kwargs)
+    shape = (kwargs.get("latent_shapes") or [given["noise"].shape])[0]
+    resolved = resolver(patcher, given["sigmas"], shape)
     run = Run(config or TacaConfig(Schedule(1.0)), NEVER)
     if config is not None:
-        run.schedule = resolve(config.schedule, sampling, given["sigmas"])
+        run.schedule = resolved(config.schedule)
     limited = run.config.options.conditionings(guider)
     run.prompts = Prompts(guider, len(given["noise"]), limited)
     for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
@@ -137,9 +147,9 @@ def watch_run(
     wrappers[KEY] = [partial(adjust_call, run)]
     what, where = said_of(run.config, patcher)
     if training:
-        log.info("%s trains in %s.", what, where)
+        log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
-    run.words = RunWords.of(run.prompts, lambda s: resolve(s, sampling, given["sigmas"]))
+    run.words = RunWords.of(run.prompts, resolved)
     hide_avoided(run.prompts)
     dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
     if run.words is not None and dynamic and not patcher.is_dynamic():
@@ -163,9 +173,13 @@ def watch_run(
         # Else the guider, and its models, would live until they are collected.
         run.prompts = run.words = None
     if config is not None:
-        run.events.report(what, where, min(t), max(t))
+        said = run.events.report(what, where, min(t), max(t))
+        for say in (config.say, *(lora.say for lora in loras_of(patcher))):
+            say(said)
     if words is not None:
-        run.word_events.report(f"TACA: weights of {words}", where, min(t), max(t))
+        said = run.word_events.report(f"weights of {words}", where, min(t), max(t))
+        for each in words.schedules:
+            each.say(said)
     return result
 
 
@@ -175,7 +189,7 @@ def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
     loras = "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher))
     schedule = config.schedule
     where = f"{num_blocks} joint blocks of {name}{loras}"
-    return f"TACA: gamma {schedule.gamma:g} at {schedule.window}", where
+    return f"gamma {schedule.gamma:g} at {schedule.window}", where
 
 
 def count_blocks(patcher: ModelPatcher, options: Options) -> tuple[str, int]:

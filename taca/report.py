@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
@@ -25,11 +26,11 @@ from .events import step_at
 from .families import family_of, part_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .run import TacaConfig, config_of
-from .schedule import Schedule, TimestepWindow
+from .schedule import NEVER, ResolvedSchedule, Schedule
 from .spans import Layout, Span
 from .swap import Forward, Wrap, swapped_forwards
-from .timesteps import resolve, timestep
-from .word_weights import WordWeights, image_mask
+from .timesteps import resolver, timestep
+from .word_weights import WordWeights, add_bias, image_bias
 from .words import RunWords
 
 QUERIES = 1024
@@ -38,16 +39,25 @@ FRAMES = 4
 """And of a film at most so many frames."""
 
 
-@dataclass
-class Report:
-    """What a run showed; ``watched`` fills it in."""
+class Asked(NamedTuple):
+    """The words of a report, and whose they are."""
 
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     num_tokens: int | None = None  # of the conditioning of the prompt that they are of
     encode: Callable[[], Tensor] | None = None  # makes its conditioning again
     carrying: frozenset[Any] | None = None  # uuids of the conditionings that carry these words
+
+
+@dataclass
+class Report:
+    """What the last run showed; ``watched`` fills it in."""
+
+    ask: Callable[[Any], Asked]  # of a run's guider
+    asked: Asked = field(default_factory=lambda: Asked({}))  # of the run
+    config: TacaConfig = field(default_factory=lambda: TacaConfig(Schedule(1.0)))  # of the run
     prompts: Prompts | None = None  # of the run
     run_words: RunWords | None = None  # that weigh in it
+    schedule: ResolvedSchedule = NEVER  # of the run
     own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     # (step, block) -> for each call the share of the image queries' attention that goes to text,
@@ -66,26 +76,32 @@ class Report:
             table[:, step, block] = torch.tensor(pairs).mean(0)
         return table
 
+    def begin(self, guider: Any) -> None:
+        """Forget the run before."""
+        self.asked = self.ask(guider)
+        self.config = config_of(guider.model_patcher) or TacaConfig(Schedule(1.0))
+        self.shares.clear()
+        self.maps.clear()
+
     def check_words(self, num_text: int, head_dim: int) -> None:
         """Raise ValueError if these words cannot be asked for in one attention."""
-        for word, indices in self.words.items():
+        for word, indices in self.asked.words.items():
             if max(indices) >= num_text:
                 raise ValueError(
                     f"TACA Attention Report: {word!r} is text token {max(indices)}, counted from "
                     f"0, and the prompt has {num_text}."
                 )
-        if len(self.words) >= head_dim:
+        if len(self.asked.words) >= head_dim:
             raise ValueError(
                 f"TACA Attention Report takes at most {head_dim - 1} words on this model: name "
-                f"fewer than these {len(self.words)}."
+                f"fewer than these {len(self.asked.words)}."
             )
 
 
 def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
-    """A clone of a model, with TACA or without, whose next run fills a report."""
-    config = config_of(model) or TacaConfig(Schedule(1.0, TimestepWindow()))
+    """A clone of a model, with TACA or without, each of whose runs fills a report."""
     patched = model.clone()
-    patched.add_wrapper(WrappersMP.OUTER_SAMPLE, partial(_watch_run, config, report))
+    patched.add_wrapper(WrappersMP.OUTER_SAMPLE, partial(_watch_run, report))
     transformer = uncompiled(patched.get_model_object("diffusion_model"))
     report.blocks += [
         f"{short(name)} {i}"
@@ -94,22 +110,25 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
     ]
     # First, so that it is around TACA's own: what it puts on a block is then inside of TACA's.
     wrappers = patched.wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
-    ours = {"taca_report": [partial(_watch_call, config, report)]}
-    patched.wrappers[WrappersMP.APPLY_MODEL] = {**ours, **wrappers}
+    ours = [*wrappers.pop("taca_report", []), partial(_watch_call, report)]
+    patched.wrappers[WrappersMP.APPLY_MODEL] = {"taca_report": ours, **wrappers}
     return patched
 
 
-def _watch_run(
-    config: TacaConfig, report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any
-) -> Tensor:
+def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
     guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
-    told = report.carrying
-    report.own = told or conditionings_of(guider, report.num_tokens, report.encode)
-    report.prompts = Prompts(guider, len(noise), config.options.conditionings(guider))
-    sampling = guider.model_patcher.get_model_object("model_sampling")
+    if comfy.model_management.in_training:
+        return executor(*args, **kwargs)
+    report.begin(guider)
+    _, num_tokens, encode, carrying = report.asked
+    report.own = carrying or conditionings_of(guider, num_tokens, encode)
+    report.prompts = Prompts(guider, len(noise), report.config.options.conditionings(guider))
     sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    report.run_words = RunWords.of(report.prompts, lambda s: resolve(s, sampling, sigmas))
+    shape = (kwargs.get("latent_shapes") or [noise.shape])[0]
+    resolved = resolver(guider.model_patcher, sigmas, shape)
+    report.schedule = resolved(report.config.schedule)
+    report.run_words = RunWords.of(report.prompts, resolved)
     try:
         return executor(*args, **kwargs)
     finally:
@@ -118,31 +137,30 @@ def _watch_run(
         )
 
 
-def _watch_call(
-    config: TacaConfig, report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any
-) -> Tensor:
+def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's APPLY_MODEL wrapper: a measuring override in every joint block."""
+    if comfy.model_management.in_training:
+        return executor(*args, **kwargs)
     base_model, call = executor.class_obj, CallArguments.of(*args, **kwargs)
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
     if not len(positive):
         return executor(*args, **kwargs)
     model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
     t = timestep(model_sampling, call.t)
-    schedule = resolve(config.schedule, model_sampling, sigmas)
     transformer = uncompiled(base_model.diffusion_model)
-    family, limit = family_of(transformer), config.options.blocks
-    gamma = schedule.gamma_at(t).to(call.t.device)
-    gamma = config.options.gamma_of_call(gamma, call, transformer, report.prompts)
+    family, options = family_of(transformer), report.config.options
+    gamma = report.schedule.gamma_at(t).to(call.t.device)
+    gamma = options.gamma_of_call(gamma, call, transformer, report.prompts)
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
-    if report.num_tokens is not None:
-        around = family.around_prompt(transformer, report.num_tokens * repeats, call)
+    if report.asked.num_tokens is not None:
+        around = family.around_prompt(transformer, report.asked.num_tokens * repeats, call)
         start = len(around.before)
     starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
     step = step_at(timestep(model_sampling, sigmas)[:-1].tolist(), float(t.max()))
-    adjusted = {block.module for block in family.joint_blocks(transformer, limit)}
+    adjusted = {block.module for block in family.joint_blocks(transformer, options.blocks)}
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
     words = report.run_words and report.run_words.of_call(call, t.tolist(), transformer)
     state = call.initial_state()
@@ -233,7 +251,7 @@ class Probe:
         text = kinds.nonzero().flatten().to(q.device)
         words = {
             word: [start + i for start in self.starts for i in at]
-            for word, at in self.report.words.items()
+            for word, at in self.report.asked.words.items()
         }
         self.report.check_words(len(text) - self.starts[-1], k.shape[-1])
         rows = self.rows.to(q.device)
@@ -258,7 +276,8 @@ class Probe:
         is_adjusted = bool((gamma != 1).any())
         keys, weighed = scale_text_keys(k, gamma, layout, 2) if is_adjusted else k, mask
         if self.words is not None:
-            weighed = image_mask(self.words.of_rows(rows), mask, layout, q)
+            bias = image_bias(self.words.of_rows(rows), layout, q)
+            weighed = bias if mask is None else add_bias(mask, bias)
         adjusted = plain if keys is k and weighed is mask else mass(keys, weighed)
         pair = (plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu())
         self.report.shares.setdefault(self.place, []).append(pair)

@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from .compiler import Fallback
-from .events import Events
+from .events import Events, Say, silent
 from .families import JointBlock, family_of, part_of, uncompiled
 from .lora import LoRA, loras_of
 from .lora_forward import lora_swaps
@@ -32,6 +32,7 @@ class TacaConfig:
     options: Options = NO_OPTIONS
     # Attention kernels that torch.compile could not trace, and why; see ``Fallback``.
     untraceable: dict[str, str] = field(default_factory=dict, compare=False)
+    say: Say = field(default=silent, compare=False)
 
 
 def config_of(patcher: ModelPatcher) -> TacaConfig | None:

@@ -22,6 +22,9 @@ GAMMA = 1.2
 TIMESTEP_THRESHOLD = 970.0
 """t_thresh of the paper, of 0..1000, for both models."""
 
+PAPER_TOKENS = 4096
+"""Image tokens of the paper's pictures, 1024 pixels a side."""
+
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """A sigma is rounded: a step meant to lie on a bound may miss it by a few last places."""
 
@@ -103,8 +106,13 @@ class Window:
                 continue
             raise ValueError(f"TACA's {each.name} must be {allowed}, not {value!r}.")
 
-    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
-        """``steps``: the t at which each step of a run begins, and where the last one ends."""
+    def bounds(
+        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
+    ) -> Bounds:
+        """``steps``: the t at which each step of a run begins, and where the last one ends.
+
+        ``num_image``: the size of its pictures, in tokens of 16 x 16 pixels.
+        """
         raise NotImplementedError
 
 
@@ -115,7 +123,9 @@ class TimestepWindow(Window):
     timestep_threshold: float = setting(TIMESTEP_THRESHOLD, 0.0, 1000.0, 1.0)
     shape: str = shape_setting()
 
-    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+    def bounds(
+        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
+    ) -> Bounds:
         low = self.timestep_threshold
         return low * (1 - ROUNDING), math.inf, falling(self.shape, 1000.0, low)
 
@@ -139,7 +149,9 @@ class PercentWindow(Window):
                 f"({self.start_percent:g}): swap them."
             )
 
-    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+    def bounds(
+        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
+    ) -> Bounds:
         begin, end = percent_to_t(self.start_percent), percent_to_t(self.end_percent)
         # Closed at both ends, without rounding, as the percentages of core's nodes.
         return end, begin if self.start_percent else math.inf, falling(self.shape, begin, end)
@@ -155,7 +167,9 @@ class FirstStepsWindow(Window):
     steps: int = setting(3, 1, 10000, 1)
     shape: str = shape_setting()
 
-    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
+    def bounds(
+        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
+    ) -> Bounds:
         if steps is None:
             raise ValueError(
                 "TACA's window of the first steps needs the steps of a run, and training has none: "
@@ -178,24 +192,66 @@ class FirstStepsWindow(Window):
 
 
 @dataclass(frozen=True)
+class FittedWindow(Window):
+    """The paper's window for pictures of any size, and at least the first step of a run.
+
+    It ends where the noise hides as much of a picture as at t_thresh with the paper's size. A mean
+    over n tokens has 1 / sqrt(n) of the noise, so sigma / (1 - sigma) there goes as sqrt(n).
+    """
+
+    shape: str = shape_setting()
+
+    def bounds(
+        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
+    ) -> Bounds:
+        if steps is None or num_image is None:
+            raise ValueError(
+                "TACA's window for any size needs a run, and training has none: choose the window "
+                "'timestep' or 'percent' in TACA Schedule."
+            )
+        low = min(self.threshold(num_image) * (1 - ROUNDING), float(steps.max()))
+        return low, math.inf, falling(self.shape, 1000.0, low)
+
+    @staticmethod
+    def threshold(num_image: float) -> float:
+        """The t, 0..1000, at which the window ends: 970 for 4,096 tokens, 942 for 1,024."""
+        odds = TIMESTEP_THRESHOLD / (1000 - TIMESTEP_THRESHOLD)
+        odds *= math.sqrt(num_image / PAPER_TOKENS)
+        return 1000 * odds / (1 + odds)
+
+    def __str__(self) -> str:
+        return "the paper's window for this size"
+
+
+@dataclass(frozen=True)
 class CurveWindow(Window):
     """A drawn curve: share of gamma - 1, 0..1, over the share of the sampling, 0..1.
 
-    The window is from where the curve leaves 0 to where it comes back to it for good. ``bounds``
-    raises ValueError if the curve is 0 throughout, or leaves 0..1.
+    The window is from where the curve leaves 0 to where it comes back to it for good. Raises
+    ValueError if the curve is 0 throughout, or leaves 0..1.
     """
 
     curve: Any = ((0.0, 1.0), (0.05, 1.0), (0.2, 0.0), (1.0, 0.0))
 
-    def bounds(self, percent_to_t: PercentToT, steps: Tensor | None) -> Bounds:
-        percents = torch.linspace(0, 1, 1025, dtype=torch.float64)
-        weights = torch.as_tensor(self.curve.interp_array(percents.numpy())).float()
+    def __post_init__(self) -> None:
+        if hasattr(self.curve, "interp_array"):  # the points alone are the widget's default
+            self.weights()
+
+    def weights(self) -> Tensor:
+        """The curve over the share of the sampling, evenly."""
+        weights = torch.as_tensor(self.curve.interp_array(np.linspace(0, 1, 1025))).float()
         if not bool(weights.isfinite().all()) or weights.min() < 0 or weights.max() > 1:
             raise ValueError("TACA's curve must stay between 0 and 1.")
-        inside = weights.nonzero().flatten()
-        if not len(inside):
+        if not bool(weights.any()):
             raise ValueError("TACA's curve is 0 throughout, so TACA would never act: draw it up.")
-        t = np.array([percent_to_t(p) for p in percents.tolist()])
+        return weights
+
+    def bounds(
+        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
+    ) -> Bounds:
+        weights = self.weights()
+        inside = weights.nonzero().flatten()
+        t = np.array([percent_to_t(p) for p in np.linspace(0, 1, len(weights)).tolist()])
         first, last = int(inside[0]), int(inside[-1])
 
         def share(x: Tensor) -> Tensor:
@@ -211,6 +267,7 @@ WINDOWS: dict[str, type[Any]] = {
     "timestep": TimestepWindow,
     "percent": PercentWindow,
     "first steps": FirstStepsWindow,
+    "paper, any size": FittedWindow,
     "curve": CurveWindow,
 }
 """Kinds of window by the name that workflows save."""

@@ -18,9 +18,13 @@ Layout = Sequence[Span]
 """A whole joint sequence, in order."""
 
 
-def query_groups(layout: Layout) -> list[tuple[bool, int, int]]:
-    """Runs of consecutive queries that attend alike: ``(is_image, start, length)``."""
-    groups: list[tuple[bool, int, int]] = []
+Group = tuple[bool, int, int]
+"""Consecutive queries that attend alike: ``(is_image, start, length)``."""
+
+
+def query_groups(layout: Layout) -> list[Group]:
+    """All queries of a layout, in order."""
+    groups: list[Group] = []
     end = 0
     for kind, length, is_query in layout:
         if not is_query or not length:

@@ -1,9 +1,13 @@
 """The paper's time: t in 0..1000, where 1000 is pure noise."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from comfy.latent_formats import LatentFormat
+from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
 from torch import Tensor
 
@@ -35,20 +39,40 @@ def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
     return torch.tensor(timesteps(model_sampling, sigma), dtype=torch.float64)
 
 
+def size_in_tokens(latent_format: LatentFormat, shape: Sequence[int]) -> float:
+    """The size of latents ``(b, c, ..., height, width)``, in tokens of 16 x 16 pixels."""
+    return math.prod(shape[-2:]) * (latent_format.spacial_downscale_ratio / 16) ** 2
+
+
 def resolve(
-    schedule: Schedule, model_sampling: ModelSampling, sigmas: Tensor | None = None
+    schedule: Schedule,
+    model_sampling: ModelSampling,
+    sigmas: Tensor | None = None,
+    num_image: float | None = None,
 ) -> ResolvedSchedule:
-    """A schedule's gamma(t) for a model's sampling and the sigmas of a run, if it is one."""
+    """A schedule's gamma(t) for a model's sampling, and the sigmas of a run, if it is one.
+
+    ``num_image`` is the size of its pictures, as from ``size_in_tokens``.
+    """
     to_sigma = _percent_to_sigma(model_sampling)
 
     def percent_to_t(percent: float) -> float:
         return float(timestep(model_sampling, torch.tensor(float(to_sigma(percent)))))
 
     steps = None if sigmas is None else timestep(model_sampling, sigmas)
-    low, high, share = schedule.window.bounds(percent_to_t, steps)
+    low, high, share = schedule.window.bounds(percent_to_t, steps, num_image)
     if steps is not None:
         low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))
     return ResolvedSchedule(schedule.gamma, low, high, share)
+
+
+def resolver(
+    patcher: ModelPatcher, sigmas: Tensor | None, shape: Sequence[int]
+) -> Callable[[Schedule], ResolvedSchedule]:
+    """``resolve`` for a run of a model over these sigmas, from latents of this shape."""
+    sampling = patcher.get_model_object("model_sampling")
+    size = size_in_tokens(patcher.model.latent_format, shape)
+    return partial(resolve, model_sampling=sampling, sigmas=sigmas, num_image=size)
 
 
 def _percent_to_sigma(model_sampling: ModelSampling) -> Callable[[float], float]:

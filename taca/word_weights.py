@@ -8,15 +8,20 @@ by |w| and subtracts the value. In a call of attention, log |w| is added to the 
 one row, and values change their sign.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .spans import Layout
+from .spans import Group, Layout
+
+Shared = tuple[Sequence[Tensor | None], Tensor | None, Tensor | None]
 
 
-class WordWeights(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class WordWeights:
     """The weights of a call's text tokens; a batch axis of 1 stands for all rows."""
 
     weights: Tensor  # w, float32 (b, t)
@@ -26,53 +31,84 @@ class WordWeights(NamedTuple):
     centre: Tensor | None = None
     # Tokens to avoid, bool (b, t): image queries and one another ask them, the other text does not.
     avoided: Tensor | None = None
+    # What blocks have in common, by layout and dtype: made in the first of them.
+    shared: dict[Any, "Shared"] = field(default_factory=dict)
 
     def of_rows(self, rows: Tensor) -> "WordWeights":
         """Those of some rows of the batch, by index."""
         if len(self.weights) == 1:
             return self
-        chosen = (each if each is None else each[rows] for each in (self.centre, self.avoided))
-        return WordWeights(self.weights[rows], self.subtracts, *chosen)
+        centre, avoided = (
+            each if each is None else each[rows] for each in (self.centre, self.avoided)
+        )
+        return WordWeights(self.weights[rows], self.subtracts, centre, avoided)
 
 
-def image_mask(words: WordWeights, mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor:
-    """What is added to the logits of image queries: the model's mask and log |w|.
+def weigh(
+    words: WordWeights, v: Tensor, layout: Layout, groups: Sequence[Group], dim: int
+) -> tuple[Sequence[Tensor | None], Tensor]:
+    """What is added to the logits of each group of queries, and V as image queries get it.
 
-    ``mask`` is the model's, for these queries. Returns ``(b, 1 or h, 1 or queries, n)`` of the
-    dtype and device of ``like``.
+    Image queries get log |w|, ``(b, 1, 1, n)``. With tokens to avoid, other queries get what hides
+    these and the other text from one another, ``(b, 1, queries, n)``.
     """
-    bias = over_keys(words.weights.abs().log(), layout, 0.0)[:, None, None]
-    bias = bias.to(like)
-    return bias if mask is None else _added(mask, bias)
+    if torch.compiler.is_compiling():  # as a key, a length would become a constant of the graph
+        found = _of_layout(words, layout, groups, v)
+    else:
+        key = (*layout, v.dtype)
+        if key not in words.shared:
+            words.shared[key] = _of_layout(words, layout, groups, v)
+        found = words.shared[key]
+    biases, is_negative, centre = found
+    if is_negative is None:
+        return biases, v
+    # SD3 hands its V as (b, n, h, d) also where dim is 1.
+    shape = [1] * v.ndim
+    shape[0], shape[dim] = is_negative.shape
+    mirror: Tensor | float = 0.0
+    if centre is not None:
+        mirror = 2 * (v.float() * centre.view(shape)).sum(dim, keepdim=True).to(v)
+    return biases, torch.where(is_negative.view(shape), mirror - v, v)
 
 
-def text_mask(
-    avoided: Tensor, mask: Tensor | None, layout: Layout, start: int, length: int, like: Tensor
-) -> Tensor:
-    """The same for other queries, ``start`` to ``start + length`` among all queries.
+def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like: Tensor) -> Shared:
+    """The biases of ``weigh``; which keys weigh less than 0, and the mean's shares, ``(b, n)``."""
+    image = image_bias(words, layout, like)
+    biases = [
+        image if is_image else _text_bias(words.avoided, layout, start, length, like)
+        for is_image, start, length in groups
+    ]
+    is_negative = over_keys(words.weights < 0, layout, False) if words.subtracts else None
+    centre = None if words.centre is None else over_keys(words.centre, layout, 0.0)
+    return biases, is_negative, centre
 
-    Tokens to avoid and the other text do not see one another.
-    """
+
+def image_bias(words: WordWeights, layout: Layout, like: Tensor) -> Tensor:
+    """What image queries get: log |w| of each key, ``(b, 1, 1, n)``, as ``like``."""
+    return over_keys(words.weights.abs().log(), layout, 0.0)[:, None, None].to(like)
+
+
+def _text_bias(
+    avoided: Tensor | None, layout: Layout, start: int, length: int, like: Tensor
+) -> Tensor | None:
+    """For text queries, ``start`` to ``start + length`` among all queries."""
+    if avoided is None:
+        return None
     others = over_keys(~avoided, layout, False)
     avoided = over_keys(avoided, layout, False)
-    asks = torch.cat(_per_query(avoided, layout), 1).narrow(1, start, length)[:, None, :, None]
-    hidden = torch.where(asks, others[:, None, None], avoided[:, None, None])
-    bias = torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, -torch.inf)
-    return bias if mask is None else _added(mask, bias)
+    parts = avoided.split([span.length for span in layout], 1)
+    queries = [part for part, span in zip(parts, layout, strict=True) if span.is_query]
+    is_avoided = torch.cat(queries, 1).narrow(1, start, length)[:, None, :, None]
+    hidden = torch.where(is_avoided, others[:, None, None], avoided[:, None, None])
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, -torch.inf)
 
 
-def signed_values(words: WordWeights, v: Tensor, layout: Layout, dim: int) -> Tensor:
-    """V with the values of negative weights negated, or mirrored about the prompt's mean value."""
-    # SD3 hands its V as (b, n, h, d) also where dim is 1.
-    shape = [1] * (v.ndim - 1)
-    shape[dim - 1] = -1
-    is_negative = over_keys(words.weights < 0, layout, False)
-    mirror: Tensor | float = 0.0
-    if words.centre is not None:
-        share = over_keys(words.centre, layout, 0.0)
-        share = share.view(len(share), *shape)
-        mirror = 2 * (v.float() * share).sum(dim, keepdim=True).to(v)
-    return torch.where(is_negative.view(len(is_negative), *shape), mirror - v, v)
+def add_bias(mask: Tensor, bias: Tensor) -> Tensor:
+    """The model's mask, of any shape that ComfyUI's attention takes, and a bias."""
+    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -torch.inf)
+    return mask + bias
 
 
 def over_keys(values: Tensor, layout: Layout, elsewhere: float) -> Tensor:
@@ -85,17 +121,3 @@ def over_keys(values: Tensor, layout: Layout, elsewhere: float) -> Tensor:
         else:
             parts.append(values.new_full((values.shape[0], length), elsewhere))
     return torch.cat(parts, 1)
-
-
-def _per_query(per_key: Tensor, layout: Layout) -> list[Tensor]:
-    """The parts of ``(b, n)`` whose tokens are queries."""
-    parts = per_key.split([length for _, length, _ in layout], 1)
-    return [part for part, span in zip(parts, layout, strict=True) if span.is_query]
-
-
-def _added(mask: Tensor, bias: Tensor) -> Tensor:
-    """A mask as ComfyUI's attention takes it, of any shape, and a bias ``(b, 1, rows, n)``."""
-    mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -torch.inf)
-    return mask + bias

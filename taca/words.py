@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .arguments import CallArguments
+from .events import Say, silent
 from .families import family_of, uncompiled
 from .layouts import Around
 from .prompt_calls import UNTOLD, Prompts
@@ -32,6 +33,7 @@ class Words:
     num_avoided: int = 0  # so many of its last tokens are of what to avoid
     about_mean: bool = False  # whether negative weights mirror about the prompt's mean value
     schedule: Schedule | None = None  # in whose window they weigh; None for the whole run
+    say: Say = silent
 
     @property
     def weigh(self) -> bool:
@@ -169,7 +171,7 @@ class RunWords:
         if key not in self.tensors:
             made = [_of_row(row, num_text, around) for row in rows]
             self.tensors[key] = _stacked(made, call.t.device)
-        return self.tensors[key]
+        return replace(self.tensors[key], shared={})  # of this call alone
 
     def _rows(self, call: CallArguments, t: list[float]) -> Iterator[Row]:
         for entries, each in zip(self.prompts.of_rows(call), t, strict=True):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .training import Training
 
-CATEGORY = "U-ViT"
+CATEGORY = "TACA/research"
 
 
 class LoadUViT(io.ComfyNode):

@@ -16,7 +16,7 @@ if not __package__:  # run as a folder: python benchmarks/compbench
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from compbench import ray_workers, results
-from compbench.draw import Drawing, Painter
+from compbench.draw import Drawing, Server
 from compbench.plan import FIRST_SEED, Plan, Problem, read_category
 from compbench.workflow import read_workflow
 
@@ -80,11 +80,11 @@ def draw(options: argparse.Namespace) -> None:
     print(f"{total} pictures, {total - len(todo)} of them drawn before", flush=True)
     if todo:
         patience = 60 * options.patience
-        servers = [Painter(url, patience) for url in options.servers or ()]
+        servers = [Server(url, patience=patience) for url in options.servers or ()]
         how = options.ray or None, options.workers, options.gpus_per_worker, options.start, patience
-        with nullcontext(servers) if servers else ray_workers.workers(*how) as painters:
+        with nullcontext(servers) if servers else ray_workers.workers(*how) as drawing:
             try:
-                vain = asyncio.run(Drawing(options.out, plan, todo, painters).run(patience))
+                vain = asyncio.run(Drawing(options.out, plan, todo, drawing).run(patience))
             except (Problem, OSError, KeyboardInterrupt) as stop:
                 why = str(stop) or "Stopped."
                 raise Problem(f"{why} What was drawn is kept: the same command goes on.") from stop

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
-from typing import Any
 
 from comfy_server import Failed, Lost, Refused, Server
 from tqdm import tqdm
@@ -21,38 +20,20 @@ _TRIES = 5  # that one server has at a picture, when no other has failed at it l
 _PAUSES = (0.5, 1, 2, 5, 10)  # seconds for a server that fails, longer with each time in a row
 
 
-class Painter:
-    """A running ComfyUI, and how long to wait for one picture of it."""
-
-    def __init__(self, url: str, patience: float) -> None:
-        self.name = (url if "://" in url else f"http://{url}").rstrip("/")
-        self._server, self._patience = Server(self.name), patience
-
-    async def check(self) -> Any:
-        """What it says of itself; `Lost` if it does not answer."""
-        return await self._server.stats()
-
-    async def draw(self, graph: dict[str, Any], output: str) -> bytes:
-        try:
-            return await asyncio.wait_for(self._server.draw(graph, output), self._patience)
-        except asyncio.TimeoutError:
-            raise Lost(f"no picture in {self._patience / 60:g} minutes") from None
-
-
 class Drawing:
-    """A run's drawing, by all painters together."""
+    """A run's drawing, by all servers together: each has an address, `check` and `draw`."""
 
-    def __init__(self, out: Path, plan: Plan, todo: list[Unit], painters: list[Painter]) -> None:
+    def __init__(self, out: Path, plan: Plan, todo: list[Unit], servers: list[Server]) -> None:
         self._out, self._workflow = out, plan.workflow
-        self._painters = {painter.name: painter for painter in painters}  # each once
+        self._servers = {server.address: server for server in servers}  # each once
         undrawn = set(todo)
         groups = [deque(unit for unit in group if unit in undrawn) for group in plan.groups()]
         self._groups = [group for group in groups if group]
         self._own: dict[str, deque[Unit]] = {}
         self._left = len(todo)
         self._failures: Counter[tuple[Unit, str]] = Counter()
-        self._in_a_row: Counter[str] = Counter()  # failures of a painter since it last drew
-        self._away = dict.fromkeys(self._painters, "")  # those that do not answer, and why
+        self._in_a_row: Counter[str] = Counter()  # failures of a server since it last drew
+        self._away = dict.fromkeys(self._servers, "")  # those that do not answer, and why
         self._refused: dict[str, str] = {}  # those that refuse the workflow, and why
         total, pause = len(plan.units()), 0.5 if sys.stderr.isatty() else 30
         counts = {"total": total, "initial": total - len(todo), "unit": "image"}
@@ -61,7 +42,7 @@ class Drawing:
     async def run(self, patience: float) -> int:
         """Draw all, unless no server answers for so many seconds; how many tries were in vain."""
         with self._bar:
-            serving = [self._serve(name) for name in self._painters for _ in range(IN_FLIGHT)]
+            serving = [self._serve(name) for name in self._servers for _ in range(IN_FLIGHT)]
             await asyncio.gather(self._watch(patience), *serving)
         return sum(self._failures.values())
 
@@ -69,9 +50,9 @@ class Drawing:
         seen = time.monotonic()
         while self._left:
             gone = self._away | self._refused
-            there = f"{len(self._painters) - len(gone)} of {len(self._painters)} servers"
+            there = f"{len(self._servers) - len(gone)} of {len(self._servers)} servers"
             self._bar.set_postfix_str(there, refresh=False)
-            seen = time.monotonic() if len(gone) < len(self._painters) else seen
+            seen = time.monotonic() if len(gone) < len(self._servers) else seen
             if time.monotonic() - seen > patience:
                 raise Problem(f"No server has answered for {patience / 60:g} minutes: {gone}.")
             await asyncio.sleep(0.1)
@@ -85,7 +66,7 @@ class Drawing:
                 continue
             try:
                 graph = self._workflow.filled(unit)
-                picture = await self._painters[name].draw(graph, self._workflow.output)
+                picture = await self._servers[name].draw(graph, self._workflow.output)
                 if wrong := fault(io.BytesIO(picture), unit, self._workflow):
                     raise Failed(wrong)
                 write(self._out, unit.path, picture)
@@ -100,7 +81,7 @@ class Drawing:
             except Refused as error:
                 self._give_back(unit, name)
                 self._refused[name] = str(error)
-                if len(self._refused) == len(self._painters):
+                if len(self._refused) == len(self._servers):
                     raise Problem(f"Every server refuses the workflow: {error}") from None
                 self._bar.write(f"{name} refuses the workflow: {error}", sys.stderr)
             else:
@@ -109,10 +90,10 @@ class Drawing:
                 self._bar.update()
 
     def _take(self, name: str) -> Unit | None:
-        """The painter's next unit, of the prompt it is at if any are left."""
+        """A server's next unit, of the prompt it is at if any are left."""
         if not self._own.get(name):
             # No unit at which another that works has failed less.
-            well = self._painters.keys() - {name, *self._away, *self._refused, *self._in_a_row}
+            well = self._servers.keys() - {name, *self._away, *self._refused, *self._in_a_row}
             for group in self._groups:
                 failures = self._failures[group[0], name]
                 if all(self._failures[group[0], other] >= failures for other in well):
@@ -124,18 +105,18 @@ class Drawing:
         return self._own[name].popleft()
 
     def _give_back(self, unit: Unit, name: str) -> None:
-        """Let whoever is next have a unit, and what else the painter had taken."""
+        """Let whoever is next have a unit, and what else the server had taken."""
         self._groups += filter(None, [deque([unit]), self._own.pop(name, None)])
 
     async def _wait_for(self, name: str) -> None:
-        """Come back when a painter answers; one that fails is left alone for a while first."""
+        """Come back when a server answers; one that fails is left alone for a while first."""
         looks = self._in_a_row[name]
         while self._left:
             if looks:
                 await asyncio.sleep(_PAUSES[min(looks, len(_PAUSES)) - 1])
             looks += 1
             try:
-                await self._painters[name].check()
+                await self._servers[name].check()
             except Lost as error:
                 if str(error) != self._away.get(name):
                     self._bar.write(f"{name} does not answer: {error}", sys.stderr)

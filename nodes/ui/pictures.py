@@ -43,6 +43,29 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Image.Image:
+    """Rows of cells under a header, as many side by side as a page of this width holds.
+
+    The page in ComfyUI's new nodes runs a text's lines together, but not a picture's.
+    """
+    size, gap = 14, 24
+    cells = [header, *rows]
+    wide = [max(font(size).getlength(row[i]) for row in cells) for i in range(len(header))]
+    block = sum(wide) + gap * len(wide)
+    columns = max(1, min(len(rows), int((width - gap) // block)))
+    height = -(-len(rows) // columns)
+    page = blank(width, (height + 2) * (size + 6))
+    draw = ImageDraw.Draw(page)
+    for column in range(columns):
+        some = rows[column * height : (column + 1) * height]
+        for line, row in enumerate([header, *some] if some else []):
+            right, y = column * block, (line + 0.5) * (size + 6)
+            for cell, own in zip(row, wide, strict=True):
+                right += gap + own
+                draw.text((right, y), cell, fill=INK, font=font(size), anchor="ra")
+    return page
+
+
 def sheet(
     pictures: Sequence[Image.Image], labels: Sequence[str], columns: int, title: str = ""
 ) -> Image.Image:

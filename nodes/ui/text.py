@@ -1,6 +1,7 @@
 """A picture in a node, and text under it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import ui
@@ -11,20 +12,51 @@ from torch import Tensor
 from .pictures import to_tensor
 
 
-def show_text(text: str) -> None:
-    """Show a text under the node that is running, which its ``ui`` alone does not do."""
+def show_text(text: str, node_id: str | None = None) -> None:
+    """Show a text under a node, or the one that is running, which its ``ui`` alone does not do."""
     context = get_executing_context()
     if context:
         from server import PromptServer
 
         # The page folds spaces; those as wide as a digit keep columns apart.
         wide = re.sub(" {2,}", lambda spaces: "\u2007" * len(spaces[0]), text)
-        PromptServer.instance.send_progress_text(wide, context.node_id)
+        PromptServer.instance.send_progress_text(wide, node_id or context.node_id)
 
 
-def show(picture: Image.Image, text: str, node: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Show both in a node that is running: the picture as an IMAGE, and the node's ``ui``."""
+class NodeText:
+    """The text under the node that is running now: ``lines``, and what the last runs did.
+
+    Of several runs in one prompt two are shown: a first pass and an upscale. Where ``total`` runs
+    are to come, the last one is.
+    """
+
+    def __init__(self, *lines: str, total: int | None = None) -> None:
+        context = get_executing_context()
+        self.node_id = context.node_id if context else None
+        self.first, self.added, self.prompt, self.total = lines, list[str](), "", total
+        if lines:
+            show_text("\n".join(lines))
+
+    def __call__(self, line: str) -> None:
+        context = get_executing_context()
+        if context and self.node_id:
+            if context.prompt_id != self.prompt:
+                self.prompt, self.added = context.prompt_id, []
+            self.added.append(line)
+            last, count = self.added[-2:], len(self.added)
+            if self.total:
+                last = [f"{count} of {self.total}: {line}"]
+            elif count > 1:
+                last = [f"Run {count - 1}: {last[0]}", f"Run {count}: {line}"]
+            show_text("\n".join([*self.first, *last]), self.node_id)
+
+
+def show(
+    pictures: Sequence[Image.Image], text: str, node: Any
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Show both in a node that is running: each picture as an IMAGE, and the node's ``ui``."""
     show_text(text)
-    image = to_tensor(picture)
-    shown = ui.PreviewImage(image, cls=node).as_dict()
-    return image, {**shown, **ui.PreviewText(text).as_dict()}
+    images = [to_tensor(picture) for picture in pictures]
+    shown = [ui.PreviewImage(image, cls=node).as_dict() for image in images]
+    previews = {**shown[0], "images": [each for some in shown for each in some["images"]]}
+    return images, {**previews, **ui.PreviewText(text).as_dict()}

@@ -40,7 +40,7 @@ def load_lora(pack, loras):
 
 @pytest.fixture(params=families.CASES, ids=str)
 def case(request, record_property):
-    """Each family that this ComfyUI has; for ``benchmarks/families.py``, by its name."""
+    """Each family that this ComfyUI has; for ``support/family_table.py``, by its name."""
     if not families.exists(request.param):
         pytest.skip(f"this ComfyUI has no {request.param.name}")
     record_property("model", request.param.name)

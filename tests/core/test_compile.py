@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.families import exists, named
 from support.family_runs import dense
 from support.family_runs import sample as sample_family
@@ -25,13 +25,14 @@ from support.tiny import KINDS, installed_on, sample
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 compiler = sys.modules["taca_pack.taca.compiler"]
+schedule = sys.modules["taca_pack.taca.schedule"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("whole", [True, False])
 def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
     """Compile before or after TACA, with and without it, in one process: never a stale result."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
     for m, expected in [
@@ -50,7 +51,7 @@ def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
 
 @pytest.mark.parametrize("kind", TRACED)
 def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
-    fast = compiled(tiny.load(folder, kind), whole=True)
+    fast = compiled(load(folder, kind), whole=True)
 
     def graphs(gamma, text):
         sample(apply_taca(fast, gamma), kind, steps=6, text=(text, text))
@@ -61,6 +62,36 @@ def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
     dynamic = graphs(1.2, 9)  # dynamo makes the length dynamic: two more graphs, for all lengths
     assert dynamic == 4
     assert graphs(1.4, 12) == dynamic
+
+
+SIZES = [(8, 8), (8, 12), (12, 16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_twice_the_plain_models_graphs(folder, apply_taca, kind, whole):
+    """Inside the window as many as outside, over sizes and batches; none for gamma or a prompt."""
+    ramp = schedule.Schedule(1.3, schedule.TimestepWindow(500.0, "linear"))
+    counts = []
+
+    def graphs(model, seed=1):
+        for batch in (1, 2):
+            for size in SIZES:
+                positive = tiny.conditioning(kind, 7, seed=seed)
+                settings = {"steps": 4, "size": size, "batch": batch, "text": (7, 7), "cfg": 1.0}
+                sample(model, kind, positive=positive, **settings)
+        assert not counters["graph_break"]
+        return counters["stats"]["unique_graphs"]
+
+    for with_taca in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        fast = compiled(tiny.load(folder, kind), whole)
+        counts.append(graphs(apply_taca(fast, schedule=ramp) if with_taca else fast))
+    assert counts[1] == 2 * counts[0]
+    assert graphs(apply_taca(fast, 1.1)) == counts[1]
+    assert graphs(apply_taca(fast, schedule=ramp), seed=5) == counts[1]
 
 
 @pytest.mark.parametrize("kind", TRACED)
@@ -94,7 +125,7 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     attention = comfy.ldm.modules.attention.wrap_attn(attention)
     for module in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
         monkeypatch.setattr(module, "optimized_attention", attention)
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
     caplog.clear()
@@ -158,7 +189,7 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(folder, apply_taca, kind):
     """The compiler users have, on the whole model."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole=True, backend="inductor")
     for m, expected in [(apply_taca(fast), ours), (fast, plain)]:
@@ -171,7 +202,7 @@ def test_inductor(folder, apply_taca, kind):
 @torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
 def test_past_dynamos_limit_of_recompilations(folder, apply_taca, kind, whole):
     """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     fast = compiled(model, whole)
     for size, text in (((8, 8), 7), ((8, 10), 9), ((12, 10), 11)):
         settings = {"steps": 4, "size": size, "text": (text, text), "cfg": 1.0}

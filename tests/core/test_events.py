@@ -10,15 +10,25 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy_execution.utils import CurrentNodeContext
 from comfy_extras import nodes_custom_sampler as custom_sampler
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
+from server import PromptServer
 from support import tiny
+from support.reports import report_on
 from support.tiny import sample
+from support.words import weighed
 
 block = sys.modules["taca_pack.taca.block"]
+patch = sys.modules["taca_pack.taca.patch"]
 Options = sys.modules["taca_pack.taca.options"].Options
+Schedule = sys.modules["taca_pack.taca.schedule"].Schedule
+TimestepWindow = sys.modules["taca_pack.taca.schedule"].TimestepWindow
+NodeText = sys.modules["taca_pack.nodes.ui.text"].NodeText
+lacks_taca = sys.modules["taca_pack.nodes.lora"].lacks_taca
+ordinary_loras = sys.modules["taca_pack.nodes.patch"].ordinary_loras
 LENGTHS = {"positive": 7, "middle": 9, "negative": 12, "empty_negative_prompt": 5}
 
 
@@ -381,9 +391,84 @@ def test_a_run_lets_its_guider_go(folder, apply_taca, pack, with_report):
     try:
         if with_report:
             report = sys.modules["taca_pack.taca.report"]
-            guider.model_patcher = report.watched(guider.model_patcher, report.Report({}))
+            guider.model_patcher = report.watched(guider.model_patcher, report_on({}))
         run(guider)
         del guider
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_what_a_run_did_is_told(folder, apply_taca, pack):
+    """Under each node that had a part in it: what acted, or why nothing did."""
+    said, others = [], []
+    model = patch.patch_model(
+        tiny.load(folder, "flux"), Schedule(1.2, TimestepWindow(750.0)), say=said.append
+    )
+    words = weighed(tiny.conditioning("flux", 7), [1.0] * 6 + [2.0], say=others.append)
+    sample(model, "flux", steps=8, positive=words)
+    assert said == ["gamma 1.2 at t >= 750 acted on 5 of 8 steps."]
+    assert others == ["weights of 'it' 2 acted on 8 of 8 steps."]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(*conds("positive", "negative"))
+    run(guider, sigmas=torch.tensor([0.64, 0.3, 0.0]))
+    assert said[1].startswith("gamma 1.2 at t >= 750 acted on 0 of 2 steps. No step was inside")
+    assert "from t = 640 to 0. Lower the threshold" in said[1]
+
+
+def test_text_under_a_node(monkeypatch):
+    """Of the node that made it, in whichever node the run is; anew with each prompt."""
+    sent = []
+    server = type("Server", (), {"send_progress_text": lambda _, *what: sent.append(what)})
+    monkeypatch.setattr(PromptServer, "instance", server(), raising=False)
+    with CurrentNodeContext("a", "10"):
+        text = NodeText("Above gamma 1.5")
+    for prompt in ("a", "b"):
+        for i in range(3):
+            with CurrentNodeContext(prompt, "11"):
+                text(f"acted {i}")
+    assert sent[0] == ("Above gamma 1.5", "10")
+    expected = [
+        ("Above gamma 1.5\nacted 0", "10"),
+        ("Above gamma 1.5\nRun 1: acted 0\nRun 2: acted 1", "10"),
+        ("Above gamma 1.5\nRun 2: acted 1\nRun 3: acted 2", "10"),
+    ]
+    assert sent[1:] == expected * 2
+
+
+def holder(graph, node):
+    return type("Hidden", (), {"prompt": graph, "unique_id": node})()
+
+
+@pytest.mark.parametrize("behind", ["TACAPatchModel", "TACASweep", "KSampler"])
+def test_a_lora_that_gets_no_taca_is_told_at_once(behind):
+    """By the graph, whatever lies between; a node that another one runs is left alone."""
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {}},
+        "2:5": {"class_type": "LoadTACALoRA", "inputs": {"model": ["1", 0]}},
+        "3": {"class_type": "SomeSwitch", "inputs": {"anything": ["2:5", 0], "n": [1, 2]}},
+        "4": {"class_type": behind, "inputs": {"model": ["3", 1]}},
+        "9": {"class_type": "TACAPatchModel", "inputs": {"model": ["1", 0]}},
+    }
+    assert lacks_taca(holder(graph, "2:5")) == (behind == "KSampler")
+    assert not lacks_taca(holder(graph, "7"))
+    assert not lacks_taca(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_told"),
+    [
+        ("taca/flux.safetensors", "LoraLoaderModelOnly", True),
+        ("flux-dev-lora-rank-64.safetensors", "LoraLoader", True),
+        ("sd3.5-medium-lora-rank-16.safetensors", "LoraLoader", True),
+        ("taca.safetensors", "LoadTACALoRA", False),
+        ("style.safetensors", "LoraLoader", False),
+        (["3", 0], "LoraLoader", False),
+    ],
+)
+def test_a_taca_lora_in_another_loader_is_told(name, kind, is_told):
+    graph = {"1": {"class_type": kind, "inputs": {"lora_name": name}}}
+    said = ordinary_loras(holder(graph, "2"))
+    assert [f"{name} acts in all steps, in {kind}. Load TACA LoRA keeps it inside the window."] * (
+        is_told
+    ) == said

@@ -16,6 +16,7 @@ from support import families
 from support.families import named
 from support.family_runs import TABLE, dense, sample, tell
 from support.reference import dense_attention
+from support.reports import report_on
 
 FAMILIES = TABLE.FAMILIES
 REPORT = sys.modules["taca_pack.taca.report"]
@@ -112,7 +113,7 @@ def test_is_reported(case, folder, apply_taca, monkeypatch):
 
     sample(dense(model, case, 1.4, looks=looks), case)
     patched = apply_taca(model, 1.4)
-    report = REPORT.Report({"word": [1]})
+    report = report_on({"word": [1]})
     assert torch.equal(sample(REPORT.watched(patched, report), case), sample(patched, case))
     table = report.table()
     close = {"atol": 1e-5, "rtol": 1e-3}

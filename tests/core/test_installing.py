@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 from support import tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.loras import random_lora
 from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
 from support.words import weighed
@@ -287,7 +287,7 @@ def test_sweep_at_gamma_1(folder, apply_taca, pack, load_lora, has_lora):
     model = tiny.load(folder, "flux")
     if has_lora:
         model = load_lora(model, random_lora(model))
-    models, labels = pack["TACASweep"].execute(model, "1, 1.2", "970, 400").result
+    models, labels, *_ = pack["TACASweep"].execute(model, "1, 1.2", "970, 400").result
     rest = ["gamma 1.2, t >= 970", "gamma 1.2, t >= 400"]
     if not has_lora:
         assert labels == ["gamma 1 (plain)", *rest]
@@ -480,7 +480,7 @@ def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog
         calls.append(True)
         return executor(*args, **kwargs)
 
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     patched = inner_wrapper(apply_taca(compiled(model, whole)), count)
     settings = {"steps": 4, "text": (7, 7), "cfg": 1.0}
     expected = sample(apply_taca(model), kind, **settings)
@@ -559,17 +559,33 @@ def test_the_cost_of_a_block(folder, apply_taca, kind, blocks, index, limit):
     assert 4 <= of_block.total() <= limit, dict(of_block)
 
 
-@pytest.mark.parametrize(("kind", "blocks"), [("flux", "double_blocks"), ("sd3", "joint_blocks")])
-@pytest.mark.parametrize(("weight", "limit"), [(1.5, 12), (-1.0, 14)])
-def test_the_cost_of_words_in_a_block(folder, kind, blocks, weight, limit):
-    """All of it, without gamma: as that; a negative weight adds two calls for the values."""
+WORDS = {
+    "positive": {"weights": [1.0, 1.5, *[1.0] * 5]},
+    "negative": {"weights": [1.0, -1.0, *[1.0] * 5]},
+    "mirrored": {"weights": [1.0, -1.0, *[1.0] * 5], "about_mean": True},
+    "avoided": {"weights": [*[1.0] * 5, -1.5, -1.5], "num_avoided": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "index", "limit"),
+    [
+        ("flux", "double_blocks", 1, 12),
+        ("flux", "single_blocks", 1, 12),
+        ("sd3", "joint_blocks", 1, 12),
+        ("sd3", "joint_blocks", 0, 13),  # with attn2
+    ],
+)
+@pytest.mark.parametrize("words", WORDS)
+def test_the_cost_of_words_in_a_block(folder, apply_taca, kind, blocks, index, limit, words):
+    """All of it, with gamma: what words add to logits is made once for all blocks of a call."""
     counts = []
     for less in (False, True):
         model = tiny.load(folder, kind)
         if less:
-            del getattr(model.model.diffusion_model, blocks)[1]
-        words = weighed(tiny.conditioning(kind, 7), [1.0, weight, *[1.0] * 5])
-        counts.append(python_calls(model, kind, words))
+            del getattr(model.model.diffusion_model, blocks)[index]
+        positive = weighed(tiny.conditioning(kind, 7), **WORDS[words])
+        counts.append(python_calls(apply_taca(model, 1.2, 0.0), kind, positive))
     of_block = counts[0] - counts[1]
     assert 4 <= of_block.total() <= limit, dict(of_block)
 

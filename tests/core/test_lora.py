@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from support import tiny
-from support.compiling import TRACED, compiled
+from support.compiling import TRACED, compiled, load
 from support.loras import (
     NAMINGS,
     core_model,
@@ -321,7 +321,7 @@ def test_rows_of_mixed_sigma(folder, apply_taca, load_lora, kind, algorithm):
 @pytest.mark.parametrize("kind", TRACED)
 def test_compiled(folder, apply_taca, load_lora, kind, fresh_dynamo):
     """Both orders, on and off, in one process; another strength; never a stale result."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind)
     state = random_lora(model, only="blocks")
     fast = compiled(model, whole=True)
 

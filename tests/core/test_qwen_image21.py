@@ -13,6 +13,7 @@ from support.families import named
 from support.family_runs import dense, sample
 from support.loras import random_lora
 from support.reference import dense_attention
+from support.reports import report_on
 
 REPORT = sys.modules["taca_pack.taca.report"]
 CASES = [case for case in families.CASES if "Qwen-Image 2.1" in case.name]
@@ -56,8 +57,9 @@ def test_a_kept_prefix(case, folder, apply_taca, keeping, monkeypatch, caplog, t
     how = {"steps": 3, "cfg": cfg, "batch": 2, "shorter": 4}
     texts = case.text[0], case.text[0] - 4
     plain = sample(dense(model, case, 1.0, texts=texts), case, **how)
-    assert torch.equal(sample(keeping(apply_taca(model, 1.0)), case, **how),
-                       sample(keeping(model), case, **how))  # fmt: skip
+    assert torch.equal(
+        sample(keeping(apply_taca(model, 1.0)), case, **how), sample(keeping(model), case, **how)
+    )
     ours = sample(keeping(apply_taca(model, 1.4, threshold)), case, **how)
     assert keeping.kept == [1 if cfg == 1 else 2] * 3
     assert f"acted on {1 if threshold else 3} of 3 steps" in caplog.text
@@ -86,7 +88,7 @@ def test_reported_in_every_step(case, folder, apply_taca, keeping, monkeypatch, 
         maps.append(seen[:, 6].view(4, 3))
 
     sample(dense(model, case, 1.4, looks=looks), case, steps=3)
-    report = REPORT.Report({"word": [6]})
+    report = report_on({"word": [6]})
     watched = REPORT.watched(apply_taca(model, 1.4, 0.0), report)
     sample(keeping(watched) if kept else watched, case, steps=3)
     close = {"atol": 1e-5, "rtol": 1e-3}
@@ -163,8 +165,7 @@ def test_an_attention_that_another_node_wrapped_is_told(folder, apply_taca, monk
         sample(apply_taca(model, 1.4), CASES[0])
 
 
-def test_a_lora_that_would_stay_is_refused(folder, pack, apply_taca, loras,
-                                           monkeypatch):  # fmt: skip
+def test_a_lora_that_would_stay_is_refused(folder, pack, apply_taca, loras, monkeypatch):
     model = families.load(CASES[0], folder, monkeypatch)
     save_file(random_lora(model, rank=2), loras / "lora.safetensors")
     with pytest.raises(ValueError, match=r"LoRA .* on Qwen-Image 2.1, since ComfyUI caches"):

@@ -19,6 +19,7 @@ from support import tiny
 from support import words as words_of
 from support.loras import replaced
 from support.reference import factor_matrix, to_float64, velocity
+from support.reports import report_on
 from support.tiny import KINDS, run, sample, sigmas_of
 
 report_module = sys.modules["taca_pack.taca.report"]
@@ -265,7 +266,7 @@ def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
     area = [text[0], {**text[1], "area": (8, 8, 0, 0), "strength": 1.0}]
     model_ = apply_taca(model, 1.5, 0.0)
     for positive in ([other, text, area], [other, area]):
-        report = report_module.Report({"a": [1]}, 7, lambda: text[0])
+        report = report_on({"a": [1]}, 7, lambda: text[0])
         guider = BasicGuider.execute(report_module.watched(model_, report), positive).result[0]
         SamplerCustomAdvanced.execute(
             Noise_RandomNoise(3),
@@ -376,7 +377,7 @@ def test_preview_errors(folder, pack):
 def test_sweep(folder, pack):
     """One model for each setting; gamma 1 is the plain model's bits, and only once."""
     model = tiny.load(folder, "flux")
-    models, labels = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
+    models, labels, *_ = pack["TACASweep"].execute(model, "1, 1.2; 1.5", "970,900").result
     assert labels == [
         "gamma 1 (plain)",
         "gamma 1.2, t >= 970",
@@ -386,6 +387,20 @@ def test_sweep(folder, pack):
     ]
     assert torch.equal(sample(models[0], "flux"), sample(model, "flux"))
     assert not torch.equal(sample(models[1], "flux"), sample(models[3], "flux"))
+    percent = pack["TACASweep"].execute(model, "1.2", "970, 25 %", "3, 4", "a cup\n\n a hat ")
+    models, labels, seeds, prompts = percent.result
+    at = "gamma 1.2, t >= 970", "gamma 1.2, 0-25 %"
+    assert labels == [
+        f"{each}, seed {seed}, {text}"
+        for seed in (3, 4)
+        for text in ("a cup", "a hat")
+        for each in at
+    ]
+    assert seeds == [3] * 4 + [4] * 4
+    assert prompts == (["a cup"] * 2 + ["a hat"] * 2) * 2
+    assert models[0] is models[2]  # one for each setting
+    with pytest.raises(ValueError, match="end_percent must be between"):
+        pack["TACASweep"].execute(model, "1.2", "110%")
     for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
         with pytest.raises(ValueError, match=says):
             pack["TACASweep"].execute(model, bad, "970")
@@ -402,6 +417,7 @@ def test_contact_sheet(pack):
         parts = [(whole[y : y + 64, x : x + 48] - wanted).abs() for y, x in corners]
         return [part for part in parts if (part <= 1).all()]
 
+    assert node.execute(images, None, [0]).result[0].shape[0] == 1  # the sweep is bypassed
     sheet = node.execute(images, ["one", "two"], [0], ["title"]).result[0]
     assert sheet.shape[0] == 1
     assert sheet.shape[2] < 3 * 64
@@ -412,3 +428,33 @@ def test_contact_sheet(pack):
         node.execute(images, ["a", "b", "c"], [0])
     for image in (*images[0], *images[1]):  # each once, and nothing drawn over it
         assert len(places(sheet[0], image)) == len(places(wide[0], image)) == 1
+
+
+@pytest.mark.parametrize("first", ["watch", "taca"])
+def test_watched_in_any_sampler(folder, apply_taca, pack, first):
+    """KSampler's own latents, and the figures of the report that samples by itself."""
+    model = tiny.load(folder, "flux")
+
+    def watch(model):
+        return pack["TACAWatchAttention"].execute(model, "a=1").result
+
+    if first == "watch":
+        watched, report = watch(model)
+        watched = apply_taca(watched, 1.5, 750.0)
+    else:
+        watched, report = watch(apply_taca(model, 1.5, 750.0))
+    with pytest.raises(RuntimeError, match="has not been sampled"):
+        pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3))
+    plain = sample(apply_taca(model, 1.5, 750.0), "flux", steps=5)
+    for _ in range(2):  # a report is of the last run alone
+        assert torch.equal(sample(watched, "flux", steps=5), plain)
+        assert report.table().shape == (2, 5, len(report.blocks))
+        assert len(report.maps) == 5 * len(report.blocks)
+    alone = report_on({"a": [1]})
+    sample(report_module.watched(apply_taca(model, 1.5, 750.0), alone), "flux", steps=5)
+    assert torch.equal(report.table(), alone.table())
+    assert (report.table()[0] != report.table()[1]).any(1).tolist() == [True] * 3 + [False] * 2
+    pictures = pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3)).result
+    assert pictures[0].shape[-1] == pictures[1].shape[-1] == 3
+    assert pictures[2].startswith("Where TACA acts, text gets")
+    assert not replaced(model)

@@ -18,6 +18,7 @@ from support import families, tiny
 from support.families import exists, named
 from support.family_runs import sample as sample_family
 from support.reference import dense_attention
+from support.reports import report_on
 
 REPORT = sys.modules["taca_pack.taca.report"]
 OPTIONS = sys.modules["taca_pack.taca.options"].Options
@@ -52,7 +53,7 @@ def test_keys_of_references_that_core_keeps(folder, apply_taca, monkeypatch):
 
     cached = lambda m: nodes_flux.FluxKVCache.execute(m).result[0]  # noqa: E731
     sample_family(attending(cached(model), dense), case, steps=3)
-    report = REPORT.Report({"word": [505]})
+    report = report_on({"word": [505]})
     sample_family(REPORT.watched(cached(apply_taca(model, 1.5, 0.0)), report), case, steps=3)
     shares = torch.stack([share for share, _ in found]).view(3, case.joint)
     close = {"atol": 1e-5, "rtol": 1e-3}
@@ -67,13 +68,16 @@ def test_steps_from_picture_to_noise(folder, apply_taca):
     model = tiny.load(folder, "flux")
     sampling = model.get_model_object("model_sampling")
     sigmas = FlipSigmas.execute(comfy.samplers.calculate_sigmas(sampling, "simple", 8)).result[0]
-    report = REPORT.Report({})
+    report = report_on({})
     watched = REPORT.watched(PATCH(model, schedule), report)
     guider = BasicGuider.execute(watched, tiny.conditioning("flux", 7)).result[0]
     SamplerCustomAdvanced.execute(
-        Noise_RandomNoise(3), guider, KSamplerSelect.execute("euler").result[0], sigmas,
+        Noise_RandomNoise(3),
+        guider,
+        KSamplerSelect.execute("euler").result[0],
+        sigmas,
         {"samples": torch.zeros(1, 16, 16, 16)},
-    )  # fmt: skip
+    )
     table = report.table()
     assert table.shape == (2, 8, 4)
     assert table.isfinite().all()
@@ -91,8 +95,9 @@ def joined(factor, found=None):
     """Dense attention over 18 text tokens and the film's, with a factor for each text key of the
     positive prompt."""
 
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 **kwargs):  # fmt: skip
+    def override(
+        func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         assert k.shape[2] == 18 + FILM
@@ -131,7 +136,7 @@ def test_prompts_that_core_repeats(film):
     assert effect > 1e-2
     assert (sample_family(ours, case, **how) - expected).abs().max() < 2e-3 * effect
     for num_tokens in (None, 9):
-        report = REPORT.Report({"word": [2]}, num_tokens)
+        report = report_on({"word": [2]}, num_tokens)
         sample_family(REPORT.watched(ours, report), case, **how)
         maps = torch.stack(report.maps)[:, 0].double()
         torch.testing.assert_close(maps, torch.stack(found), atol=1e-5, rtol=1e-3)

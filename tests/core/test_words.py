@@ -1,6 +1,7 @@
 """Words that weigh: attention, whole runs, and prompts, against dense float64."""
 
 import sys
+from functools import partial
 
 import comfy.model_management
 import comfy.samplers
@@ -33,11 +34,12 @@ WordWeights = taca["word_weights"].WordWeights
 WEIGHTS = st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     runs=st.lists(
         st.tuples(st.sampled_from(["text", "image", "other"]), st.integers(1, 6)),
-        min_size=1, max_size=5,
+        min_size=1,
+        max_size=5,
     ),
     data=st.data(),
     batch=st.integers(1, 3),
@@ -45,7 +47,7 @@ WEIGHTS = st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0])
     mask_kind=st.sampled_from(["none", "full", "rows", "bool", "three"]),
     grouped=st.booleans(),
     flat=st.booleans(),
-)  # fmt: skip
+)
 def test_equals_dense(runs, data, batch, gamma, mask_kind, grouped, flat):
     layout = [Span(*run) for run in runs]
     kinds = [span.kind for span in layout for _ in range(span.length)]
@@ -54,15 +56,25 @@ def test_equals_dense(runs, data, batch, gamma, mask_kind, grouped, flat):
     rows = data.draw(st.sampled_from([1, batch]))
     draw = st.lists(WEIGHTS, min_size=len(text), max_size=len(text))
     w = torch.tensor([data.draw(draw) for _ in range(rows)]).view(rows, len(text))
-    avoided = torch.tensor(
-        [data.draw(st.lists(st.booleans(), min_size=len(text), max_size=len(text)))
-         for _ in range(rows)]
-    ).view(rows, len(text)).bool()  # fmt: skip
+    avoided = (
+        torch.tensor(
+            [
+                data.draw(st.lists(st.booleans(), min_size=len(text), max_size=len(text)))
+                for _ in range(rows)
+            ]
+        )
+        .view(rows, len(text))
+        .bool()
+    )
     if not (bool(is_image.any()) or len(text) < n):
         w = w.abs().clamp_min(0.1)  # something has to be left to attend to
     q, k, v = (random(batch, 1 if grouped and i else 2, n, 8, seed=i) for i in range(3))
-    shapes = {"full": (batch, 1, n, n), "rows": (1, 1, 1, n), "bool": (batch, 1, n, n),
-              "three": (batch, n, n)}  # fmt: skip
+    shapes = {
+        "full": (batch, 1, n, n),
+        "rows": (1, 1, 1, n),
+        "bool": (batch, 1, n, n),
+        "three": (batch, n, n),
+    }
     mask = None if mask_kind == "none" else random(*shapes[mask_kind], seed=9)
     if mask_kind == "bool":
         mask = torch.ones(shapes["bool"], dtype=torch.bool)
@@ -156,8 +168,13 @@ def test_alone_in_a_batch(folder, apply_taca):
 
     watched = model.clone()
     watched.add_wrapper("apply_model", seen)
-    ours = sample(watched, "flux", steps=3, text=(7, 7),
-                  positive=weighed(tiny.conditioning("flux", 7), PROMPT))  # fmt: skip
+    ours = sample(
+        watched,
+        "flux",
+        steps=3,
+        text=(7, 7),
+        positive=weighed(tiny.conditioning("flux", 7), PROMPT),
+    )
     assert calls == [2] * 3
     override = dense_words({7: [1.0] * 7, (7, 0): PROMPT})
     expected = sample(by_reference(model, override), "flux", steps=3, text=(7, 7))
@@ -348,8 +365,9 @@ def test_avoided_outside_their_window_as_if_not_there(kind, folder):
     torch.testing.assert_close(
         sample(model, kind, steps=2, positive=words),
         sample(model, kind, steps=2, positive=shorter),
-        atol=1e-4, rtol=1e-4,
-    )  # fmt: skip
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def no_masks(func, q, k, v, heads, mask=None, **kwargs):
@@ -395,8 +413,9 @@ def test_limits_of_gamma_are_not_the_words(folder, pack):
     torch.testing.assert_close(
         sample(limited, "flux", steps=2, positive=words),
         sample(model, "flux", steps=2, positive=words),
-        atol=0, rtol=0,
-    )  # fmt: skip
+        atol=0,
+        rtol=0,
+    )
 
 
 def test_after_an_error_nothing_is_left(folder, monkeypatch):
@@ -452,8 +471,9 @@ def test_the_report_shows_what_weighs(folder, pack):
         return func(q, k, *args, **kwargs)
 
     guider = BasicGuider.execute(by_reference(model, looks), words).result[0]
-    report = sys.modules["taca_pack.nodes.report"].report_of(guider, "", None, None)
-    assert report.words == {"b": [1]}
+    ask = partial(sys.modules["taca_pack.nodes.report"].asked, "", None, None)
+    assert ask(guider).words == {"b": [1]}
+    report = sys.modules["taca_pack.taca.report"].Report(ask)
     watched = sys.modules["taca_pack.taca.report"].watched
     guider.model_patcher = watched(guider.model_patcher, report)
     noise = torch.randn(1, 16, 16, 16, generator=torch.manual_seed(3))

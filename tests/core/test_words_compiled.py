@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import compiled
+from support.compiling import compiled, load
 from support.families import exists, named
 from support.family_runs import sample as sample_family
 from support.tiny import KINDS, installed_on, sample
@@ -26,7 +26,7 @@ def words(kind, weights=PROMPT, length=7, seed=1, **how):
 @pytest.mark.parametrize("whole", [True, False])
 def test_on_and_off(folder, apply_taca, kind, whole):
     """Weights, gamma and words to avoid in turn on one compiled model: never a stale result."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind, whole)
     fast = compiled(model, whole)
     settings = {"steps": 4, "text": (7, 7)}
     plain = sample(fast, kind, **settings)
@@ -47,11 +47,10 @@ def test_on_and_off(folder, apply_taca, kind, whole):
     assert not installed_on(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize(("kind", "cfg"), [("flux", 3.0), ("sd3", 1.0)])
 def test_no_graph_for_other_weights(folder, kind, cfg):
     """One graph for weights, one more where any is negative; none for a prompt or its weights."""
-    fast = compiled(tiny.load(folder, kind), whole=True)
+    fast = compiled(load(folder, kind), whole=True)
 
     def graphs(weights, seed=1):
         positive = words(kind, weights, len(weights), seed)
@@ -70,7 +69,7 @@ def test_no_graph_for_other_weights(folder, kind, cfg):
 
 def test_two_graphs_beside_gamma(folder, apply_taca):
     """Inside the window of gamma, and outside; weights and gamma change nothing."""
-    fast = compiled(tiny.load(folder, "flux"), whole=True)
+    fast = compiled(load(folder, "flux"), whole=True)
     for gamma, weights in ((1.2, POSITIVE), (1.4, POSITIVE[::-1])):
         positive = words("flux", weights)
         sample(apply_taca(fast, gamma), "flux", steps=6, text=(7, 7), positive=positive)
@@ -80,7 +79,7 @@ def test_two_graphs_beside_gamma(folder, apply_taca):
 def test_a_window_of_their_own(folder):
     """Steps outside it run the plain graph."""
     schedule = sys.modules["taca_pack.taca.schedule"]
-    model = tiny.load(folder, "flux")
+    model = load(folder, "flux")
     fast = compiled(model, whole=True)
     half = schedule.Schedule(1.2, schedule.TimestepWindow(700.0))
     positive = words("flux", schedule=half)
@@ -94,7 +93,7 @@ def test_a_window_of_their_own(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(folder, kind):
     """The compiler users have, on the whole model."""
-    model = tiny.load(folder, kind)
+    model = load(folder, kind)
     fast = compiled(model, whole=True, backend="inductor")
     settings = {"steps": 2, "text": (7, 7)}
     for positive in (words(kind), words(kind, **AVOID), None):

@@ -141,7 +141,6 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
         "argv",
         [
             "fusion.py",
-            "cost",
             "--networks",
             "small",
             "--rounds",

@@ -9,23 +9,34 @@ import comfy.sd1_clip
 import numpy as np
 import pytest
 import torch
+from compbench.plan import Category, Plan
 from PIL import Image
 from scipy import linalg
+
+from support.compbench import NO_WORKFLOW
 
 WORDS = ("a cat", "a dog on a mat", "two trains", "a red bus", "an old clock", "rain")
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Folders of real and drawn ones; the real ones wider than high, and larger."""
+    """Real ones, wider than high and larger, and a run of two settings of drawn ones."""
     rng = np.random.default_rng(0)
-    for folder, (height, width) in {"real": (60, 90), "drawn": (32, 32)}.items():
-        (tmp_path / folder).mkdir()
-        for i in range(12 if folder == "real" else 6):
-            pixels = rng.integers(0, 120 if folder == "real" else 255, (height, width, 3), np.uint8)
-            name = f"COCO_{i}" if folder == "real" else f"{WORDS[i]}_{i:06}"
-            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
+    plan = Plan(NO_WORKFLOW, [1.0, 2.0], [Category("coco", list(WORDS), [42])])
+    plan.begin(tmp_path / "run")
+    (tmp_path / "real").mkdir()
+    places = {tmp_path / "real" / f"COCO_{i}.png": (60, 90, 120) for i in range(12)}
+    for unit in plan.units():
+        places[tmp_path / "run" / unit.path] = 32, 32, 128 * int(unit.gamma)
+    for file, (height, width, most) in places.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, most, (height, width, 3), np.uint8)).save(file)
     return tmp_path
+
+
+def drawn_in(folder, gamma):
+    plan = Plan.read(folder / "run")
+    return [folder / "run" / unit.path for unit in plan.units() if unit.gamma == gamma]
 
 
 class Features(torch.nn.Module):
@@ -40,11 +51,11 @@ class Features(torch.nn.Module):
         return small.flatten(1) @ self.matrix
 
 
-def test_fid(pictures):
+def test_fid_of_each_setting(pictures):
     pytest.importorskip("torchmetrics", reason="no torchmetrics: pip install '.[coco]'")
-    real = coco.files_in(pictures / "real")
-    drawn = coco.in_order(coco.files_in(pictures / "drawn"), WORDS)
-    fid = coco.fid_of(real, drawn, "cpu", 4, Features())
+    real = sorted((pictures / "real").iterdir())
+    settings = [drawn_in(pictures, gamma) for gamma in (1.0, 2.0)]
+    found = list(coco.fids_of(real, settings, "cpu", 4, Features()))
 
     def told(files, crop):
         pixels = []
@@ -55,10 +66,14 @@ def test_fid(pictures):
             pixels.append(torch.from_numpy(np.array(picture)).movedim(-1, 0))
         return torch.stack(pixels)
 
-    a, b = (Features()(told(f, c)).double().numpy() for f, c in ((real, True), (drawn, False)))
-    root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert fid == pytest.approx(expected, rel=1e-5)
+    a, *others = (
+        Features()(told(files, files is real)).double().numpy() for files in (real, *settings)
+    )
+    for fid, b in zip(found, others, strict=True):
+        root = np.trace(linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real)
+        spread = np.trace(np.cov(a.T) + np.cov(b.T)) - 2 * root
+        assert fid == pytest.approx(((a.mean(0) - b.mean(0)) ** 2).sum() + spread, rel=1e-5)
+    assert found[0] != pytest.approx(found[1], rel=0.1)
 
 
 def test_clip_score(pictures):
@@ -79,7 +94,7 @@ def test_clip_score(pictures):
         transformers.CLIPImageProcessor(), transformers.CLIPTokenizer.from_pretrained(tokenizer)
     )
     captions = [*WORDS[:5], "rain " * 100]  # CLIP reads the first 75
-    drawn = coco.in_order(coco.files_in(pictures / "drawn"), captions)
+    drawn = drawn_in(pictures, 1.0)
     mean, half = coco.clip_score_of(drawn, captions, "cpu", 4, model, processor)
     scores = []
     for file, caption in zip(drawn, [*WORDS[:5], "rain " * 75], strict=True):
@@ -114,43 +129,27 @@ def test_captions_are_chosen(tmp_path, monkeypatch, capsys):
         run(monkeypatch, "prompts", "--captions", file, "--out", out)
 
 
+def score(monkeypatch, folder):
+    run(monkeypatch, "score", "--run", folder / "run", "--real", folder / "real")
+
+
 WRONG = {
-    "caption 3 without the other": lambda drawn: next(drawn.glob("*_000003.png")).unlink(),
-    "caption 6 without the other": lambda drawn: (drawn / "more_6.png").write_bytes(b""),
-    "both of caption 2": lambda drawn: (drawn / "x_2.png").write_bytes(b""),
-    "does not end with the number": lambda drawn: (drawn / "cat.png").write_bytes(b""),
-    "has 0 pictures": lambda drawn: [file.unlink() for file in drawn.iterdir()],
+    "2 pictures are not drawn yet": lambda folder: [
+        file.unlink() for file in (folder / "run").glob("*/coco/samples/*_000003.png")
+    ],
+    "holds no run": lambda folder: (folder / "run/run.json").unlink(),
+    "has 0 pictures": lambda folder: [file.unlink() for file in (folder / "real").iterdir()],
 }
 
 
 @pytest.mark.parametrize("told", WRONG)
 def test_wrong_pictures_are_told(pictures, monkeypatch, told):
-    WRONG[told](pictures / "drawn")
-    (pictures / "coco.txt").write_text("\n".join(WORDS))
+    WRONG[told](pictures)
     with pytest.raises(SystemExit, match=told):
-        run(
-            monkeypatch,
-            "score",
-            "--real",
-            pictures / "real",
-            "--drawn",
-            pictures / "drawn",
-            "--captions",
-            pictures / "coco.txt",
-        )
+        score(monkeypatch, pictures)
 
 
 def test_without_torchmetrics_it_says_how_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    (pictures / "coco.txt").write_text("\n".join(WORDS))
     with pytest.raises(SystemExit, match=r"pip install '\.\[coco\]'"):
-        run(
-            monkeypatch,
-            "score",
-            "--real",
-            pictures / "real",
-            "--drawn",
-            pictures / "drawn",
-            "--captions",
-            pictures / "coco.txt",
-        )
+        score(monkeypatch, pictures)

@@ -185,8 +185,8 @@ def test_download_is_verified_before_anything_in_it_runs(private, monkeypatch, t
 
 
 def ended(process):
-    """Whether a process ends within seconds."""
-    for _ in range(50):
+    """Whether a process ends; a busy machine may take its time."""
+    for _ in range(600):
         try:
             os.kill(process, 0)
         except ProcessLookupError:
@@ -222,7 +222,7 @@ dev["main"]()"""
     )
     below = [int(process) for process in child.stdout.readline().split()]
     child.send_signal(getattr(signal, name))
-    assert child.wait(20) != 0
+    assert child.wait() != 0
     assert len(below) == 2
     assert all(ended(process) for process in below)
 

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import comfy.latent_formats
 import comfy.model_sampling
 import pytest
 import torch
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from support.versions import needs_curves
 
 schedule = sys.modules["taca_pack.taca.schedule"]
-timestep = sys.modules["taca_pack.taca.timesteps"].timestep
+timesteps = sys.modules["taca_pack.taca.timesteps"]
+timestep = timesteps.timestep
 Schedule, TimestepWindow = schedule.Schedule, schedule.TimestepWindow
 resolve = sys.modules["taca_pack.taca.timesteps"].resolve
 try:
@@ -251,3 +253,40 @@ def test_a_bad_curve_is_refused(low, high, says):
 def test_bad_windows_are_refused(window, values, says):
     with pytest.raises(ValueError, match=says):
         getattr(schedule, window)(*values)
+
+
+# --- the paper's window for any size --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("latent_format", "shape", "expected"),
+    [
+        ("Flux", (1, 16, 128, 128), 970.0),  # 1024 x 1024, the paper's
+        ("Flux", (2, 16, 64, 64), 941.748),
+        ("SD3", (1, 16, 256, 256), 984.772),
+        ("SD3", (1, 16, 96, 160), 969.047),  # 768 x 1280
+        ("Flux2", (1, 128, 64, 64), 970.0),  # 16 pixels a latent
+        ("Wan21", (1, 16, 5, 64, 64), 941.748),  # of a film each frame
+    ],
+)
+def test_as_much_of_a_picture_is_hidden(latent_format, shape, expected):
+    """Sigma over 1 - sigma goes as the root of the picture's tokens; 16 pixels a side each."""
+    number = timesteps.size_in_tokens(getattr(comfy.latent_formats, latent_format)(), shape)
+    window = schedule.FittedWindow()
+    sigmas = torch.linspace(1, 0, 2001)
+    inside = resolve(Schedule(1.2, window), sampling("sd3"), sigmas, number).contains(1000 * sigmas)
+    assert abs(float(1000 * sigmas[inside].min()) - expected) < 0.5
+    assert abs(window.threshold(number) - expected) < 1e-3
+
+
+@pytest.mark.parametrize("begin", [1.0, 0.9, 0.4])
+def test_never_less_than_one_step(begin):
+    """A run that begins late, as image to image does, has its first step inside."""
+    sigmas = torch.tensor([begin, begin - 0.2, 0.0])
+    plan = resolve(Schedule(1.2, schedule.FittedWindow()), sampling("sd3"), sigmas, 4096.0)
+    assert plan.contains(1000 * sigmas).tolist() == [True, False, False]
+
+
+def test_without_a_run_no_size_is_known():
+    with pytest.raises(ValueError, match="training has none"):
+        resolve(Schedule(1.2, schedule.FittedWindow()), sampling("sd3"))

@@ -4,9 +4,16 @@ import pytest
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-# Tracing FLUX takes twice as long as SD3, and test_both_orders_on_and_off does it.
+from support import tiny
+
+# Tracing takes longest of all, and test_both_orders_on_and_off traces FLUX.
 TRACED = [pytest.param("flux", marks=pytest.mark.slow), "sd3"]
 LISTS = ("double_blocks", "single_blocks", "joint_blocks")
+
+
+def load(folder, kind, whole=True):
+    """The tiny model; to be traced whole, which takes the longer the deeper it is, the shortest."""
+    return tiny.load(folder, "flux-short" if whole and kind == "flux" else kind)
 
 
 def compiled(model, whole, backend="eager", lists=LISTS):

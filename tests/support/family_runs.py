@@ -86,7 +86,7 @@ def weighted(q, k, v, case, weights, mask):
 
 
 def tell(record_property, model, case, texts):
-    """For ``benchmarks/families.py``: a model's family, and the tokens it is tested with."""
+    """For ``support/family_table.py``: a model's family, and the tokens it is tested with."""
     record_property("family", TABLE.family_of(model.model.diffusion_model).name)
     for text in texts:
         for kind in ("text", "image"):

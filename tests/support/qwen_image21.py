@@ -38,9 +38,7 @@ def attend(q, k, v, heads, options, mask=None, kernel=None):
     )
 
 
-def block_causal_attention(
-    segments, transformer_options, cache=None, block_index=0, prefix_len=0
-):  # fmt: skip
+def block_causal_attention(segments, transformer_options, cache=None, block_index=0, prefix_len=0):
     """Each segment asks all up to its own end, one call of core's for each."""
 
     def attention(q, k, v, heads, preferred_attention=None):
@@ -104,9 +102,18 @@ class Block(nn.Module):
 
 class QwenImage21Transformer2DModel(nn.Module):
     def __init__(
-        self, in_channels, out_channels, num_layers, attention_head_dim, num_attention_heads,
-        context_in_dim, image_model=None, dtype=None, device=None, operations=None,
-    ):  # fmt: skip
+        self,
+        in_channels,
+        out_channels,
+        num_layers,
+        attention_head_dim,
+        num_attention_heads,
+        context_in_dim,
+        image_model=None,
+        dtype=None,
+        device=None,
+        operations=None,
+    ):
         super().__init__()
         self.dtype = dtype
         how = {"dtype": dtype, "device": device}
@@ -153,9 +160,15 @@ class QwenImage21Transformer2DModel(nn.Module):
         return self.img_in(image.flatten(2).transpose(1, 2))
 
     def forward(
-        self, x, timestep, context, ref_latents=None, image_slots=None,
-        transformer_options={}, **kwargs,  # noqa: B006
-    ):  # fmt: skip
+        self,
+        x,
+        timestep,
+        context,
+        ref_latents=None,
+        image_slots=None,
+        transformer_options={},  # noqa: B006
+        **kwargs,
+    ):
         references, slots = list(ref_latents or ()), list(image_slots or ())
         states, pe, segments = self.sequence(x, context, references, slots)
         num_before = states.shape[1] - x[0, 0].numel()
@@ -185,8 +198,12 @@ class QwenImage21Transformer2DModel(nn.Module):
                     options = args["transformer_options"]
                     return {"img": block(args["img"], mod, args["pe"], attention, rest, options)}
 
-                args = {"img": states, "pe": pe, "attn_fn": attention,
-                        "transformer_options": options}  # fmt: skip
+                args = {
+                    "img": states,
+                    "pe": pe,
+                    "attn_fn": attention,
+                    "transformer_options": options,
+                }
                 states = replaced["single_block", i](args, {"original_block": run})["img"]
             else:
                 states = block(states, mod, pe, attention, rest, options)
@@ -200,9 +217,12 @@ class Latents(comfy.latent_formats.LatentFormat):
 class QwenImage21(comfy.model_base.QwenImage):
     def __init__(self, model_config, device=None):
         comfy.model_base.BaseModel.__init__(
-            self, model_config, comfy.model_base.ModelType.FLUX, device=device,
+            self,
+            model_config,
+            comfy.model_base.ModelType.FLUX,
+            device=device,
             unet_model=QwenImage21Transformer2DModel,
-        )  # fmt: skip
+        )
 
     def extra_conds(self, **kwargs):
         slots = kwargs.get("image_slots")

@@ -23,8 +23,8 @@ HIDDEN = 128  # of FLUX, with its one head of 128 (16 + 56 + 56 for RoPE)
 CONTEXT = {"flux": 64, "flux-fill": 64, "schnell": 64, "sd3": 48}
 
 
-def shapes_flux(in_channels=64, guidance=True):
-    """Names and shapes of a FLUX.1 with 2 double and 2 single blocks."""
+def shapes_flux(in_channels=64, guidance=True, depth=2):
+    """Names and shapes of a FLUX.1 with so many double and so many single blocks."""
     h, context, vector, mlp = HIDDEN, CONTEXT["flux"], 32, 4 * HIDDEN
     linear = {
         "img_in": (h, in_channels),
@@ -39,7 +39,7 @@ def shapes_flux(in_channels=64, guidance=True):
     if guidance:
         linear |= {"guidance_in.in_layer": (h, 256), "guidance_in.out_layer": (h, h)}
     norm = {}
-    for i in range(2):
+    for i in range(depth):
         for stream in ("img", "txt"):
             block = f"double_blocks.{i}.{stream}"
             linear |= {
@@ -100,6 +100,7 @@ def weights(kind, seed=0):
     linear, norm, other = {
         "flux": shapes_flux,
         "flux-fill": lambda: shapes_flux(in_channels=384),
+        "flux-short": lambda: shapes_flux(depth=1),
         "schnell": lambda: shapes_flux(guidance=False),
         "sd3": shapes_sd3,
     }[kind]()

@@ -40,8 +40,18 @@ def weighed(conditioning, weights, any_model=True, **how):
 def dense_words(weights, gamma=1.0, inside=lambda sigma: True, threshold=0.97, num_avoided=0):
     """Core's override: weights where a joint attention is over these text tokens and an image."""
 
-    def override(func, q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False,
-                 transformer_options=None, **kwargs):  # fmt: skip
+    def override(
+        func,
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        transformer_options=None,
+        **kwargs,
+    ):
         if not skip_reshape:
             q, k, v = (x.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         n, sigma = k.shape[2], float(transformer_options["sigmas"][0])

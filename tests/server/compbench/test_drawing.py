@@ -1,5 +1,6 @@
 """A run's folder, stand-ins for servers: killed anywhere, damaged, shared, with faults."""
 
+import itertools
 import multiprocessing
 import random
 import signal
@@ -8,9 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import compbench.__main__ as compbench
 import pytest
+from comfy_server import Server
 from compbench import draw
 from compbench.plan import write as put
 
@@ -166,22 +169,29 @@ def test_one_of_two_fails_at_everything(out, line, monkeypatch, fault):
     with StandIn(fails) as bad, StandIn() as good:
         # so that the other is faster
         good.fault = lambda graph: good_is_there.set() or time.sleep(0.03)
-        patience = 0.01 if fault == "wait" else 1
-        compbench.main(line(bad.url, good.url, images=5, patience=patience))
+        if fault == "wait":  # the one that draws may take its time on a busy machine
+            patience = {bad.url: 0.3}
+            monkeypatch.setattr(
+                compbench, "Server", lambda url, **_: Server(url, patience=patience.get(url))
+            )
+        compbench.main(line(bad.url, good.url, images=5))
         assert sum(good.asked.values()) == 30
     assert_complete(out)
     assert 0 < len(tried) == len(set(tried))
     assert fault != "refuse" or len(tried) <= draw.IN_FLIGHT
 
 
-def test_no_server_is_left(line, fast):
-    """All refuse; or one does and the other does not answer."""
+def test_no_server_is_left(line, fast, monkeypatch):
+    """All refuse; or one does and the other does not answer, while minutes pass quickly."""
     with StandIn() as gone:
         pass
     with StandIn(lambda graph: "refuse") as a, StandIn(lambda graph: "refuse") as b:
         refuses(line(a.url, b.url), r"Every server refuses the workflow.*no such node")
-        both = line(gone.url, a.url, patience=0.01)
-        refuses(both, r"No server has answered.*Cannot connect.*no such node")
+        asked, looks = [], itertools.count()
+        a.fault = lambda graph: asked.append(graph) or "refuse"
+        clock = SimpleNamespace(monotonic=lambda: 600.0 * next(looks) if asked else 0.0)
+        monkeypatch.setattr(draw, "time", clock)
+        refuses(line(gone.url, a.url), r"No server has answered.*Cannot connect.*no such node")
 
 
 def test_servers_share_the_work(out, line, fast):
@@ -204,9 +214,9 @@ def test_stopped_by_ctrl_c(out, line):
         process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True)
         signal.signal(signal.SIGINT, kept)
         with process:
-            wait_until(lambda: drawn(out) >= 5)
+            wait_until(lambda: drawn(out) >= 5 or process.poll() is not None)
             process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=30)[1]
+            said = process.communicate()[1]
     assert process.returncode == 1
     assert "compbench: Stopped." in said
     assert "Traceback" not in said

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import world
 from comfy_server import Lost
-from compbench import ray_workers
 from compbench.plan import Plan, Problem, Unit
 from compbench.workflow import read_workflow
+from kept_server import KeptServer
 from PIL import Image
 
 from support.comfy_stand_in import asked_for, changed, png_of
@@ -137,7 +137,7 @@ def test_on_ray(out, captions):
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     ours = "main.py", "--output-directory", "compbench-"
     threads = [
-        when_drawn(out, 8, lambda: running("ray::Worker")[0].kill()),
+        when_drawn(out, 8, lambda: running("ray::KeptServer")[0].kill()),
         when_drawn(out, 20, lambda: running(*ours)[0].kill()),
     ]
     compbench.main([*captions, "--ray", "--workers", "2", "--gpus-per-worker", "0"])
@@ -152,7 +152,7 @@ def worker():
     with ExitStack() as stack:
 
         def make(start=STAND_IN, patience=60):
-            made = ray_workers.Worker(start, patience)
+            made = KeptServer(start, patience)
             stack.callback(lambda: made.pipe.close())
             return made
 

@@ -1,8 +1,8 @@
 """The table of families in docs/models.md: the tests of every family, run on every pinned ComfyUI.
 
-``python dev.py run benchmarks/families.py`` after ``python dev.py setup --comfyui-version VERSION``
-for each version; it writes ``results/families.json`` and, from that, what is between the page's
-marks. With ``--table`` it runs no tests.
+``python dev.py run tests/support/family_table.py`` after ``python dev.py setup --comfyui-version
+VERSION`` for each version; it writes ``tests/families.json`` and, from that, what is between the
+page's marks. With ``--table`` it runs no tests.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from reporting import RESULTS, ROOT, markdown, store, write_between
+sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in (".", "benchmarks")]
 
-sys.path.append(str(ROOT))
+from reporting import ROOT, markdown, store, write_between
 
 from dev import COMFYUI, DEV
 from taca.families import FAMILIES, REFUSED
 
-RECORD = RESULTS / "families.json"
+RECORD = ROOT / "tests" / "families.json"
 TESTS = {
     "test_equals_dense": "attention",
     "test_equals_dense_with_cfg_in_a_batch": "attention",
@@ -136,7 +136,6 @@ def main() -> None:
             )
         store(RECORD, {version: results(place) for version, place in places.items()})
     text = table(json.loads(RECORD.read_text(encoding="utf-8")))
-    print(text)
     write_between(ROOT / "docs" / "models.md", "families", text)
 
 

@@ -1,0 +1,183 @@
+"""Judge trained U-ViTs of the demo's world on the held-out captions, and compare their fusions.
+
+``python dev.py run demo/training/evaluate_uvit.py FILES`` compares networks of ``train_uvit.py``
+with the first one; ``benchmarks/fusion.md`` says what is asked, and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+
+import world
+from codec import SCALE, Codec
+from train_uvit import BLOCKS, CODEC
+from trainer import pictures_of, tokens_of
+
+from uvit.diffusion import TIMESTEPS, noise_levels
+from uvit.files import read_config
+from uvit.network import UViT
+
+TOLD = ("colour", "shape", "relation", "all three")
+BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
+
+
+@torch.no_grad()
+def sample(
+    network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
+) -> np.ndarray:
+    """Draw a picture of each caption by DDIM: ``(captions, 64, 64, 3)``.
+
+    A caption's noise depends on the seed and its place among the captions alone.
+    """
+    tokens = tokens_of(captions)
+    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
+    side = network.config.side
+    x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
+    signal, noise_share = noise_levels()
+    times = torch.linspace(TIMESTEPS, 1, steps).round().long().tolist()
+    for t, following in itertools.zip_longest(times, times[1:]):
+        predicted = network(x.repeat(2, 1, 1, 1), torch.full((2 * len(x),), t), context)
+        positive, negative = predicted.chunk(2)
+        noise = negative + cfg * (positive - negative)
+        x = (x - noise_share[t - 1] * noise) / signal[t - 1]
+        if following:
+            x = signal[following - 1] * x + noise_share[following - 1] * noise
+    return codec.decode(x / SCALE).numpy()
+
+
+def load(path: Path) -> tuple[UViT, dict[str, Any]]:
+    """A trained network and what its file says of it."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    network = UViT(read_config(state, metadata, path.name)[0])
+    network.load_state_dict(state)
+    return network.eval(), json.loads(metadata["uvit"])
+
+
+def wrong(caption: str) -> list[str]:
+    """The caption with the colours, the shapes and the relation wrong."""
+    scene = world.parse(caption)
+
+    def exchanged(what: str, every: Sequence[str]) -> str:
+        one, other = getattr(scene.first, what), getattr(scene.second, what)
+        first, second = other, one
+        if one == other:
+            first = every[(every.index(one) + 1) % len(every)]
+        items = (i._replace(**{what: v}) for i, v in zip(scene[::2], (first, second), strict=True))
+        return str(world.Scene(next(items), scene.relation, next(items)))
+
+    turned = str(scene._replace(relation=scene.mirrored().relation))
+    return [exchanged("colour", list(world.COLOURS)), exchanged("shape", world.SHAPES), turned]
+
+
+@torch.no_grad()
+def tells(network: UViT, codec: Codec, captions: list[str], draws: int = 16) -> np.ndarray:
+    """Whether each caption explains its picture better than wrong ones: ``(captions, TOLD)``."""
+    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)]))
+    told = [captions, *zip(*map(wrong, captions), strict=True)]
+    contexts = [codec.embed(tokens_of(each)) for each in told]
+    signal, noise_share = noise_levels()
+    drawn = torch.Generator().manual_seed(0)
+    loss = torch.zeros(len(contexts), len(captions))
+    for i in range(draws):
+        t = round((i + 0.5) * TIMESTEPS / draws)
+        noise = torch.randn(x.shape, generator=drawn)
+        noisy = signal[t - 1] * x + noise_share[t - 1] * noise
+        for each, context in zip(loss, contexts, strict=True):
+            predicted = network(noisy, torch.full((len(x),), t), context)
+            each += (predicted - noise).square().mean((1, 2, 3))
+    right = (loss[0] < loss[1:]).T
+    return torch.cat((right, right.all(1, keepdim=True)), 1).numpy()
+
+
+def score(options: argparse.Namespace) -> None:
+    """Judge networks on the captions that were held out, and compare them with the first."""
+    codec, captions = Codec.load(CODEC), world.captions("held-out")
+    asked = {key: getattr(options, key) for key in ("noises", "ddim_steps", "cfg")}
+    report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
+    criteria = {"right": world.CRITERIA, "tells": TOLD}
+    judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
+    for path in options.files:
+        network, said = load(path)
+        name = "early" if said["shared"] == BLOCKS else f"central {said['shared']}"
+        name += f", {said['steps']} steps"
+        right = []
+        for seed in range(options.noises):
+            pictures = sample(network, codec, captions, seed, options.ddim_steps, options.cfg)
+            checks = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
+            right.append([[check[key] for key in world.CRITERIA] for check in checks])
+        found = {"right": np.array(right), "tells": tells(network, codec, captions)[None]}
+        report["networks"][path.stem] = {"training": said}
+        for kind, values in found.items():
+            judged[kind].setdefault(name, {})[said["seed"]] = values.astype(float)
+            shares = zip(criteria[kind], values.mean((0, 1)).round(4).tolist(), strict=True)
+            report["networks"][path.stem][kind] = dict(shares)
+        print(path.stem, report["networks"][path.stem], flush=True)
+    first, *others = judged["right"]
+    for name in others:
+        seeds = sorted(judged["right"][name].keys() & judged["right"][first].keys())
+        found = {"seeds": seeds}
+        for kind, by_name in judged.items():
+            found[kind] = paired(criteria[kind], by_name[name], by_name[first], seeds)
+        report["differences"][f"{name}, minus {first}"] = found
+        print(name, "minus", first, found)
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+def paired(
+    criteria: Sequence[str], ours: BySeed, theirs: BySeed, seeds: list[int], draws: int = 10_000
+) -> dict[str, dict[str, Any]]:
+    """Differences in points, by criterion: mean, 95 % interval, by training seed.
+
+    Captions come in pairs that tell the same scene, and are drawn together.
+    """
+    difference = 100 * np.stack([(ours[seed] - theirs[seed]).mean(0) for seed in seeds])
+    scenes = difference.reshape(len(seeds), -1, 2, len(criteria)).mean(2)
+    rows = bootstrap(scenes, draws).T.round(2), scenes.mean((0, 1)), scenes.mean(1).T.round(2)
+    return {
+        what: {"mean": round(float(mean), 2), "interval": ends.tolist(), "by_seed": each.tolist()}
+        for what, ends, mean, each in zip(criteria, *rows, strict=True)
+    }
+
+
+def bootstrap(values: np.ndarray, draws: int = 10_000) -> np.ndarray:
+    """95 % intervals of the mean over ``(trainings, scenes, criteria)``: low and high.
+
+    Trainings are too few for a normal interval; they and the scenes are drawn anew.
+    """
+    rng = np.random.default_rng(0)
+    means = np.empty((draws, values.shape[2]))
+    for i in range(draws):
+        trainings, scenes = (rng.integers(count, size=count) for count in values.shape[:2])
+        means[i] = values[trainings][:, scenes].mean((0, 1))
+    return np.quantile(means, (0.025, 0.975), axis=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", help="the first is what others compare with")
+    parser.add_argument("--noises", type=int, default=3)
+    parser.add_argument("--ddim-steps", type=int, default=50)
+    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--out", type=Path)
+    torch.set_num_threads(1)
+    score(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
