@@ -279,6 +279,7 @@ def test(python: Path, comfyui: Path, *arguments: str) -> None:
     # A file's tests stay together, for its fixtures. With more threads than one each, the workers
     # wait for one another's cores.
     workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    workers.append("--no-loadscope-reorder")  # tests/conftest.py puts what takes longest first
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = arguments or ("-m", "not slow")
     script(python, comfyui, "-m", "pytest", *workers, *chosen, cwd=ROOT)

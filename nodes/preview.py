@@ -49,7 +49,7 @@ class TACASchedulePreview(io.ComfyNode):
         if chosen is None:
             raise ValueError(
                 "TACA Schedule Preview has no schedule: connect TACA Schedule, or a model from "
-                "TACA Patch Model."
+                "the TACA node."
             )
         if len(sigmas) < 2:
             raise ValueError(

@@ -1,12 +1,21 @@
-"""What ComfyUI calls a model with."""
+"""The arguments of ComfyUI's calls: of a sampling run, and of a model in it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .layouts import CallState
+
+RUN = "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback"
+"""The first arguments of ``CFGGuider.outer_sample``, in core's order and with core's names."""
+
+
+def run_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a run by name; of those, ``latent_shapes`` are always there."""
+    given = {**dict(zip(RUN, args, strict=False)), **kwargs}
+    return {**given, "latent_shapes": given.get("latent_shapes") or [given["noise"].shape]}
 
 
 class CallArguments(NamedTuple):

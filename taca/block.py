@@ -34,29 +34,29 @@ class Seen:
 def joint_forward(
     forward: Forward, block: JointBlock, state: CallState, override: Override, seen: list[Seen]
 ) -> Forward:
-    """A block's forward, for one call, whose attention asks an override.
+    """A block's forward, for one call, whose attention runs through an override.
 
     ``forward`` is the block's, with whatever other packs have put there. The override is called
     with what the block did so far, the layout of its tokens and its ``num_tokens``, and then as
     core calls its ``optimized_attention_override``, but for the override that was there before.
     """
-    own = Seen(forward)
-    seen.append(own)
+    block_seen = Seen(forward)
+    seen.append(block_seen)
     locate, reach = block.locate, block.reach
 
     @looks_like(forward)
     def taca_forward(*args: Any, **kwargs: Any) -> Any:
-        own.called = True
+        block_seen.called = True
         layout = locate(args, kwargs, state)
         if not layout:
             return forward(*args, **kwargs)
-        own.ran = True
-        asks = partial(override, own, layout, num_tokens(layout))
+        block_seen.ran = True
+        chained = partial(override, block_seen, layout, num_tokens(layout))
         if torch.compiler.is_compiling():  # in one graph, or not at all: see compiler.py
             with torch._dynamo.error_on_graph_break(True):
-                attend, args, kwargs = reach(forward, args, kwargs, asks)  # type: ignore[assignment]
+                attend, args, kwargs = reach(forward, args, kwargs, chained)  # type: ignore[assignment]
                 return attend(*args, **kwargs)
-        attend, args, kwargs = reach(forward, args, kwargs, asks)  # type: ignore[assignment]
+        attend, args, kwargs = reach(forward, args, kwargs, chained)  # type: ignore[assignment]
         if "torch._dynamo" in sys.modules and frame_callback() is not None:
             # Past its limit of recompilations dynamo runs this function as it is. What it compiled
             # for the plain block, without guards on transformer_options, must not run inside.
@@ -106,13 +106,15 @@ def taca_override(
     backend = instead or backend
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        output = backend(q, k, v, heads, mask=mask, **kwargs)
-        if output.shape[out_dim] != q.shape[dim]:
-            raise ValueError(
-                f"TACA needs an attention kernel for any number of queries. This one answers "
-                f"{q.shape[dim]} queries with {output.shape[out_dim]} rows: take out the node that "
-                f"chose it, or TACA Patch Model."
-            )
-        return output
+        return backend(q, k, v, heads, mask=mask, **kwargs)
 
-    return temperature_adjusted_attention(attend, q, k, v, gamma, layout, mask, dim, out_dim, words)
+    output = temperature_adjusted_attention(
+        attend, q, k, v, gamma, layout, mask, dim, out_dim, words
+    )
+    if output.shape[out_dim] != joint[0]:
+        raise ValueError(
+            f"TACA needs an attention kernel for any number of queries. This one answers "
+            f"{joint[0]} queries with {output.shape[out_dim]} rows: take out the node that chose "
+            f"it, or the TACA node."
+        )
+    return output

@@ -6,6 +6,7 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.ldm.modules import attention
+from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from .schedule import ResolvedSchedule
 from .swap import Wrap, swapped_forwards
 from .timesteps import resolve, timesteps
 from .training import adjust_training_call
+from .word_weights import WordWeights
 
 
 def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,24 +40,9 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     words = run.words.of_call(call, t, model) if run.words is not None else None
     if not any(inside) and words is None:
         return executor(*args, **kwargs)
-    sites, state = run.sites_of(base_model), call.initial_state()
-    seen: list[Seen] = []
-    swaps: list[tuple[nn.Module, Wrap]] = []
     gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
-    if gamma is not None or words is not None:
-        instead = None
-        if words is not None:
-            like = call.x.new_empty((), dtype=base_model.get_dtype_inference())
-            instead = for_masks(call.transformer_options, like, run.takes_masks)
-        override = partial(taca_override, gamma, words, instead)
-        plain = partial(taca_override, None, words, instead)
-        blocks = sites.blocks if words is None else sites.all_blocks
-        if words is not None and words.avoided is not None:
-            blocks = [*blocks, *sites.refiners]
-        for block in blocks:
-            own = override if block.module in sites.adjusted else plain
-            wrap = partial(joint_forward, block=block, state=state, override=own, seen=seen)
-            swaps.append((block.module, wrap))
+    sites, seen = run.sites_of(base_model), list[Seen]()
+    swaps = block_swaps(run, base_model, call, gamma, words, seen)
     if all(inside):
         swaps += sites.lora_swaps
     elif any(inside):
@@ -73,6 +60,34 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         if words is not None:
             run.word_events.end_call(seen, max(t), is_first, model)
     return result
+
+
+def block_swaps(
+    run: Run,
+    base_model: BaseModel,
+    call: CallArguments,
+    gamma: Tensor | None,
+    words: WordWeights | None,
+    seen: list[Seen],
+) -> list[tuple[nn.Module, Wrap]]:
+    """The joint blocks of a call, and wraps of their forwards that add to ``seen``."""
+    if gamma is None and words is None:
+        return []
+    sites, state, instead = run.sites_of(base_model), call.initial_state(), None
+    blocks = sites.blocks if words is None else sites.all_blocks
+    if words is not None:
+        like = call.x.new_empty((), dtype=base_model.get_dtype_inference())
+        instead = for_masks(call.transformer_options, like, run.takes_masks)
+        if words.avoided is not None:
+            blocks = [*blocks, *sites.refiners]
+    adjusting = partial(taca_override, gamma, words, instead)
+    plain = partial(taca_override, None, words, instead)
+    swaps: list[tuple[nn.Module, Wrap]] = []
+    for block in blocks:
+        override = adjusting if block.module in sites.adjusted else plain
+        wrap = partial(joint_forward, block=block, state=state, override=override, seen=seen)
+        swaps.append((block.module, wrap))
+    return swaps
 
 
 def gamma_of_call(

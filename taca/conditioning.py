@@ -59,7 +59,7 @@ class NeedsTaca(comfy.conds.CONDRegular):
     def process_cond(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "TACA: this model has no TACA, and any_model is off for the words of its prompt, so "
-            "they would not weigh. Put TACA Patch Model before the sampler (with gamma 1 it does "
+            "they would not weigh. Put the TACA node before the sampler (with gamma 1 it does "
             "nothing else), or turn any_model on."
         )
 

@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """For what no node made."""
+    """Tell nobody: for models that were patched without a node."""
 
 
 def step_at(steps: list[float], t: float) -> int:
@@ -81,12 +81,12 @@ class Events:
             raise RuntimeError(
                 f"TACA was bypassed in {blocks} of {count} blocks of {type(model).__name__}: they "
                 f"run {who}, whose attention TACA does not reach. Take out the node that put it "
-                f"there, or TACA Patch Model."
+                f"there, or the TACA node."
             )
         if is_first and no_block_ran:
             raise RuntimeError(
                 f"TACA was bypassed: no block of {type(model).__name__} ran inside the window. "
-                f"{_replacement(model)} Take out the node that did this, or TACA Patch Model."
+                f"{_replacement(model)} Take out the node that did this, or the TACA node."
             )
 
     def counts(self) -> tuple[int, int]:

@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from .arguments import CallArguments
 from .block_ranges import parse_blocks
 from .layouts import (
-    Around,
-    FindAround,
+    ExtraText,
+    FindExtraText,
     Locate,
     cropped,
-    filled_up,
     glyphs,
     hidream_o1,
-    llama_behind,
+    llama_tokens,
     minimax,
     mochi,
-    nothing,
+    no_extra_text,
     one_stream,
+    padded,
     qwen_image21,
     records_length,
     records_only,
     text_alone,
-    told_time,
+    time_token,
     two_streams,
     with_prefix,
 )
@@ -55,13 +55,13 @@ class Family:
     models: tuple[str, ...]  # class names of the ``diffusion_model``
     # Path of each list of blocks with a joint attention -> where the tokens of its blocks are.
     joint: dict[str, Locate] = field(hash=False)
-    # The same for lists of blocks that only show what joint blocks are not told.
+    # The same for blocks that are not joint, and record lengths that joint blocks need.
     before: dict[str, Locate] = field(default_factory=dict, hash=False)
     attention: str = ""  # attribute of a block that attends, where the block cannot be reached
     reach: Reach = through_options  # how an attention override reaches that attention
-    around: FindAround = nothing  # what it takes for text before and behind the conditioning
+    extra_text: FindExtraText = no_extra_text  # its text tokens beside the conditioning
     fills_front: int = 0  # to so many text tokens core fills up the conditioning in front
-    # Where the picture's own tokens are among all image tokens: before what it is shown, behind it,
+    # Where the picture's own tokens are among all image tokens: before what it is shown, after it,
     # or in the left half of each row.
     own_image: Literal["first", "last", "left"] = "first"
     patch: int = 0  # side of a token in latents, where the model does not say it in ``patch_size``
@@ -99,9 +99,9 @@ class Family:
         blocks |= {block.module: block for block in self.joint_blocks(diffusion_model, limit)}
         return list(blocks.values())
 
-    def around_prompt(
+    def extra_text_of(
         self, diffusion_model: nn.Module, num_prompt: int, call: CallArguments
-    ) -> Around:
+    ) -> ExtraText:
         """The text tokens of the model beside those of a prompt's conditioning.
 
         Raises ValueError if the conditioning has another number of tokens.
@@ -114,8 +114,8 @@ class Family:
                 f"{num_prompt}. Connect the CLIP and the prompt that made the conditioning; "
                 f"joined ones and image prompts (Redux) cannot be told apart."
             )
-        around = self.around(diffusion_model, num_text, call.others)
-        return around._replace(before=[*around.before, *([0.0] * missing)])
+        extra = self.extra_text(diffusion_model, num_text, call.others)
+        return extra._replace(before=[*extra.before, *([0.0] * missing)])
 
     def grid(self, diffusion_model: nn.Module, latent: Sequence[int]) -> tuple[int, int, int]:
         """Frames, rows and columns of the tokens of latents of this shape."""
@@ -135,7 +135,7 @@ class Family:
         if self.own_image == "left" and num_image >= 2 * count:
             whole = torch.arange(2 * count).view(frames, rows, 2 * columns)
             return whole[:, :, :columns]
-        # Z-Image fills up the picture too, behind.
+        # Z-Image pads the picture too, at its end.
         multiple = getattr(diffusion_model, "pad_tokens_multiple", None) or 1
         first = num_image - -(-count // multiple) * multiple if self.own_image == "last" else 0
         return torch.arange(count).view(grid) + max(first, 0)
@@ -180,7 +180,7 @@ FAMILIES = (
         "HunyuanVideo 1.0 and 1.5, HunyuanImage 2.1",
         ("HunyuanVideo",),
         FLUX_BLOCKS,
-        around=glyphs,
+        extra_text=glyphs,
         own_image="last",
         mixes_text=True,
     ),
@@ -199,7 +199,7 @@ FAMILIES = (
             "context_refiner": records_length("num_text"),
             "siglip_refiner": records_length("num_other"),
         },
-        around=filled_up,
+        extra_text=padded,
         own_image="last",
         refiner="context_refiner",
     ),
@@ -213,14 +213,14 @@ FAMILIES = (
             # [image | text | the block's own Llama tokens], as many in every block
             "single_stream_blocks": one_stream((0, "image_tokens"), image_first=True),
         },
-        around=llama_behind,
+        extra_text=llama_tokens,
         own_image="left",
     ),
     Family(
         "HiDream-O1",
         ("HiDreamO1Transformer",),
         {"language_model.layers": hidream_o1},
-        around=told_time,
+        extra_text=time_token,
         mixes_text=True,
         reach=through_handed_attention(3, "optimized_attention", "make_two_pass_attention"),
         caches_text_keys=True,
@@ -278,9 +278,9 @@ FAMILIES = (
         "PixelDiT and PiD",
         ("PixDiT_T2I",),
         {"patch_blocks": two_streams(text=(1, "y"), image=(0, "x"))},
-        around=cropped,
+        extra_text=cropped,
     ),
-    Family("Mochi", ("AsymmDiTJoint",), {"blocks": mochi}, around=cropped),
+    Family("Mochi", ("AsymmDiTJoint",), {"blocks": mochi}, extra_text=cropped),
     Family(
         "MiniMax-H3",
         ("MiniMaxH3Model",),
@@ -370,13 +370,13 @@ def family_of(diffusion_model: nn.Module, own_class: type | None = None) -> Fami
 
 
 def part_of(module: nn.Module, path: str) -> Any:
-    """A part of a module by its path; None where it has none."""
+    """A part of a module by its path, through what is compiled; None where it has none."""
     part: Any = module
     for name in path.split("."):
-        part = getattr(part, name, None)
+        part = uncompiled(getattr(part, name, None))
     return part
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: Any) -> Any:
     """The module itself, where ``torch.compile`` has wrapped it."""
     return getattr(module, "_orig_mod", module)

@@ -96,7 +96,7 @@ def records_length(field: str) -> Locate:
 
 
 def records_only(locate: Locate) -> Locate:
-    """A joint block that is left alone, and still shows where its tokens are."""
+    """A joint block without TACA, which still records where its tokens are."""
 
     def locate_nothing(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         locate(args, kwargs, state)
@@ -147,7 +147,7 @@ def hidream_o1(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
 def qwen_image21(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
     """``[text with references in it | image]``, of which a block may be handed the image alone.
 
-    What comes before the image attends to nothing behind itself, and its keys are kept. So it stays
+    What comes before the image attends to nothing after itself, and its keys are kept. So it stays
     as it is: only the picture's own tokens ask for adjusted keys. Where a block is handed the rest
     by itself, to keep its keys, there is nothing to adjust.
     """
@@ -164,66 +164,66 @@ def qwen_image21(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
     return (*spans, Span("image", num_tokens - num_before))
 
 
-class Around(NamedTuple):
+class ExtraText(NamedTuple):
     """The text tokens of a model beside its conditioning: 1 for the prompt's, 0 for others."""
 
     before: Sequence[float] = ()
-    behind: Sequence[float] = ()
-    cut: int = 0  # so many of the conditioning's last tokens are left out
-    of: str = ""  # what the conditioning calls them, where they are the prompt's too
+    after: Sequence[float] = ()
+    num_cut: int = 0  # so many of the conditioning's last tokens are left out
+    source: str = ""  # what the conditioning calls them, where they are the prompt's too
 
     def with_prompt(self, prompt: Sequence[float]) -> list[float]:
         """Values of all text tokens, of those of the conditioning's."""
-        return [*self.before, *prompt[: len(prompt) - self.cut], *self.behind]
+        return [*self.before, *prompt[: len(prompt) - self.num_cut], *self.after]
 
 
-FindAround = Callable[[nn.Module, int, Mapping[str, Any]], Around]
-"""``(model, length of the conditioning, arguments) -> around``."""
+FindExtraText = Callable[[nn.Module, int, Mapping[str, Any]], ExtraText]
+"""``(model, length of the conditioning, arguments) -> extra text``."""
 
 
-def nothing(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+def no_extra_text(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """The text is the conditioning."""
-    return Around()
+    return ExtraText()
 
 
-def cropped(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+def cropped(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """Mochi drops its padding, PixelDiT what is longer than its longest prompt."""
     longest = getattr(model, "txt_max_length", None) or arguments.get("num_tokens", 256)
-    return Around(cut=max(0, length - longest))
+    return ExtraText(num_cut=max(0, length - longest))
 
 
-def told_time(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+def time_token(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """HiDream-O1's last token tells the time."""
-    return Around(cut=1)
+    return ExtraText(num_cut=1)
 
 
-def filled_up(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+def padded(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """Z-Image fills up each text to a multiple; those of references come first."""
     multiple = getattr(model, "pad_tokens_multiple", None) or 1
     references = len(arguments.get("ref_latents") or ())
     lengths = [text.shape[1] for text in arguments.get("ref_contexts") or ()]
     lengths += [1] * (references - len(lengths))
     full = [-(-each // multiple) * multiple for each in lengths]
-    behind = -length % multiple + sum(full[references:])
-    return Around([0.0] * sum(full[:references]), [0.0] * behind)
+    after = -length % multiple + sum(full[references:])
+    return ExtraText([0.0] * sum(full[:references]), [0.0] * after)
 
 
-def glyphs(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+def glyphs(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """ByT5's tokens, of what is to be written: first in HunyuanVideo 1.5, last in HunyuanImage."""
     tokens = arguments.get("txt_byt5")
     if tokens is None or getattr(model, "byt5_in", None) is None:
-        return Around()
+        return ExtraText()
     own = [1.0] * tokens.shape[1]
     is_last = getattr(model, "cond_type_embedding", None) is None
-    before, behind = ([], own) if is_last else (own, [])
-    return Around(before, behind, of="conditioning_byt5small")
+    before, after = ([], own) if is_last else (own, [])
+    return ExtraText(before, after, source="conditioning_byt5small")
 
 
-def llama_behind(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Around:
+def llama_tokens(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """HiDream-I1's Llama tokens: those of its last layer, and of one for each block."""
     tokens = arguments.get("encoder_hidden_states_llama3")
     own = [] if tokens is None else [1.0] * (2 * tokens.shape[2])
-    return Around(behind=own, of="conditioning_llama3")
+    return ExtraText(after=own, source="conditioning_llama3")
 
 
 def _argument(args: Args, kwargs: Kwargs, position: int, name: str) -> Any:

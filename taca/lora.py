@@ -19,7 +19,7 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor, nn
 
 from .events import Say, silent
-from .families import uncompiled
+from .families import part_of
 
 LORA_KEY = "taca_lora"
 Value = Any
@@ -130,20 +130,18 @@ class LoRA(nn.Module):
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """A module by name, through whatever torch.compile has wrapped.
+    """A module by name.
 
     Raises RuntimeError if there is none, since another pack has put its own modules in place of the
     model's.
     """
-    for part in name.split("."):
-        found = getattr(uncompiled(model), part, None)
-        if found is None:
-            raise RuntimeError(
-                f"Load TACA LoRA does not find {name} in the model as it runs: another node, often "
-                f"a cache, has put its own blocks there. Take out that node or Load TACA LoRA."
-            )
-        model = found
-    return uncompiled(model)
+    found = part_of(model, name)
+    if found is None:
+        raise RuntimeError(
+            f"Load TACA LoRA does not find {name} in the model as it runs: another node, often "
+            f"a cache, has put its own blocks there. Take out that node or Load TACA LoRA."
+        )
+    return found
 
 
 def loras_of(patcher: ModelPatcher) -> list[LoRA]:

@@ -1,4 +1,4 @@
-"""What a module's forward becomes while LoRAs act on it."""
+"""The forwards of modules on which LoRAs act."""
 
 from collections.abc import Iterator
 from functools import partial

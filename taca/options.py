@@ -59,7 +59,7 @@ class Options:
     def _prompts(
         self, prompts: Prompts | None
     ) -> list[tuple[tuple[float, ...], frozenset[Any] | None]]:
-        """Shares of the tokens of each prompt that limits gamma, and whose they are."""
+        """For each prompt that limits gamma: shares of its tokens, uuids of its conditionings."""
         if self.prompt is not None:
             return [(self.prompt, prompts.limited if prompts else None)]
         if not self.prompt_only or prompts is None:
@@ -81,8 +81,8 @@ def _limited(
     transformer: nn.Module,
 ) -> Tensor:
     """Gamma of each row and text token, with this prompt's share of gamma - 1 in its rows."""
-    around = family_of(transformer).around_prompt(transformer, len(prompt), call)
-    shares = torch.tensor(around.with_prompt(prompt)).to(gamma.device).where(rows[:, None], 1.0)
+    extra = family_of(transformer).extra_text_of(transformer, len(prompt), call)
+    shares = torch.tensor(extra.with_prompt(prompt)).to(gamma.device).where(rows[:, None], 1.0)
     gamma = gamma[:, None] if gamma.ndim == 1 else gamma
     return torch.lerp(torch.ones_like(shares), gamma.expand_as(shares), shares)
 

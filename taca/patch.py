@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .arguments import RUN, run_arguments
 from .call import adjust_call
 from .compiler import check_compiler
 from .events import Say, silent
@@ -70,8 +71,8 @@ def require_own_options(
     if calls is None or calls.args[0].config != config:
         raise RuntimeError(
             "TACA does not act on this model, since its guider runs it with another model's "
-            "options. Dual Model CFG Guider takes those of its first model for both: put TACA "
-            "Patch Model with the same settings before that one, or before neither."
+            "options. Dual Model CFG Guider takes those of its first model for both: put the TACA "
+            "node with the same settings before that one, or before neither."
         )
 
 
@@ -119,22 +120,14 @@ def watch_run(
 
     Without a config the model has no TACA, and only words weigh.
     """
-    guider = executor.class_obj
-    patcher = guider.model_patcher
-    # As ``outer_sample(noise, latent_image, sampler, sigmas, denoise_mask, callback, ...)``.
-    names = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sampling, training = patcher.get_model_object("model_sampling"), False
-    if comfy.model_management.in_training:
-        training, given["sigmas"] = True, None
-        if config is None:
-            log.warning("TACA: word weights do not act in training.")
-            return executor(*args, **kwargs)
-    shape = (kwargs.get("latent_shapes") or [given["noise"].shape])[0]
-    resolved = resolver(patcher, given["sigmas"], shape)
-    run = Run(config or TacaConfig(Schedule(1.0)), NEVER)
-    if config is not None:
-        run.schedule = resolved(config.schedule)
+    guider, given = executor.class_obj, run_arguments(args, kwargs)
+    patcher, training = guider.model_patcher, comfy.model_management.in_training
+    if training and config is None:
+        log.warning("TACA: word weights do not act in training.")
+        return executor(*args, **kwargs)
+    sigmas = None if training else given["sigmas"]
+    resolved = resolver(patcher, sigmas, given["latent_shapes"][0])
+    run = Run(config or TacaConfig(Schedule(1.0)), resolved(config.schedule) if config else NEVER)
     limited = run.config.options.conditionings(guider)
     run.prompts = Prompts(guider, len(given["noise"]), limited)
     for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
@@ -150,24 +143,18 @@ def watch_run(
     if training:
         log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
-    run.words = RunWords.of(run.prompts, resolved)
+    words = run.words = RunWords.of(run.prompts, resolved)
     hide_avoided(run.prompts)
-    dynamic = patcher.parent is not None and patcher.parent.is_dynamic()
-    if run.words is not None and dynamic and not patcher.is_dynamic():
-        log.warning(
-            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
-            "To keep it, turn any_model off where the words are encoded, and put TACA Patch Model "
-            "before the sampler (with gamma 1 it does nothing else)."
-        )
-    t = timestep(sampling, given["sigmas"]).tolist()
+    if words is not None:
+        warn_of_lost_vram(patcher)
+    t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
     run.word_events.ended = run.events.ended
     callback = run.events.counted(given.get("callback"))
-    if len(args) > names.index("callback"):
-        args = (*args[:5], callback, *args[6:])
+    if len(args) >= len(RUN):
+        args = (*args[: len(RUN) - 1], callback, *args[len(RUN) :])
     else:
         kwargs["callback"] = callback
-    words = run.words
     try:
         result = executor(*args, **kwargs)
     finally:
@@ -182,6 +169,16 @@ def watch_run(
         for each in words.schedules:
             each.say(said)
     return result
+
+
+def warn_of_lost_vram(patcher: ModelPatcher) -> None:
+    """A run of a clone that is not dynamic, though the model is: ComfyUI made it for a hook."""
+    if patcher.parent is not None and patcher.parent.is_dynamic() and not patcher.is_dynamic():
+        log.warning(
+            "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
+            "To keep it, turn any_model off where the words are encoded, and put the TACA node "
+            "before the sampler (with gamma 1 it does nothing else)."
+        )
 
 
 def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
@@ -213,7 +210,7 @@ def require_taca(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor
     if config_of(patcher) is None:
         raise RuntimeError(
             f"The TACA LoRA {names} acts inside the window of TACA, which this model lacks: add "
-            f"TACA Patch Model. For a LoRA that is on in every step use Load LoRA."
+            f"the TACA node. For a LoRA that is on in every step use Load LoRA."
         )
     patches = executor.class_obj.model_options["transformer_options"].get("patches", {})
     if any(type(each).__name__ == "KV_Attn_Input" for each in patches.get("attn1_patch", ())):

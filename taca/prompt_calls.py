@@ -1,4 +1,4 @@
-"""Whose the rows of a call are: the positive prompt's, or one of several that are combined."""
+"""Which conditioning each row of a call belongs to."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +12,9 @@ from .arguments import CallArguments
 def conditionings_of(
     guider: Any, num_tokens: int | None, encode: Callable[[], Tensor] | None
 ) -> frozenset[Any] | None:
-    """The uuids of the conditionings that a prompt made; None where there is no choice.
+    """The uuids of the conditionings of a prompt; None if there is at most one positive one.
 
-    Of several positive ones that could be the prompt's, those are that ``encode`` makes again, or
-    the first one if there is no telling.
+    Of several with as many tokens, those that equal what ``encode`` makes; without it, the first.
 
     Raises ValueError if none is.
     """
@@ -104,7 +103,7 @@ class Prompts(NamedTuple):
         return [each for each in entries if uuids is None or each["uuid"] in uuids]
 
     def repeats(self, call: CallArguments, uuids: frozenset[Any] | None) -> int:
-        """How often a call holds the text of these conditionings, one behind the other.
+        """How many times a call repeats the text of these conditionings.
 
         To join texts of two lengths, ComfyUI repeats each of them.
         """

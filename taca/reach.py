@@ -22,8 +22,8 @@ Override = Callable[..., Tensor]
 
 Call = tuple[Forward, Args, Kwargs]
 Reach = Callable[[Forward, Args, Kwargs, Override], Call]
-"""Changes the call of a block such that its attention asks the override. One that is there already
-becomes ``other``, and still attends."""
+"""Changes the call of a block such that its attention runs through the override. One that is there
+already becomes ``other``, and still attends."""
 
 
 def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
@@ -62,7 +62,7 @@ def through_handed_attention(position: int, name: str, *factories: str) -> Reach
             return forward, (*args[:position], ours, *args[position + 1 :]), kwargs
         raise RuntimeError(
             "TACA does not know the attention that this model's blocks are handed: another node "
-            "has wrapped it. Take that node out, or TACA Patch Model."
+            "has wrapped it. Take that node out, or the TACA node."
         )
 
     return reach

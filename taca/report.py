@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from .arguments import CallArguments
+from .arguments import CallArguments, run_arguments
 from .attention import scale_text_keys
 from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
@@ -117,24 +117,23 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
 
 def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
-    guider, noise = executor.class_obj, kwargs["noise"] if "noise" in kwargs else args[0]
+    guider, given = executor.class_obj, run_arguments(args, kwargs)
     if comfy.model_management.in_training:
         return executor(*args, **kwargs)
     report.begin(guider)
     _, num_tokens, encode, carrying = report.asked
     report.own = carrying or conditionings_of(guider, num_tokens, encode)
-    report.prompts = Prompts(guider, len(noise), report.config.options.conditionings(guider))
-    sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-    shape = (kwargs.get("latent_shapes") or [noise.shape])[0]
-    resolved = resolver(guider.model_patcher, sigmas, shape)
+    report.prompts = Prompts(
+        guider, len(given["noise"]), report.config.options.conditionings(guider)
+    )
+    resolved = resolver(guider.model_patcher, given["sigmas"], given["latent_shapes"][0])
     report.schedule = resolved(report.config.schedule)
     report.run_words = RunWords.of(report.prompts, resolved)
     try:
         return executor(*args, **kwargs)
     finally:
-        report.prompts = report.run_words = (
-            None  # else the guider, and its models, would live on in a circle
-        )
+        # Else the guider, and its models, would live on in a circle.
+        report.prompts = report.run_words = None
 
 
 def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
@@ -154,8 +153,8 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
     if report.asked.num_tokens is not None:
-        around = family.around_prompt(transformer, report.asked.num_tokens * repeats, call)
-        start = len(around.before)
+        extra = family.extra_text_of(transformer, report.asked.num_tokens * repeats, call)
+        start = len(extra.before)
     starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])

@@ -45,10 +45,10 @@ class HookSites(NamedTuple):
     """Where TACA and its LoRAs act in one running model."""
 
     lists: dict[str, tuple[nn.Module, ...]]  # its lists of blocks, when these sites were found
-    blocks: list[JointBlock]  # those that get TACA, or show where tokens are
-    all_blocks: list[JointBlock]  # the same where words weigh, which they do in every joint block
-    refiners: list[JointBlock]  # in which words to avoid are kept from the prompt's
-    adjusted: frozenset[nn.Module]  # those that get TACA
+    blocks: list[JointBlock]  # those that get TACA, or only show where tokens are
+    all_blocks: list[JointBlock]  # the same without limits: words weigh in every joint block
+    refiners: list[JointBlock]  # blocks of text alone, which hide words to avoid from the prompt's
+    adjusted: frozenset[nn.Module]  # the modules that get TACA
     loras: list[LoRA]
     lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
 

@@ -10,7 +10,7 @@ metadata the widgets' limits. A schedule is resolved once per run into one gamma
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,13 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 """How gamma - 1 goes from all of it at x = 0, where the window begins, to its end at x = 1."""
 
 
-PercentToT = Callable[[float], float]
-"""ComfyUI's percent of the sampling, 0..1, to t."""
+class Sampling(NamedTuple):
+    """How a model is sampled; what belongs to a run is None outside any."""
+
+    percent_to_t: Callable[[float], float]  # ComfyUI's percent of the sampling, 0..1, to t
+    steps: Tensor | None = None  # the t at which each step begins, and where the last one ends
+    num_image: float | None = None  # size of the pictures, in tokens of 16 x 16 pixels
+
 
 Share = Callable[[Tensor], Tensor]
 """t -> share of gamma_0 - 1."""
@@ -106,13 +111,8 @@ class Window:
                 continue
             raise ValueError(f"TACA's {each.name} must be {allowed}, not {value!r}.")
 
-    def bounds(
-        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
-    ) -> Bounds:
-        """``steps``: the t at which each step of a run begins, and where the last one ends.
-
-        ``num_image``: the size of its pictures, in tokens of 16 x 16 pixels.
-        """
+    def bounds(self, sampling: Sampling) -> Bounds:
+        """The window's, in a run or outside any."""
         raise NotImplementedError
 
 
@@ -123,9 +123,7 @@ class TimestepWindow(Window):
     timestep_threshold: float = setting(TIMESTEP_THRESHOLD, 0.0, 1000.0, 1.0)
     shape: str = shape_setting()
 
-    def bounds(
-        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
-    ) -> Bounds:
+    def bounds(self, sampling: Sampling) -> Bounds:
         low = self.timestep_threshold
         return low * (1 - ROUNDING), math.inf, falling(self.shape, 1000.0, low)
 
@@ -149,10 +147,8 @@ class PercentWindow(Window):
                 f"({self.start_percent:g}): swap them."
             )
 
-    def bounds(
-        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
-    ) -> Bounds:
-        begin, end = percent_to_t(self.start_percent), percent_to_t(self.end_percent)
+    def bounds(self, sampling: Sampling) -> Bounds:
+        begin, end = map(sampling.percent_to_t, (self.start_percent, self.end_percent))
         # Closed at both ends, without rounding, as the percentages of core's nodes.
         return end, begin if self.start_percent else math.inf, falling(self.shape, begin, end)
 
@@ -167,15 +163,13 @@ class FirstStepsWindow(Window):
     steps: int = setting(3, 1, 10000, 1)
     shape: str = shape_setting()
 
-    def bounds(
-        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
-    ) -> Bounds:
-        if steps is None:
+    def bounds(self, sampling: Sampling) -> Bounds:
+        if sampling.steps is None:
             raise ValueError(
                 "TACA's window of the first steps needs the steps of a run, and training has none: "
                 "choose the window 'timestep' or 'percent' in TACA Schedule."
             )
-        t = steps.tolist()
+        t = sampling.steps.tolist()
         last = len(t) - 1
         begin, end = t[0], t[min(self.steps, last)]
         low, high = -math.inf, math.inf
@@ -201,15 +195,14 @@ class FittedWindow(Window):
 
     shape: str = shape_setting()
 
-    def bounds(
-        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
-    ) -> Bounds:
-        if steps is None or num_image is None:
+    def bounds(self, sampling: Sampling) -> Bounds:
+        if sampling.steps is None or sampling.num_image is None:
             raise ValueError(
                 "TACA's window for any size needs a run, and training has none: choose the window "
                 "'timestep' or 'percent' in TACA Schedule."
             )
-        low = min(self.threshold(num_image) * (1 - ROUNDING), float(steps.max()))
+        low = self.threshold(sampling.num_image) * (1 - ROUNDING)
+        low = min(low, float(sampling.steps.max()))
         return low, math.inf, falling(self.shape, 1000.0, low)
 
     @staticmethod
@@ -246,12 +239,11 @@ class CurveWindow(Window):
             raise ValueError("TACA's curve is 0 throughout, so TACA would never act: draw it up.")
         return weights
 
-    def bounds(
-        self, percent_to_t: PercentToT, steps: Tensor | None, num_image: float | None = None
-    ) -> Bounds:
+    def bounds(self, sampling: Sampling) -> Bounds:
         weights = self.weights()
         inside = weights.nonzero().flatten()
-        t = np.array([percent_to_t(p) for p in np.linspace(0, 1, len(weights)).tolist()])
+        percents = np.linspace(0, 1, len(weights)).tolist()
+        t = np.array([sampling.percent_to_t(p) for p in percents])
         first, last = int(inside[0]), int(inside[-1])
 
         def share(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ class Span(NamedTuple):
 
     kind: Kind  # "other" is neither text nor image, such as registers
     length: int
-    is_query: bool = True  # a model that caches the keys of its text asks with the others alone
+    is_query: bool = True  # not where a model has cached the keys of its text
 
 
 Layout = Sequence[Span]
@@ -38,7 +38,7 @@ def query_groups(layout: Layout) -> list[Group]:
 
 
 def num_tokens(layout: Layout) -> tuple[int, int]:
-    """Numbers of queries and keys, by which the attention over these tokens is told."""
+    """Numbers of queries and keys, by which the joint attention is recognised."""
     num_queries = num_keys = 0
     for _, length, is_query in layout:
         num_queries += length if is_query else 0

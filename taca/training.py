@@ -44,7 +44,7 @@ def training_window(model: ModelPatcher) -> ModelPatcher:
     config = config_of(model)
     if config is None:
         raise ValueError(
-            "TACA Training Window needs a model with TACA: put TACA Patch Model before it."
+            "TACA Training Window needs a model with TACA: put the TACA node before it."
         )
     family = family_of(model.get_model_object("diffusion_model"))
     if family.reach is not through_options:
@@ -53,7 +53,7 @@ def training_window(model: ModelPatcher) -> ModelPatcher:
         why = "keeps the keys of its text" if keeps else "hands its attention no options"
         raise ValueError(
             f"TACA cannot act on {family.name} in training, since this model {why}. To train it "
-            f"without TACA, take TACA Patch Model and TACA Training Window out."
+            f"without TACA, take the TACA node and TACA Training Window out."
         )
     patched = model.clone()
     sampling = _inside_window(model.get_model_object("model_sampling"), config.schedule)
@@ -73,7 +73,7 @@ def adjust_training_call(
     if TRAINING_KEY not in base_model.current_patcher.injections:
         raise RuntimeError(
             "The trainer would train this model with TACA at all timesteps: put TACA Training "
-            "Window between TACA Patch Model and the trainer, or take TACA Patch Model out."
+            "Window between the TACA node and the trainer, or take the TACA node out."
         )
     t = timestep(base_model.model_sampling, call.t)
     if not bool(schedule.contains(t).all()):

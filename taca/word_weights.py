@@ -29,7 +29,7 @@ class WordWeights:
     # Shares of the mean value about which a negative weight mirrors, float32 (b, t); None for zero,
     # which subtracts.
     centre: Tensor | None = None
-    # Tokens to avoid, bool (b, t): image queries and one another ask them, the other text does not.
+    # Tokens to avoid, bool (b, t): image queries and one another attend to them, other text not.
     avoided: Tensor | None = None
     # What blocks have in common, by layout and dtype: made in the first of them.
     shared: dict[Any, "Shared"] = field(default_factory=dict)

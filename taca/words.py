@@ -10,7 +10,7 @@ from torch import nn
 from .arguments import CallArguments
 from .events import Say, silent
 from .families import family_of, uncompiled
-from .layouts import Around
+from .layouts import ExtraText
 from .prompt_calls import UNTOLD, Prompts
 from .prompt_tokens import PromptTokens
 from .schedule import ResolvedSchedule, Schedule
@@ -165,11 +165,11 @@ class RunWords:
                 f"weight, or use a negative prompt."
             )
         num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
-        around = family.around_prompt(transformer, num_text, call)
-        sizes = num_text, len(around.before), len(around.behind), around.cut
+        extra = family.extra_text_of(transformer, num_text, call)
+        sizes = num_text, len(extra.before), len(extra.after), extra.num_cut
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:
-            made = [_of_row(row, num_text, around) for row in rows]
+            made = [_of_row(row, num_text, extra) for row in rows]
             self.tensors[key] = _stacked(made, call.t.device)
         return replace(self.tensors[key], shared={})  # of this call alone
 
@@ -197,7 +197,7 @@ def _lengths(entry: dict[str, Any]) -> tuple[int, int]:
     return length, 0 if encoded is None else length - encoded.shape[1]
 
 
-def _of_row(row: Row, num_text: int, around: Around) -> list[Weighted]:
+def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
     """What the text tokens of one row weigh; ``num_text`` are the conditioning's of the call."""
     tokens = [PLAIN] * num_text
     if row.words is not None:
@@ -212,15 +212,16 @@ def _of_row(row: Row, num_text: int, around: Around) -> list[Weighted]:
         # two lengths, ComfyUI repeats each of them.
         tokens = [PLAIN] * row.filled + own + [PLAIN] * appended
         tokens *= num_text // row.length
-    before, behind = ([PLAIN] * len(each) for each in (around.before, around.behind))
-    if row.words is not None and around.of:
-        before, behind = (
-            row.words.weighted_beside(around.of, row.share, len(each)) for each in (before, behind)
+    before, after = ([PLAIN] * len(each) for each in (extra.before, extra.after))
+    if row.words is not None and extra.source:
+        before, after = (
+            row.words.weighted_beside(extra.source, row.share, len(each))
+            for each in (before, after)
         )
-    kept = num_text - around.cut
-    if any(token.is_avoided for token in tokens[kept:]):
+    num_kept = num_text - extra.num_cut
+    if any(token.is_avoided for token in tokens[num_kept:]):
         raise ValueError("TACA: this model cuts off what is to be avoided: write a shorter prompt.")
-    return before + tokens[:kept] + behind
+    return before + tokens[:num_kept] + after
 
 
 def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:

@@ -48,6 +48,15 @@ class Deprecations(logging.Handler):
 logging.getLogger().addHandler(Deprecations(logging.WARNING))
 
 
+LONGEST = ("test_long_run.py", "test_server.py", "test_compile.py", "test_families.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def pack():
     """The pack's nodes, by id."""
@@ -58,7 +67,7 @@ def pack():
 
 @pytest.fixture
 def apply_taca(pack):
-    """``model -> model`` through the node TACA Patch Model."""
+    """``model -> model`` through the TACA node."""
 
     def apply(model, gamma=1.2, timestep_threshold=970.0, schedule=None):
         node = pack["TACAPatchModel"]

@@ -18,7 +18,7 @@ _OF_TACA = (_TACA, "TACASchedule", "TACAOptions")
 _HELP = {
     "prompt": f"Write {MARK} where it goes, or name the place with --prompt-at NODE.INPUT.",
     "seed": "Name the place with --seed-at NODE.INPUT.",
-    "gamma": "It needs a TACA Patch Model; name the place with --gamma-at NODE.INPUT. "
+    "gamma": "It needs a TACA node; name the place with --gamma-at NODE.INPUT. "
     "(--gammas 1 draws a workflow without one.)",
     "output": "Name the node that saves the picture with --output NODE.",
 }

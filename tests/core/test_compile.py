@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import TRACED, compiled, load
+from support.compiling import IN_TURN, TRACED, compiled, load
 from support.families import exists, named
 from support.family_runs import dense
 from support.family_runs import sample as sample_family
@@ -28,8 +28,7 @@ compiler = sys.modules["taca_pack.taca.compiler"]
 schedule = sys.modules["taca_pack.taca.schedule"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("kind", "whole"), IN_TURN)
 def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
     """Compile before or after TACA, with and without it, in one process: never a stale result."""
     model = load(folder, kind, whole)
@@ -95,7 +94,7 @@ def test_twice_the_plain_models_graphs(folder, apply_taca, kind, whole):
 
 
 @pytest.mark.parametrize("kind", TRACED)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeypatch, caplog):
     """With e.g. SageAttention the graph breaks and is compiled in pieces, without guards: those
     with TACA must never be taken for the plain model's."""
@@ -136,9 +135,9 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     assert not installed_on(model)
 
 
-QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model takes longest.
+QUICK = {  # the most used; FLUX.1 and SD3 are above
     True: named("Qwen-Image"),
-    False: named("FLUX.2", "Chroma", "Qwen-Image", "Z-Image", "HunyuanVideo"),
+    False: named("FLUX.2", "Chroma", "Z-Image"),
 }
 
 
@@ -152,7 +151,7 @@ QUICK = {  # the most used; FLUX.1 and SD3 are above. Tracing a whole model take
             marks=[] if case in QUICK[whole] else pytest.mark.slow,
         )
         for whole in (True, False)
-        for case in families.CASES
+        for case in (families.ONE_EACH if whole else families.CASES)
     ],
 )
 def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
@@ -160,7 +159,6 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     attention; nothing is stale, and the blocks compile in one piece.
 
     Where they cannot (``Case.pieces``), steps with TACA run uncompiled, and the log says so.
-    The second order takes a third of the time: of a whole model, once for each class.
     """
     if not exists(case):
         pytest.skip(f"this ComfyUI has no {case.name}")
@@ -175,9 +173,7 @@ def test_families(case, folder, apply_taca, monkeypatch, caplog, whole):
     ]
     fast = compiled(model, whole, lists=lists)
     runs = [(apply_taca(fast, 1.4), expected), (fast, plain)] * 2
-    first = next(each for each in families.CASES if each.transformer == case.transformer)
-    if case is first or not whole:
-        runs += [(compiled(apply_taca(model, 1.4), whole, lists=lists), expected), (fast, plain)]
+    runs += [(compiled(apply_taca(model, 1.4), whole, lists=lists), expected), (fast, plain)]
     for m, wanted in runs:
         assert (sample_family(m, case) - wanted).abs().max() < 2e-3 * effect
     assert counters["stats"]["unique_graphs"]

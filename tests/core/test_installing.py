@@ -419,7 +419,7 @@ def warnings_in(caplog):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_error_of_inductor_runs_uncompiled(folder, apply_taca, caplog, whole):
-    model, failed = tiny.load(folder, "flux"), []
+    model, failed = load(folder, "flux", whole), []
 
     def backend(graph, inputs):
         if not failed:  # the first is with TACA
@@ -471,7 +471,7 @@ def untraceable(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", TRACED)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog, kind, whole):
     """Not again at the next prompt; and wrappers inside ours run once a step, also then."""
     calls = []

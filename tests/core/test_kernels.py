@@ -23,7 +23,7 @@ SLOT = "optimized_attention_override"
 
 
 def orders(apply_taca, node, model, *settings):
-    """The node behind TACA Patch Model, and before it."""
+    """The node behind the TACA node, and before it."""
     return node(apply_taca(model, *settings)), apply_taca(node(model), *settings)
 
 

@@ -14,7 +14,7 @@ from support.tiny import sample
 
 def test_without_taca_is_an_error(folder, load_lora):
     model = tiny.load(folder, "flux")
-    with pytest.raises(RuntimeError, match="add TACA Patch Model"):
+    with pytest.raises(RuntimeError, match="add the TACA node"):
         sample(load_lora(model, random_lora(model)), "flux")
 
 

@@ -148,7 +148,7 @@ def test_trained_then_loaded(folder, apply_taca, window, pack, kind, tmp_path, m
 
 
 def test_without_taca_is_an_error(folder, window):
-    with pytest.raises(ValueError, match="put TACA Patch Model before it"):
+    with pytest.raises(ValueError, match="put the TACA node before it"):
         window(tiny.load(folder, "flux"))
 
 

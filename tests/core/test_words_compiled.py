@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import compiled, load
+from support.compiling import IN_TURN, compiled, load
 from support.families import exists, named
 from support.family_runs import sample as sample_family
 from support.tiny import KINDS, installed_on, sample
@@ -22,8 +22,7 @@ def words(kind, weights=PROMPT, length=7, seed=1, **how):
     return weighed(tiny.conditioning(kind, length, seed=seed), weights, **how)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("kind", "whole"), IN_TURN)
 def test_on_and_off(folder, apply_taca, kind, whole):
     """Weights, gamma and words to avoid in turn on one compiled model: never a stale result."""
     model = load(folder, kind, whole)
@@ -101,14 +100,14 @@ def test_inductor(folder, kind):
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
 
 
-QUICK = named("Qwen-Image", "Z-Image")
+QUICK = named("Z-Image")
 
 
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param(case, id=str(case), marks=[] if case in QUICK else pytest.mark.slow)
-        for case in families.CASES
+        for case in families.ONE_EACH
     ],
 )
 def test_families(case, folder, monkeypatch, caplog):

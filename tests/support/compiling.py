@@ -8,6 +8,13 @@ from support import tiny
 
 # Tracing takes longest of all, and test_both_orders_on_and_off traces FLUX.
 TRACED = [pytest.param("flux", marks=pytest.mark.slow), "sd3"]
+IN_TURN = [
+    ("flux", True),
+    ("sd3", False),
+    pytest.param("sd3", True, marks=pytest.mark.slow),
+    pytest.param("flux", False, marks=pytest.mark.slow),
+]
+"""A kind of model, and whether it is compiled whole or by blocks."""
 LISTS = ("double_blocks", "single_blocks", "joint_blocks")
 
 

@@ -1333,3 +1333,8 @@ def exists(case):
 
 def named(*names):
     return [case for case in CASES if case.name in names]
+
+
+ONE_EACH = list({case.transformer: case for case in reversed(CASES)}.values())[::-1]
+"""The first case of each class of transformer, and those that take another way through it."""
+ONE_EACH += named("FLUX.2", "HunyuanVideo 1.5", "Z-Image")
