@@ -36,6 +36,7 @@ DEMO_MODELS = (
 OPENED = {"template": "01_With_and_without_TACA", "source": "comfyui-taca-demo"}
 # Compare Images needs Nodes 2.0; the tutorial would lie over the workflow.
 SETTINGS = {"Comfy.VueNodes.Enabled": True, "Comfy.TutorialCompleted": True}
+START_LIMIT = 600  # seconds: a busy machine takes minutes; a server that ends is noticed at once
 TIMEOUT = 60  # seconds for one request, and without a sign of life from a server at work
 Models = Iterable[tuple[str, Path]]
 
@@ -327,7 +328,7 @@ def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
     Raises
     ------
     RuntimeError
-        If it does not come up within two minutes; with the end of its log.
+        If it does not come up; with the end of its log.
     """
     comfyui = Path(os.environ["COMFYUI_PATH"])
     port = free_port()
@@ -339,7 +340,7 @@ def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
             command(comfyui, port, arguments), stdout=output, stderr=subprocess.STDOUT, cwd=comfyui
         ) as process,
     ):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + START_LIMIT
         while True:
             with suppress(OSError):
                 server.get("/system_stats")

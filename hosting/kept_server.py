@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from comfy_server import ROOT, Lost, Server, free_port
+from comfy_server import ROOT, START_LIMIT, Lost, Server, free_port
 
 START = (
     f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'hosting/comfy_server.py'))} "
@@ -21,7 +21,6 @@ START = (
 # The command ends when the pipe to this shell closes, so with its worker, however that ends. It
 # runs in the background, as nobody's child, because Ray kills a worker's children before it.
 _GUARD = 'exec 3<&0; { { "$@" 3<&-; kill -9 0; } & cat <&3 >/dev/null; kill -9 0; } &'
-_START_LIMIT = 600  # seconds
 
 
 class KeptServer:
@@ -63,7 +62,7 @@ class KeptServer:
             streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "bufsize": 0}
             self.pipe = subprocess.Popen(guarded, start_new_session=True, **streams).stdin
         server = Server(f"http://127.0.0.1:{port}", patience=self._patience)
-        deadline = time.monotonic() + _START_LIMIT
+        deadline = time.monotonic() + START_LIMIT
         with suppress(BrokenPipeError):  # the command has ended, and with it its shell
             while time.monotonic() < deadline and self.pipe.write(b"."):
                 if await self._answers(server):

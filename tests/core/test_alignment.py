@@ -125,7 +125,6 @@ def test_a_short_run(tmp_path):
             command,
             capture_output=True,
             text=True,
-            timeout=300,
             check=False,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )

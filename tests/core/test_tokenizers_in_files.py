@@ -66,9 +66,13 @@ def lens():
     return torch.tensor(list(tokenizer.to_str().encode()), dtype=torch.uint8)
 
 
-@pytest.fixture(params=["FLUX.2", "Ernie-Image", "Lens"])
-def clip(request, monkeypatch):
-    name = request.param
+@pytest.fixture(scope="module", params=["FLUX.2", "Ernie-Image", "Lens"])
+def clip(request):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield made(request.param, monkeypatch)
+
+
+def made(name, monkeypatch):
     for encoder, layers in (("mistral3_24b", 31), ("ministral3_3b", 3)):
         tiny = TINY | {"num_hidden_layers": layers}
         monkeypatch.setitem(OPTIONS, f"{encoder}_model_config", tiny)

@@ -254,13 +254,13 @@ def outcome(server, graph):
     body = json.dumps({"prompt": graph}).encode("utf-8", "surrogatepass")
     request = urllib.request.Request(f"{server.address}/prompt", body)  # noqa: S310
     try:
-        with server._opener.open(request, timeout=60) as reply:
+        with server._opener.open(request, timeout=600) as reply:
             answer = json.load(reply)
     except urllib.error.HTTPError as error:
         if error.code != 400:
             raise
         return "refused", json.load(error)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (history := server.get(f"/history/{answer['prompt_id']}")):
         assert time.monotonic() < deadline, graph
         time.sleep(0.005)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from unittest import mock
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -24,12 +25,14 @@ from support.servers import (
 )
 from support.workflow import (
     APP,
+    BLUEPRINT,
     DEMO,
     NOTES,
     ONE_THREAD,
     ROOT,
     USERS,
     api_form,
+    blueprint_of,
     nodes_of,
     problems_of,
     read,
@@ -37,6 +40,7 @@ from support.workflow import (
 )
 
 SCHEMA = ROOT / "tests/schema.json"
+DOCS = "/extensions/comfyui-taca/docs"
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +283,50 @@ def test_bad_input_is_an_error_at_the_node(server):
     graph["taca_model"]["inputs"]["gamma"] = float("nan")
     with pytest.raises(RuntimeError, match=r"gamma"):
         server.run(graph)
+
+
+def test_blueprint_is_listed_and_right(server):
+    """Every node exists; every socket is one it has, in the page's order; every link holds."""
+    assert blueprint_of(server)[1]["data"] == BLUEPRINT.read_text("utf-8")
+    info = server.get("/object_info")
+    blueprint = read(BLUEPRINT)
+    [outer], [inner] = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"]
+    assert [i["name"] for i in outer["inputs"]] == [i["name"] for i in inner["inputs"]]
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    for node in nodes.values():
+        about = info[node["type"]]
+        known = {n: spec for group in about["input"].values() for n, spec in group.items()}
+        sockets = [socket for socket in node["inputs"] if "widget" not in socket]
+        assert node["inputs"][: len(sockets)] == sockets, "the page puts widgets last"
+        for socket in node["inputs"]:
+            kind = known[socket["name"]][0]
+            assert socket["type"] == ("COMBO" if isinstance(kind, list) else kind)
+        required = about["input"]["required"]
+        assert required.keys() <= {socket["name"] for socket in node["inputs"]}
+        assert [output["type"] for output in node["outputs"]] == about["output"]
+    for link in inner["links"]:
+        if link["origin_id"] == -10:
+            start = inner["inputs"][link["origin_slot"]]
+            assert link["id"] in start["linkIds"]
+        else:
+            start = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert link["id"] in start["links"]
+        if link["target_id"] == -20:
+            end = inner["outputs"][link["target_slot"]]
+            assert end["linkIds"] == [link["id"]]
+        else:
+            end = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert end["link"] == link["id"]
+        assert start["type"] == link["type"] == end["type"]
+
+
+def test_help_and_translations_are_served(server, pack):
+    translations = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert translations[language]["nodeDefs"].keys() >= pack.keys()
+    for name in pack:
+        for file in (f"{name}.md", f"{name}/zh.md"):
+            page = server._read(f"{DOCS}/{file}").decode()
+            for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page):
+                assert server._read(f"{DOCS}/{quote(picture)}")

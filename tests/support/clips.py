@@ -1,5 +1,6 @@
 """Text encoders as core's loader makes them, of seeded weights and tiny."""
 
+import functools
 import importlib
 
 import comfy.model_patcher
@@ -53,6 +54,18 @@ def part(path):
 
 def clip_of(tokenizer, encoder, folder=None, file=None, **how):
     """A CLIP as core's loader makes it, of seeded weights and tiny; ``file`` has its tokenizer."""
+    if folder or file:
+        return _made(tokenizer, encoder, folder, file, **how)
+    return _kept(tokenizer, encoder, repr(OPTIONS), **how)
+
+
+@functools.lru_cache(4)
+def _kept(tokenizer, encoder, options, **how):
+    """One that the next test may have too: reading a tokenizer takes a second."""
+    return _made(tokenizer, encoder, None, None, **how)
+
+
+def _made(tokenizer, encoder, folder, file, **how):
     clip = comfy.sd.CLIP(no_init=True)
     held = {} if file is None else {"tokenizer_data": file}
     clip.tokenizer = part(tokenizer)(embedding_directory=folder, **held)

@@ -165,6 +165,21 @@ class Page:
         """Wait until nodes show what they put out: node id -> ``images``, ``text``."""
         self._page.wait_for_function(SHOWN, arg=outputs)
 
+    def text_under(self, node, part):
+        """The text that a node shows below its widgets, once it has this part."""
+        text = "node => app.graph.getNodeById(node).widgets.find(w => w.type === 'progressText')"
+        self._page.wait_for_function(
+            f"([node, part]) => ({text})(node)?.value?.includes(part)", arg=[node, part]
+        )
+        return self._page.evaluate(f"node => ({text})(node).value", node)
+
+    def found(self, text):
+        """The types of the nodes that the search finds, best first."""
+        search = "stores.get('nodeDef').nodeSearchService.searchNode(text).map(n => n.name)"
+        return self._page.evaluate(
+            f"text => {{ const stores = ({STORES})(); return {search} }}", text
+        )
+
     def draw(self):
         """The whole graph as a picture."""
         workflow = self.saved()

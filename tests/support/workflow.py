@@ -11,6 +11,7 @@ from support import ROOT
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))
 APP = ".app.json"  # opens in App Mode, a form with some of the widgets and the results
+BLUEPRINT = ROOT / "subgraphs" / "TACA text to image.json"
 # Threads that wait for one another stand still on a busy machine, and the demo's model needs none.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NOTES = ("MarkdownNote", "Note")
@@ -234,3 +235,14 @@ def place_files(base, workflows):
                     (folder / value).touch()
                     folders.add((kind, folder))
     return folders
+
+
+def blueprint_of(server):
+    """The blueprint as the server lists and serves it."""
+    [(number, entry)] = [
+        (number, entry)
+        for number, entry in server.get("/global_subgraphs").items()
+        if entry["info"]["node_pack"] == "custom_nodes.comfyui-taca"
+    ]
+    assert entry["name"] == BLUEPRINT.stem
+    return number, server.get(f"/global_subgraphs/{number}")

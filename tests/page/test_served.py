@@ -1,20 +1,17 @@
-"""Help pages, translations and the blueprint, as ComfyUI's server and page have them."""
+"""Help pages, translations and the blueprint, as ComfyUI's page has them."""
 
 import re
 import subprocess
 import sys
 import time
 from socket import socket as Socket
-from urllib.parse import quote
 
 import pytest
 from comfy_server import Server, running, serving
 
 from support.page import SCREENSHOTS, STORES, browsing, chromium
-from support.workflow import ROOT, place_files, read
+from support.workflow import ROOT, blueprint_of, place_files, read
 
-BLUEPRINT = ROOT / "subgraphs" / "TACA text to image.json"
-DOCS = "/extensions/comfyui-taca/docs"
 # Its model, CLIP and VAE from loaders, its picture into a preview; all with the page's own calls.
 CONNECT = """blueprint => {
     app.graph.clear();
@@ -68,53 +65,6 @@ def page(server):
         yield page
 
 
-def blueprint_of(server):
-    """The blueprint as the server lists and serves it."""
-    [(number, entry)] = [
-        (number, entry)
-        for number, entry in server.get("/global_subgraphs").items()
-        if entry["info"]["node_pack"] == "custom_nodes.comfyui-taca"
-    ]
-    assert entry["name"] == BLUEPRINT.stem
-    return number, server.get(f"/global_subgraphs/{number}")
-
-
-def test_blueprint_is_listed_and_right(server):
-    """Every node exists; every socket is one it has, in the page's order; every link holds."""
-    assert blueprint_of(server)[1]["data"] == BLUEPRINT.read_text("utf-8")
-    info = server.get("/object_info")
-    blueprint = read(BLUEPRINT)
-    [outer], [inner] = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
-    assert outer["type"] == inner["id"]
-    assert [i["name"] for i in outer["inputs"]] == [i["name"] for i in inner["inputs"]]
-    nodes = {node["id"]: node for node in inner["nodes"]}
-    for node in nodes.values():
-        about = info[node["type"]]
-        known = {n: spec for group in about["input"].values() for n, spec in group.items()}
-        sockets = [socket for socket in node["inputs"] if "widget" not in socket]
-        assert node["inputs"][: len(sockets)] == sockets, "the page puts widgets last"
-        for socket in node["inputs"]:
-            kind = known[socket["name"]][0]
-            assert socket["type"] == ("COMBO" if isinstance(kind, list) else kind)
-        required = about["input"]["required"]
-        assert required.keys() <= {socket["name"] for socket in node["inputs"]}
-        assert [output["type"] for output in node["outputs"]] == about["output"]
-    for link in inner["links"]:
-        if link["origin_id"] == -10:
-            start = inner["inputs"][link["origin_slot"]]
-            assert link["id"] in start["linkIds"]
-        else:
-            start = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
-            assert link["id"] in start["links"]
-        if link["target_id"] == -20:
-            end = inner["outputs"][link["target_slot"]]
-            assert end["linkIds"] == [link["id"]]
-        else:
-            end = nodes[link["target_id"]]["inputs"][link["target_slot"]]
-            assert end["link"] == link["id"]
-        assert start["type"] == link["type"] == end["type"]
-
-
 @pytest.mark.slow
 @in_the_page
 def test_blueprint_in_the_page(server, page):
@@ -164,17 +114,6 @@ def test_blueprint_in_the_page(server, page):
     assert (size["width"], size["height"]) == (512, 768)
     page.draw().save(SCREENSHOTS / "blueprint.png")
     assert page.errors == []
-
-
-def test_help_and_translations_are_served(server, pack):
-    translations = server.get("/i18n")
-    for language in ("en", "zh"):
-        assert translations[language]["nodeDefs"].keys() >= pack.keys()
-    for name in pack:
-        for file in (f"{name}.md", f"{name}/zh.md"):
-            page = server._read(f"{DOCS}/{file}").decode()
-            for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page):
-                assert server._read(f"{DOCS}/{quote(picture)}")
 
 
 @pytest.mark.slow
