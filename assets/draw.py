@@ -1,9 +1,10 @@
-"""Draw the registry's icon and banner: ``python dev.py run assets/draw.py``.
+"""Draw the registry's icon and banner: ``python dev.py run assets/draw.py``; the workflows' cards.
 
 Words on the left, a picture's tokens on the right, and the attention that joins them: the brighter
 a token, the more it listens to a word.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -57,6 +58,30 @@ def banner() -> Image.Image:
         font = ImageFont.load_default(size * FINE)
         draw.text((90 * FINE, y * FINE), text, fill=colour, font=font)
     return picture.resize((1260, 540), Image.Resampling.LANCZOS)
+
+
+def card(model: str, deed: str) -> Image.Image:
+    """What a workflow does and with which model, 512 x 512, to be read at 400 and less."""
+    picture = Image.new("RGB", (512 * FINE, 512 * FINE), NIGHT)
+    draw = ImageDraw.Draw(picture)
+    tokens(draw, 266 * FINE, 282 * FINE, 230 * FINE)
+    top = 40 * FINE
+    for text, size, colour in ((model, 50, WORD), (deed[0].upper() + deed[1:], 44, "white")):
+        font = ImageFont.load_default(size * FINE)
+        for line in lines_of(text, lambda words: font.getlength(words) <= 448 * FINE):  # noqa: B023
+            draw.text((32 * FINE, top), line, fill=colour, font=font)
+            top += round(1.25 * size) * FINE
+        top += 12 * FINE
+    return picture.resize((512, 512), Image.Resampling.LANCZOS)
+
+
+def lines_of(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """A text in lines that fit."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        lines[-1:] = [longer] if fits(longer) else [lines[-1], word]
+    return lines
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def save(picture: Image.Image, name: str, width: int) -> None:
 
 def demo(server, info, name: str, **changes: dict) -> dict:  # noqa: ANN001
     """Run a workflow of the demo with other values; its outputs by node type."""
-    graph = api_form(read(ROOT / f"demo/workflows/taca_demo_{name}.json"), info)
+    graph = api_form(read(ROOT / f"demo/workflows/{name}.json"), info)
     for node in graph.values():
         if node["class_type"] in changes:
             kept = {k: v for k, v in node["inputs"].items() if not k.startswith("window")}
@@ -82,7 +82,7 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
-        models = place_files(base, [read(ROOT / "workflows/taca_flux1_dev_lora.json")])
+        models = place_files(base, [read(ROOT / "workflows/16_FLUX.1-dev_with_a_LoRA.json")])
         with serving(base, Path(folder, "log"), models) as server:
             draw(server)
 
@@ -106,12 +106,16 @@ def draw(server) -> None:  # noqa: ANN001
             },
         ),
     ):
-        shown = demo(server, info, "schedule_preview", TACASchedule={"gamma": 1.2, **window})
+        shown = demo(server, info, "04_On_which_steps", TACASchedule={"gamma": 1.2, **window})
         save(picture(shown["TACASchedulePreview"][0]), f"{name}.png", 720)
-    shares, heat_maps = demo(server, info, "attention_report")["TACAAttentionReport"]
+    shares, heat_maps = demo(server, info, "05_Attention_report")["TACAAttentionReport"]
     save(picture(shares), "shares.png", 760)
     save(picture(heat_maps), "heat_maps.jpg", 900)
-    save(picture(demo(server, info, "sweep")["TACAContactSheet"][0]), "sheet.jpg", 900)
+    save(
+        picture(demo(server, info, "03_Sweep_over_gamma_and_window")["TACAContactSheet"][0]),
+        "sheet.jpg",
+        900,
+    )
     with browsing(server) as page:
         for name, chain in CHAINS.items():
             page._page.evaluate(SPREAD, chain)

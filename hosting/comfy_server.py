@@ -6,6 +6,7 @@ stop one. ComfyUI is found in COMFYUI_PATH. The server listens on this machine a
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -17,6 +18,7 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKS = {"comfyui-taca": ROOT, "comfyui-taca-demo": ROOT / "demo"}
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras")
 START_LIMIT = 600  # seconds: a busy machine takes minutes; a server that ends is noticed at once
+DEMO_MODELS = (
+    ("diffusion_models", ROOT / "demo" / "models"),
+    ("loras", ROOT / "demo" / "loras"),
+)
+OPENED = {"template": "01_With_and_without_TACA", "source": "comfyui-taca-demo"}
+# Compare Images needs Nodes 2.0; the tutorial would lie over the workflow.
+SETTINGS = {"Comfy.VueNodes.Enabled": True, "Comfy.TutorialCompleted": True}
 TIMEOUT = 60  # seconds for one request, and without a sign of life from a server at work
 Models = Iterable[tuple[str, Path]]
 
@@ -48,7 +57,7 @@ def prepare_base(base: Path, comfyui: Path, models: Models = ()) -> list[str]:
     packs.mkdir(parents=True, exist_ok=True)
     for name, folder in PACKS.items():
         link(packs / name, folder)
-    places = [*models, ("diffusion_models", ROOT / "demo" / "models")]
+    places = [*models, *DEMO_MODELS]
     places += [(kind, comfyui / "models" / kind) for kind in MODEL_FOLDERS]
     lines = []
     for i, (kind, folder) in enumerate(places):
@@ -343,14 +352,30 @@ def serving(base: Path, log: Path, models: Models = ()) -> Iterator[Server]:
 
 
 def main() -> None:
-    """Keep a server open until Ctrl-C; further arguments are ComfyUI's."""
+    """Keep a server open until Ctrl-C, on the demo's first workflow; arguments are ComfyUI's."""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--port", type=int, default=8188)
+    asked.add_argument("--disable-auto-launch", action="store_true")
+    options, others = asked.parse_known_args()
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    arguments = prepare_base(ROOT / ".dev" / "base", comfyui)
-    if "--disable-auto-launch" not in sys.argv:
-        arguments.append("--auto-launch")
-    whole = command(comfyui, 8188, [*arguments, *sys.argv[1:]])
+    base = ROOT / ".dev" / "base"
+    arguments = [*prepare_base(base, comfyui), "--disable-auto-launch", *others]
+    settings = base / "user" / "default" / "comfy.settings.json"
+    if not settings.exists():
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(SETTINGS))
+    server = Server(f"http://127.0.0.1:{options.port}")
+    page = f"{server.address}/?{urllib.parse.urlencode(OPENED)}"
     try:
-        with running(whole, cwd=comfyui) as process:
+        with running(command(comfyui, options.port, arguments), cwd=comfyui) as process:
+            while process.poll() is None:
+                with suppress(OSError):
+                    server.get("/system_stats")
+                    print(f"The demo's workflow is at {page}", flush=True)
+                    if not options.disable_auto_launch:
+                        webbrowser.open(page)
+                    break
+                time.sleep(0.2)
             sys.exit(process.wait())
     except KeyboardInterrupt:
         print("stopped")

@@ -142,7 +142,7 @@ class TACAOptions(io.ComfyNode):
             "TACAOptions",
             inputs=[
                 io.Boolean.Input("positive_only", default=False),
-                io.String.Input("blocks", default=""),
+                io.String.Input("blocks", default="", placeholder="double 0-9, single 0-18"),
                 io.Clip.Input("clip", optional=True),
                 io.String.Input("prompt", optional=True, force_input=True),
                 io.Boolean.Input("prompt_only", default=False, optional=True),

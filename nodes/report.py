@@ -36,7 +36,7 @@ class TACAAttentionReport(io.ComfyNode):
                 io.Sampler.Input("sampler"),
                 io.Sigmas.Input("sigmas"),
                 io.Latent.Input("latent_image"),
-                io.String.Input("words", default=""),
+                io.String.Input("words", default="", placeholder="red circle, blue"),
                 io.Clip.Input("clip", optional=True),
                 io.String.Input("prompt", optional=True, force_input=True),
                 io.Vae.Input("vae", optional=True),
@@ -84,7 +84,7 @@ class TACAWatchAttention(io.ComfyNode):
             "TACAWatchAttention",
             inputs=[
                 io.Model.Input("model"),
-                io.String.Input("words", default=""),
+                io.String.Input("words", default="", placeholder="red circle, blue"),
                 io.Clip.Input("clip", optional=True),
                 io.String.Input("prompt", optional=True, force_input=True),
             ],

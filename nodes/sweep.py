@@ -28,7 +28,7 @@ class TACASweep(io.ComfyNode):
                 io.Model.Input("model"),
                 io.String.Input("gammas", default="1, 1.2, 1.4"),
                 io.String.Input("timestep_thresholds", default=f"{TIMESTEP_THRESHOLD:g}"),
-                io.String.Input("seeds", default="", optional=True),
+                io.String.Input("seeds", default="", placeholder="1, 2, 3", optional=True),
                 io.String.Input("prompts", default="", multiline=True, optional=True),
             ],
             outputs=[

@@ -115,6 +115,6 @@ def taca_override(
         raise ValueError(
             f"TACA needs an attention kernel for any number of queries. This one answers "
             f"{joint[0]} queries with {output.shape[out_dim]} rows: take out the node that chose "
-            f"it, or TACA Patch Model."
+            f"it, or the TACA node."
         )
     return output

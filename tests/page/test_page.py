@@ -2,6 +2,7 @@
 
 import io
 import os
+from itertools import combinations
 from unittest import mock
 
 import numpy as np
@@ -10,7 +11,16 @@ from comfy_server import serving
 from PIL import Image
 
 from support.page import SCREENSHOTS, browsing, chromium
-from support.workflow import DEMO, ONE_THREAD, USERS, api_form, place_files, problems_of, read
+from support.workflow import (
+    APP,
+    DEMO,
+    ONE_THREAD,
+    USERS,
+    api_form,
+    place_files,
+    problems_of,
+    read,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,24 +46,33 @@ def object_info(server):
     return server.get("/object_info")
 
 
-@pytest.fixture(scope="module")
-def page(server):
-    with browsing(server) as page:
+@pytest.fixture(scope="module", params=[False, True], ids=["LiteGraph", "Nodes 2.0"])
+def page(request, server):
+    with browsing(server, request.param) as page:
         assert page.errors == []
         yield page
 
 
-# What is trained in one is loaded in another.
+def overlapping(boxes, gap=8):
+    """Pairs of nodes with less than a gap between them."""
+    return [
+        (one, other)
+        for (one, a), (other, b) in combinations(boxes.items(), 2)
+        if all(a[i] < b[i + 2] + gap and b[i] < a[i + 2] + gap for i in (0, 1))
+    ]
+
+
 @pytest.mark.parametrize(
     "path",
-    sorted([*DEMO, *USERS], key=lambda path: "train" not in path.stem),
+    [path for path in [*DEMO, *USERS] if not path.name.endswith(APP)],
     ids=lambda path: path.stem,
 )
 def test_workflow_in_the_page(path, page, server, object_info):
-    """It opens with all its nodes and values and no error; the demo's run and are shown."""
+    """It opens with all its nodes and values, none on another; the demo's run and are shown."""
     workflow = read(path)
     page.open(workflow)
     assert page.marked() == []
+    assert overlapping(page.boxes()) == []
     sent = page.api_form()
     for node in sent.values():
         del node["_meta"]
@@ -68,8 +87,29 @@ def test_workflow_in_the_page(path, page, server, object_info):
             # In one colour at least: green on grey is as bright as the grey.
             assert np.asarray(picture).std((0, 1)).max() > 10, f"{image['filename']} is blank"
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.draw().save(SCREENSHOTS / f"{path.stem}.png")
+    page.draw().save(SCREENSHOTS / f"{path.stem}{' 2.0' * page.nodes_2}.png")
+    assert overlapping(page.boxes()) == [], "after a run, with what nodes show"
     assert page.errors == []
+
+
+def test_page_offers_the_models(tmp_path):
+    """On a server without any, each that is published with its folder and address."""
+    with (
+        mock.patch.dict(os.environ, ONE_THREAD),
+        serving(tmp_path / "base", tmp_path / "log") as bare,
+        browsing(bare) as page,
+    ):
+        for path in USERS:
+            workflow = read(path)
+            page.open(workflow)
+            wanted = {
+                (model["name"], model["url"], model["directory"])
+                for node in workflow["nodes"]
+                for model in node["properties"].get("models", ())
+            }
+            offered = page.missing()
+            assert {each for each in offered if each[1]} == wanted, path.stem
+            assert {name for name, url, _ in offered if not url} <= {"mscoco_uvit_small.pth"}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
 """Help pages, translations and the blueprint, as ComfyUI's page has them."""
 
-import pytest
-from comfy_server import serving
+import re
+import subprocess
+import sys
+import time
 
-from support.page import SCREENSHOTS, browsing, chromium
+import pytest
+from comfy_server import Server, free_port, running, serving
+
+from support.page import SCREENSHOTS, STORES, browsing, chromium
 from support.workflow import ROOT, blueprint_of, place_files, read
 
 # Its model, CLIP and VAE from loaders, its picture into a preview; all with the page's own calls.
@@ -26,8 +31,6 @@ CONNECT = """blueprint => {
     to(add("VAELoader", 0, 350, ["ae.safetensors"]), "vae");
     inner.connect(0, add("PreviewImage", 760, 0, []), 0);
 }"""
-STORES = """() => [...document.querySelectorAll("*")].find(e => e.__vue_app__).__vue_app__
-    .config.globalProperties.$pinia._s"""
 HELP = f"""type => {{
     const stores = ({STORES})();
     app.graph.clear();
@@ -42,7 +45,9 @@ HELP = f"""type => {{
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    models = place_files(folder / "base", [read(ROOT / "workflows/taca_flux1_dev.json")])
+    models = place_files(
+        folder / "base", [read(ROOT / "workflows/01_FLUX.1-dev_with_and_without_TACA.json")]
+    )
     with serving(folder / "base", folder / "log", models) as running:
         yield running
 
@@ -147,3 +152,28 @@ def test_help_in_the_page(server, page, pack, language):
     browser.request.post(f"{server.address}/settings", data={"Comfy.Locale": "en"})
     # English has one page for all languages but Chinese; the page asks for its own first.
     assert [e for e in page.errors if "/en.md" not in e] == []
+
+
+@pytest.mark.slow
+@in_the_page
+def test_serve_opens_the_demos_workflow(tmp_path):
+    """``dev.py serve``: nothing red in the log, nor in the page at the address that it opens."""
+    port = free_port()
+    script = ROOT / "hosting/comfy_server.py"
+    whole = [sys.executable, str(script), "--disable-auto-launch", "--port", str(port)]
+    log = tmp_path / "log"
+    with log.open("wb") as output, running(whole, stdout=output, stderr=subprocess.STDOUT) as serve:
+        while not (found := re.search(r"workflow is at (http://[^/]+)(\S+)", log.read_text())):
+            assert serve.poll() is None, log.read_text()
+            time.sleep(0.2)
+        with browsing(Server(found[1]), nodes_2=True) as page:
+            page._page.goto(found[1] + found[2])
+            demo = read(ROOT / "demo/workflows/01_With_and_without_TACA.json")
+            page._page.wait_for_function(
+                "seen => window.app?.graph?.nodes.length === seen", arg=len(demo["nodes"])
+            )
+            assert page.marked() == []
+            assert page.missing() == set()
+            page._page.wait_for_timeout(1500)
+            page._page.screenshot(path=SCREENSHOTS / "serve.png")
+    assert "ERROR" not in log.read_text()

@@ -24,6 +24,7 @@ from support.servers import (
     save_uvit,
 )
 from support.workflow import (
+    APP,
     BLUEPRINT,
     DEMO,
     NOTES,
@@ -32,8 +33,10 @@ from support.workflow import (
     USERS,
     api_form,
     blueprint_of,
+    nodes_of,
     problems_of,
     read,
+    source_of,
 )
 
 SCHEMA = ROOT / "tests/schema.json"
@@ -93,15 +96,25 @@ def strip(value):
 
 @pytest.mark.parametrize("path", [*DEMO, *USERS], ids=lambda path: path.stem)
 def test_workflow_is_right(path, object_info):
+    """It can be read, says what it is for, and where its nodes and models come from."""
     workflow = read(path)
     assert problems_of(workflow, object_info) == []
-    assert any(node["type"] in NOTES for node in workflow["nodes"])
+    [note] = [node for node in workflow["nodes"] if node["type"] in NOTES]
+    text = note["widgets_values"][0]
+    assert re.match("# .+: .+", text), "the model, and what is done with it: the card's words"
+    assert "`" not in text, "Nodes 2.0 draws them in a colour that cannot be read"
+    for node in nodes_of(workflow):
+        saved = node["properties"]
+        source = source_of(node, object_info[node["type"]], saved.get("ver"))
+        assert {key: saved.get(key) for key in source} == source
+        for model in source.get("models", ()):
+            assert f"- {model['directory']}: [{model['name']}]({model['url']})" in text
     assert path.with_suffix(".jpg").exists()
 
 
 def with_schedule():
     """The SD3.5 workflow with a TACA Schedule, and its nodes by type."""
-    workflow = read(ROOT / "workflows/taca_sd35_medium.json")
+    workflow = read(ROOT / "workflows/02_SD3.5-Medium_with_and_without_TACA.json")
     nodes = {node["type"]: node for node in workflow["nodes"]}
     socket = next(s for s in nodes["TACAPatchModel"]["inputs"] if s["name"] == "schedule")
     socket["link"] = 1000
@@ -160,29 +173,34 @@ def test_broken_workflow_is_seen(problem, object_info):
 
 
 SAID = {  # by workflows that say something about a run; a sweep shows one sheet
-    "taca_flux1_attention_report": "Where TACA acts, text gets",
-    "taca_flux1_schedule_preview": "TACA acts on 3 of 30 steps.",
-    "taca_flux1_sweep": "",
-    "taca_alignment_score": "",
+    "15_FLUX.1-dev_attention_report": "Where TACA acts, text gets",
+    "14_FLUX.1-dev_on_which_steps": "TACA acts on 3 of 30 steps.",
+    "12_FLUX.1-dev_sweep": "",
+    "13_FLUX.1-dev_sweep_with_CLIP_scores": "",
 }
+FIRST = ROOT / "demo/workflows/01_With_and_without_TACA.json"
+GRAPHS = [path for path in [*USERS, FIRST] if not path.name.endswith(APP)]
 
 
-@pytest.mark.parametrize(
-    "path", [*USERS, ROOT / "demo/workflows/taca_demo.json"], ids=lambda path: path.stem
-)
-def test_workflow_runs(path, server, object_info):
-    """The users' on the demo's model, its own as it is; with TACA the picture is another."""
-    graph = api_form(read(path), object_info)
-    if path in USERS:
-        graph = on_the_demo_model(graph, object_info)
-    outputs = server.run(graph)
-    shown = [
+def pictures_of(server, outputs):
+    """What each node put out."""
+    return [
         [
             np.asarray(Image.open(io.BytesIO(server.picture(image))).convert("RGB"), np.float32)
             for image in output.get("images", ())
         ]
         for output in outputs.values()
     ]
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_workflow_runs(path, server, object_info):
+    """The users' on the demo's model, its own as it is; with TACA the picture is another."""
+    graph = api_form(read(path), object_info)
+    if path in USERS:
+        graph = on_the_demo_model(graph, object_info)
+    outputs = server.run(graph)
+    shown = pictures_of(server, outputs)
     pictures = [picture for each in shown for picture in each]
     assert all(picture.std() > 10 for picture in pictures)
     if path.stem in SAID:
@@ -190,24 +208,29 @@ def test_workflow_runs(path, server, object_info):
         assert pictures
         assert all(SAID[path.stem] in text for text in texts)
         assert bool(texts) == bool(SAID[path.stem])
-    elif path.stem == "uvit_training":
+    elif path.stem == "24_U-ViT_training":
         assert pictures, "a plot of the loss"
         assert any(name.startswith("uvit_0") for name in server.get("/models/diffusion_models"))
-    elif path.stem == "uvit_sampling":
+    elif path.stem == "23_U-ViT_sampling":
         assert pictures
     elif "train" in path.stem:
-        assert any(name.startswith(path.stem[:10]) for name in server.get("/models/loras"))
+        assert any(name.startswith("taca_flux1") for name in server.get("/models/loras"))
+    elif "Recipe" in path.stem:
+        patch = next(n for n in graph.values() if n["class_type"] == "TACAPatchModel")
+        patch["inputs"]["gamma"] = 1.0
+        patch["inputs"].pop("schedule", None)
+        plain = [picture for each in pictures_of(server, server.run(graph)) for picture in each]
+        assert any(np.abs(a - b).max() > 1 for a, b in zip(pictures, plain, strict=True))
     else:
         plain, taca = filter(None, shown)
         assert np.abs(np.stack(plain) - np.stack(taca)).max() > 1
-        compared = [output for output in outputs.values() if "a_images" in output]
-        assert len(compared) == (path not in USERS)
-        assert all(len(o["a_images"]) == len(o["b_images"]) == len(plain) for o in compared)
+        [compared] = [output for output in outputs.values() if "a_images" in output]
+        assert len(compared["a_images"]) == len(compared["b_images"]) == len(plain)
 
 
 def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
     """The workflow's own, from Sweep to Score to the sheet: one for each picture, in its place."""
-    path = ROOT / "workflows/taca_alignment_score.json"
+    path = ROOT / "workflows/13_FLUX.1-dev_sweep_with_CLIP_scores.json"
     graph = on_the_demo_model(api_form(read(path), object_info), object_info)
     by_class = {content["class_type"]: node for node, content in graph.items()}
     sheet, score = by_class["TACAContactSheet"], by_class["TACAAlignmentScore"]

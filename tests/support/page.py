@@ -28,6 +28,20 @@ SHOWN = r"""outputs => Object.entries(outputs).every(([id, { images = [], text =
         && (node.imgs ?? []).every(image => image.complete && image.naturalWidth)
         && text.every(line => shown.includes(plain(line)));
 })"""
+STORES = """() => [...document.querySelectorAll("*")].find(e => e.__vue_app__).__vue_app__
+    .config.globalProperties.$pinia._s"""
+# Node -> left, top, right, bottom with its title; in Nodes 2.0 those of its element in the page.
+BOXES = """() => Object.fromEntries(app.graph.nodes.map(node => {
+    const element = document.querySelector(`[data-node-id="${node.id}"]`);
+    const { scale, offset } = app.canvas.ds, area = app.canvas.canvas.getBoundingClientRect();
+    const { left, top, right, bottom } = element?.getBoundingClientRect() ?? {};
+    const [x, y, width, height] = node.boundingRect;
+    const name = `${node.type} ${node.id}`;
+    return element
+        ? [name, [[left, top], [right, bottom]].flatMap(([x, y]) =>
+            [(x - area.left) / scale - offset[0], (y - area.top) / scale - offset[1]])]
+        : [name, [x, y, x + width, y + height]];
+}))"""
 SCREENSHOTS = ROOT / ".dev" / "screenshots"
 SMALL = {"width": 1280, "height": 720}  # a large page is slow where there is no graphics card
 LEFT, TOP, RIGHT = 80, 110, 450  # the page's own bars, and what it says at the right of a run
@@ -45,16 +59,19 @@ class Page:
     ----------
     errors : list of str
         The console's errors since the last workflow was opened.
+    nodes_2 : bool
+        Whether nodes are elements of the page, not drawn by LiteGraph.
     """
 
-    def __init__(self, page, server):
-        self._page, self._server = page, server
+    def __init__(self, page, server, nodes_2):
+        self._page, self._server, self.nodes_2 = page, server, nodes_2
         self.errors = []
         page.set_default_timeout(60_000)
         page.on("console", self._listen)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.route("**/*", self._stay_home)
-        page.request.post(f"{server.address}/settings", data=SETTINGS)
+        settings = SETTINGS | {"Comfy.VueNodes.Enabled": nodes_2}
+        page.request.post(f"{server.address}/settings", data=settings)
         page.goto(server.address)
         page.wait_for_function(
             "!!(window.app?.graph && window.LiteGraph?.registered_node_types.TACAPatchModel)"
@@ -80,6 +97,21 @@ class Page:
             workflow,
         )
         self._page.wait_for_timeout(500)  # it looks for missing models and nodes meanwhile
+
+    def boxes(self):
+        """Where each node is, by type and id: left, top, right and bottom, with its title."""
+        self._page.wait_for_function(
+            "seen => document.querySelectorAll('[data-node-id]').length === seen",
+            arg=len(self.saved()["nodes"]) if self.nodes_2 else 0,
+        )
+        return self._page.evaluate(BOXES)
+
+    def missing(self):
+        """The models that it finds missing and where it offers to download them from."""
+        found = self._page.evaluate(
+            f"() => ({STORES})().get('missingModel').missingModelCandidates"
+        )
+        return {(m["name"], m.get("url"), m.get("directory")) for m in found or ()}
 
     def marked(self):
         """Types of the nodes that the page does not know or frames in red."""
@@ -154,11 +186,11 @@ class Page:
 
 
 @contextmanager
-def browsing(server):
-    """A page of this server for the length of this context."""
+def browsing(server, nodes_2=False):
+    """A page of this server for the length of this context, drawn by LiteGraph or as Nodes 2.0."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         try:
-            yield Page(browser.new_page(viewport=SMALL), server)
+            yield Page(browser.new_page(viewport=SMALL), server, nodes_2)
         finally:
             browser.close()

@@ -1,6 +1,7 @@
 """Saved workflows read as ComfyUI's page reads them: what is wrong with one, and its API form."""
 
 import json
+import re
 from itertools import combinations
 
 from PIL import Image
@@ -10,6 +11,7 @@ from support import ROOT
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))
 BLUEPRINT = ROOT / "subgraphs" / "TACA text to image.json"
+APP = ".app.json"  # opens in App Mode, a form with some of the widgets and the results
 # Threads that wait for one another stand still on a busy machine, and the demo's model needs none.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NOTES = ("MarkdownNote", "Note")
@@ -28,6 +30,9 @@ MODELS = {
     "clip_name3": "text_encoders",
     "lora_name": "loras",
 }
+# ... and where that is published: file -> folder, address.
+PUBLISHED = json.loads((ROOT / "assets/models.json").read_text("utf-8"))
+PACK = "comfyui-taca"  # the folder of custom_nodes that a server of ours has it in
 VISION = "CLIPVisionLoader"  # whose clip_name is of a folder of its own
 PICTURES = "folder"
 PICTURE_OF = ("LoadImage", "image")  # ... or one of those pictures, by node and widget
@@ -41,6 +46,41 @@ def read(path):
 def nodes_of(workflow):
     """The nodes that do something."""
     return [node for node in workflow["nodes"] if node["type"] not in NOTES]
+
+
+def app_form(workflow):
+    """The same workflow, to be opened in App Mode."""
+    return workflow | {"extra": workflow["extra"] | {"linearMode": True}}
+
+
+def source_of(node, info, core):
+    """Properties that tell the page where a node and its models come from, as in core's templates.
+
+    Parameters
+    ----------
+    node : dict
+        As saved.
+    info : dict
+        The server's about nodes of this type.
+    core : str
+        ComfyUI's version.
+    """
+    module = info["python_module"].split(".")
+    if module[0] != "custom_nodes":
+        source = {"cnr_id": "comfy-core", "ver": core}
+    elif module[1] == PACK:
+        project = (ROOT / "pyproject.toml").read_text("utf-8")
+        name, version = (
+            re.search(rf'^{k} = "(.+)"', project, re.M)[1] for k in ("name", "version")
+        )
+        source = {"cnr_id": name, "ver": version}
+    else:  # the demo's, which are in no registry
+        source = {}
+    names = [name for name in node.get("widgets_values", ()) if name in PUBLISHED]
+    models = [
+        {"name": name, "url": PUBLISHED[name][1], "directory": PUBLISHED[name][0]} for name in names
+    ]
+    return source | ({"models": models} if models else {})
 
 
 def specs_of(inputs, order=None, prefix=""):

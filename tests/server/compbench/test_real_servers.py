@@ -98,10 +98,10 @@ def test_two_servers_one_killed_then_the_command(out, captions, start):
 
 OURS = {
     # workflow -> seed, gamma and output that are found without an option
-    "taca_flux1_dev": ("12.noise_seed", "17.gamma", "21"),
-    "taca_flux1_dev_lora": ("12.noise_seed", "17.gamma", "22"),
-    "taca_sd35_medium": ("9.value", "13.gamma", "16"),
-    "taca_sd35_medium_lora": ("9.value", "13.gamma", "17"),
+    "01_FLUX.1-dev_with_and_without_TACA": ("12.noise_seed", "17.gamma", "21"),
+    "16_FLUX.1-dev_with_a_LoRA": ("12.noise_seed", "17.gamma", "22"),
+    "02_SD3.5-Medium_with_and_without_TACA": ("9.value", "13.gamma", "16"),
+    "17_SD3.5-Medium_with_a_LoRA": ("9.value", "13.gamma", "17"),
 }
 
 
