@@ -52,12 +52,15 @@ def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
 def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
     fast = compiled(load(folder, kind), whole=True)
 
-    def graphs(gamma, text):
-        sample(apply_taca(fast, gamma), kind, steps=6, text=(text, text))
+    def graphs(gamma, text, ramp=None):
+        sample(apply_taca(fast, gamma, schedule=ramp), kind, steps=6, text=(text, text))
+        assert not counters["graph_break"]
         return counters["stats"]["unique_graphs"]
 
     assert graphs(1.2, 7) == 2
     assert graphs(1.3, 7) == 2
+    linear = schedule.Schedule(1.3, schedule.TimestepWindow(500.0, "linear"))
+    assert graphs(1.2, 7, linear) == 2
     dynamic = graphs(1.2, 9)  # dynamo makes the length dynamic: two more graphs, for all lengths
     assert dynamic == 4
     assert graphs(1.4, 12) == dynamic
