@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "hosting"), str(ROOT / "assets")]
@@ -58,7 +58,8 @@ def main() -> None:
                 else:
                     outputs = page.run(3600)["outputs"]  # some train
                     page.wait_for(outputs)
-                    thumbnail = sheet(server, outputs)
+                    titles = {str(node["id"]): node.get("title", "") for node in workflow["nodes"]}
+                    thumbnail = sheet(server, outputs, titles)
                 thumbnail.save(path.with_suffix(".jpg"), quality=88)
                 if "linearData" in workflow["extra"]:
                     write(app_form(workflow), path.with_suffix(APP))
@@ -79,29 +80,34 @@ def heading_of(workflow: dict) -> list[str]:
     return note["widgets_values"][0].splitlines()[0].removeprefix("# ").split(": ", 1)
 
 
-def sheet(server: Server, outputs: dict) -> Image.Image:
-    """What a run put out, each picture once, in a square: a row for a node with several."""
+def sheet(server: Server, outputs: dict, titles: dict[str, str]) -> Image.Image:
+    """What a run put out, each picture once, in a square: a row for a node with several.
+
+    A node's first picture has its title, if somebody gave it one.
+    """
     rows, seen = [], set()
-    for output in outputs.values():
+    for node in sorted(outputs, key=int):
         row = []
-        for image in output.get("images", ()):
+        for image in outputs[node].get("images", ()):
             picture = Image.open(io.BytesIO(server.picture(image))).convert("RGB")
             if picture.tobytes() not in seen and len(row) < 3:
-                row.append(picture)
+                row.append((picture, "" if row else titles[node]))
             seen.add(picture.tobytes())
         rows += [row] if row else []
     columns = max(map(len, rows))
     if columns == 1:
         columns = math.ceil(math.sqrt(len(rows)))
-        pictures = [picture for [picture] in rows]
-        rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+        cells = [each for row in rows for each in row]
+        rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     cell = WIDTH // columns
     whole = Image.new("RGB", (WIDTH, WIDTH), NIGHT)
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(20)
     top = (WIDTH - cell * len(rows)) // 2
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            fitted = ImageOps.pad(picture, (cell - 4, cell - 4), color=NIGHT)
-            whole.paste(fitted, (j * cell + 2, top + i * cell + 2))
+        for j, (picture, title) in enumerate(row):
+            x, y = j * cell + 2, top + i * cell + 2
+            whole.paste(ImageOps.pad(picture, (cell - 4, cell - 4), color=NIGHT), (x, y))
+            draw.text((x + 6, y + 4), title, "white", font, stroke_width=3, stroke_fill=NIGHT)
     return whole
 
 

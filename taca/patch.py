@@ -63,9 +63,10 @@ def require_own_options(
 
     Raises RuntimeError if it is not, since then its TACA would not act.
     """
-    if options is None:  # before ComfyUI 0.26, whose guiders have one model each
+    inner = (options or {}).get("transformer_options", {})
+    if "sample_sigmas" not in inner:  # in training, a pack's own call, or before ComfyUI 0.26
         return
-    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    wrappers = inner.get("wrappers", {})
     [calls] = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY) or [None]
     if calls is None or calls.args[0].config != config:
         raise RuntimeError(

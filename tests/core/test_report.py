@@ -10,10 +10,12 @@ from comfy_extras.nodes_custom_sampler import (
     BasicGuider,
     CFGGuider,
     FlipSigmas,
+    Guider_DualCFG,
     KSamplerSelect,
     Noise_RandomNoise,
     SamplerCustomAdvanced,
 )
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
 
 from support import tiny
 from support import words as words_of
@@ -256,6 +258,28 @@ def test_of_combined_prompts_the_one_that_has_the_word(folder, apply_taca, pack,
     assert {m.shape for m in reports[-1].maps} == {(1, 8, 8), (1, 4, 4)}
     with pytest.raises(ValueError, match="does not find 'fox'"):
         shown(pack, guider, model, "fox", (16, 16))
+
+
+@pytest.mark.parametrize("which", ["dual", "nested", "perp-neg"])
+def test_other_guiders(folder, apply_taca, pack, reports, which):
+    """Shares and maps are the positive prompt's, as if it were alone."""
+    model = apply_taca(tiny.load(folder, "flux"), 1.5, 0.0)
+    lengths = enumerate((7, 9, 12))
+    positive, middle, negative = (tiny.conditioning("flux", n, seed=i) for i, n in lengths)
+    alone = BasicGuider.execute(model, positive).result[0]
+    if which == "perp-neg":
+        guider = Guider_PerpNeg(model)
+        guider.set_conds(positive, negative, middle)
+        guider.set_cfg(3.0, 1.0)
+    else:
+        guider = Guider_DualCFG(model)
+        guider.set_conds(positive, middle, negative)
+        guider.set_cfg(3.0, 2.0, nested=which == "nested")
+    for each in (alone, guider):
+        shown(pack, each, model, "a=1", (16, 16))
+    tables, maps = ([report.table() for report in reports], [r.maps for r in reports])
+    torch.testing.assert_close(*tables, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*map(torch.stack, maps), atol=1e-5, rtol=1e-4)
 
 
 def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):

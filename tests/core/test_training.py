@@ -44,6 +44,7 @@ def dense(model, kind, gamma, text=7, tokens=16):
     model = model.clone()
     model.remove_wrappers_with_key("apply_model", "taca")
     model.remove_wrappers_with_key("outer_sample", "taca")
+    model.remove_callbacks_with_key("on_prepare_state", "taca")
     model.injections.clear()
     inner = dense_override(gamma, text, text + tokens)
 

@@ -15,6 +15,7 @@ from support.workflow import (
     APP,
     DEMO,
     ONE_THREAD,
+    ROOT,
     USERS,
     api_form,
     place_files,
@@ -156,3 +157,34 @@ def test_nested_widgets_keep_their_values(values, page, object_info):
     assert problems_of(saved, object_info) == []
     assert sent["1"]["inputs"] == api_form(saved, object_info)["1"]["inputs"]
     assert page.errors == []
+
+
+def test_the_main_node_is_found_first(page):
+    """By its name, and by what users call what it does."""
+    for text in ("taca", "prompt following", "follow prompt", "prompt adherence", "提示词"):
+        assert page.found(text)[0] == "TACAPatchModel", text
+    assert any(name.startswith("TACA") for name in page.found("attention"))
+    assert page.found("prompt weights")[0] == "TACATextEncode"
+
+
+def test_nodes_say_what_a_run_did(page):
+    """Under the node itself: what acted, with a warning; a LoRA without TACA fails there."""
+    workflow = read(ROOT / "demo/workflows/01_With_and_without_TACA.json")
+    node = next(n for n in workflow["nodes"] if n["type"] == "TACAPatchModel")
+    runs = (1.2, 970, 3, ""), (1.6, 1000, 1, "Above gamma 1.5 pictures tend to break")
+    for gamma, threshold, steps, warning in runs:
+        node["widgets_values"] = [gamma, threshold]
+        page.open(workflow)
+        page.shorten({"PrimitiveInt": ("value", 70 + 2 * steps + page.nodes_2)})
+        page.run()
+        said = f"gamma {gamma:g} at t >= {threshold:g} acted on {steps} of 28 steps."
+        assert page.text_under(node["id"], said).startswith(warning)
+    lora = {**node, "type": "LoadTACALoRA", "widgets_values": ["taca_demo_lora.safetensors", 1]}
+    lora["inputs"] = [each for each in node["inputs"] if each["name"] == "model"]
+    workflow["nodes"][workflow["nodes"].index(node)] = lora
+    page.open(workflow)
+    [failed] = [
+        message for kind, message in page.run()["status"]["messages"] if kind == "execution_error"
+    ]
+    assert failed["node_type"] == "LoadTACALoRA"
+    assert "add the TACA node" in failed["exception_message"]

@@ -80,8 +80,8 @@ def test_blueprint_in_the_page(server, page):
     page._page.evaluate(CONNECT, blueprint)
     assert page.marked() == []
     values = {
-        "text": "a cup",
-        "text_1": "fog",
+        "prompt": "a cup",
+        "negative_prompt": "fog",
         "gamma": 1.3,
         "timestep_threshold": 950,
         "width": 512,
