@@ -21,11 +21,14 @@ ABSENT = ("/user.css", "/api/userdata")  # what a new user has not got
 EARLY = "ComfyApp graph accessed before initialization"  # as it starts
 OUTSIDE = "Content Security Policy"  # it may not look for models in the net
 # Each node has as many pictures as it put out, and a widget with its text; spaces may be others.
+# In Nodes 2.0 it has one of them at a time, in its element.
 SHOWN = r"""outputs => Object.entries(outputs).every(([id, { images = [], text = [] }]) => {
     const node = app.graph.getNodeById(id), plain = text => String(text).replace(/\s+/g, " ");
     const shown = (node.widgets ?? []).map(widget => plain(widget.value));
-    return (node.imgs ?? []).length >= images.length
-        && (node.imgs ?? []).every(image => image.complete && image.naturalWidth)
+    const element = document.querySelector(`[data-node-id="${id}"]`);
+    const pictures = element ? [...element.querySelectorAll("img")] : node.imgs ?? [];
+    return pictures.length >= (element ? Math.min(images.length, 1) : images.length)
+        && pictures.every(image => image.complete && image.naturalWidth)
         && text.every(line => shown.includes(plain(line)));
 })"""
 STORES = """() => [...document.querySelectorAll("*")].find(e => e.__vue_app__).__vue_app__

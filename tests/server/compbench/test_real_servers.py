@@ -114,6 +114,10 @@ def test_the_packs_own_workflows(tmp_path, start):
         file = api_form(tmp_path / path.stem, graph)
         saving = {n: c["inputs"] for n, c in graph.items() if c["class_type"] == "SaveImage"}
         uses_gamma = any(content["class_type"] == "TACAPatchModel" for content in graph.values())
+        shown = [c for c in graph.values() if c["class_type"] in ("SaveImage", "PreviewImage")]
+        if uses_gamma and len(shown) == 1:  # a recipe, with TACA alone
+            assert read_workflow(file).output in saving
+            continue
         if len(saving) != 2 or not uses_gamma:  # T2I-CompBench's prompts weigh no words
             with pytest.raises(Problem, match="--"):  # an option that helps, or what it needs
                 read_workflow(file)
