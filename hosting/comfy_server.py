@@ -29,6 +29,7 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = {"comfyui-taca": ROOT, "comfyui-taca-demo": ROOT / "demo"}
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "loras")
+START_LIMIT = 600  # seconds: a busy machine takes minutes; a server that ends is noticed at once
 DEMO_MODELS = (
     ("diffusion_models", ROOT / "demo" / "models"),
     ("loras", ROOT / "demo" / "loras"),
@@ -36,7 +37,6 @@ DEMO_MODELS = (
 OPENED = {"template": "01_With_and_without_TACA", "source": "comfyui-taca-demo"}
 # Compare Images needs Nodes 2.0; the tutorial would lie over the workflow.
 SETTINGS = {"Comfy.VueNodes.Enabled": True, "Comfy.TutorialCompleted": True}
-START_LIMIT = 600  # seconds: a busy machine takes minutes; a server that ends is noticed at once
 TIMEOUT = 60  # seconds for one request, and without a sign of life from a server at work
 Models = Iterable[tuple[str, Path]]
 

@@ -64,7 +64,7 @@ def require_own_options(
     Raises RuntimeError if it is not, since then its TACA would not act.
     """
     inner = (options or {}).get("transformer_options", {})
-    if "sample_sigmas" not in inner:  # a pack's own call; before ComfyUI 0.26, which tells nothing
+    if "sample_sigmas" not in inner:  # in training, a pack's own call, or before ComfyUI 0.26
         return
     wrappers = inner.get("wrappers", {})
     [calls] = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY) or [None]

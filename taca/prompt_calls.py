@@ -69,15 +69,16 @@ class Prompts(NamedTuple):
         ComfyUI tells that of each chunk of the batch. Where another node has put the rows in
         another order, or made conditionings of its own, their text tells.
         """
-        entries = self.entries()
-        texts = [None] * len(call.t) if call.c_crossattn is None else call.c_crossattn
+        entries, texts = self.entries(), call.c_crossattn
         told = call.transformer_options.get("uuids", ())
         if len(call.t) != len(told) * self.batch:
-            return [[each for each in entries if _has_text(row, each[1])] for row in texts]
+            rows = [None] * len(call.t) if texts is None else texts
+            return [[each for each in entries if _has_text(row, each[1])] for row in rows]
         found = []
-        for uuid, row in zip(told, texts[:: self.batch], strict=True):
+        for i, uuid in enumerate(told):
             own = [each for each in entries if each[1]["uuid"] == uuid]
             if len(own) != 1:
+                row = None if texts is None else texts[i * self.batch]
                 own = [self._original(each) for each in own or entries if _has_text(row, each[1])]
             found += [own or [ANOTHER]] * self.batch
         return found

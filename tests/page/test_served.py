@@ -4,10 +4,9 @@ import re
 import subprocess
 import sys
 import time
-from socket import socket as Socket
 
 import pytest
-from comfy_server import Server, running, serving
+from comfy_server import Server, free_port, running, serving
 
 from support.page import SCREENSHOTS, STORES, browsing, chromium
 from support.workflow import ROOT, blueprint_of, place_files, read
@@ -159,9 +158,7 @@ def test_help_in_the_page(server, page, pack, language):
 @in_the_page
 def test_serve_opens_the_demos_workflow(tmp_path):
     """``dev.py serve``: nothing red in the log, nor in the page at the address that it opens."""
-    with Socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = ROOT / "hosting/comfy_server.py"
     whole = [sys.executable, str(script), "--disable-auto-launch", "--port", str(port)]
     log = tmp_path / "log"

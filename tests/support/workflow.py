@@ -10,8 +10,8 @@ from support import ROOT
 
 USERS = sorted(ROOT.glob("workflows/*.json"))
 DEMO = sorted(ROOT.glob("demo/workflows/*.json"))
-APP = ".app.json"  # opens in App Mode, a form with some of the widgets and the results
 BLUEPRINT = ROOT / "subgraphs" / "TACA text to image.json"
+APP = ".app.json"  # opens in App Mode, a form with some of the widgets and the results
 # Threads that wait for one another stand still on a busy machine, and the demo's model needs none.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NOTES = ("MarkdownNote", "Note")
