@@ -99,7 +99,7 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         if hasattr(module, "in_features"):
             try:
                 value = _flat(value)
-            except (RuntimeError, TypeError, AttributeError) as error:
+            except (RuntimeError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{name} is not a whole LoRA: a part of {target} is missing or misshapen "
                     f"({error}). Get it again."
@@ -184,7 +184,7 @@ def _fits(delta: LoRADelta, module: Any) -> bool:
         if own is None:
             return False
         if isinstance(value, LoRAAdapter):
-            up, down = (part.flatten(1) for part in value.weights[:2])
+            up, down = (torch.atleast_2d(part).flatten(1) for part in value.weights[:2])
             kernel = 1 if value.weights[3] is None else value.weights[3][0, 0].numel()
             return (up.shape[0], down.shape[1] * kernel) == (own.shape[0], own[0].numel())
         return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
