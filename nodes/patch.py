@@ -58,11 +58,11 @@ class TACAPatchModel(io.ComfyNode):
         options: Options | None = None,
     ) -> io.NodeOutput:
         chosen = schedule or Schedule(gamma, TimestepWindow(timestep_threshold))
-        told = [f"gamma {chosen.gamma:g} at {chosen.window}, from TACA Schedule"] * bool(schedule)
+        warnings = ordinary_loras(cls.hidden)
         if chosen.gamma > 1.5:
-            told.append(f"Above gamma 1.5 pictures tend to break; the paper uses {GAMMA}.")
-        told += ordinary_loras(cls.hidden)
-        say = NodeText(*told)
+            warnings.append(f"Above gamma 1.5 pictures tend to break; the paper uses {GAMMA}.")
+        from_schedule = f"gamma {chosen.gamma:g} at {chosen.window}, from TACA Schedule"
+        say = NodeText(*warnings, plan=from_schedule if schedule else "")
         return io.NodeOutput(patch_model(model, chosen, options or NO_OPTIONS, say))
 
 

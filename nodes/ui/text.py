@@ -24,18 +24,19 @@ def show_text(text: str, node_id: str | None = None) -> None:
 
 
 class NodeText:
-    """The text under the node that is running now: ``lines``, and what the last runs did.
+    """The text under the node that is running now: what the last runs did, and ``warnings``.
 
-    Of several runs in one prompt two are shown: a first pass and an upscale. Where ``total`` runs
-    are to come, the last one is.
+    Before the first run it is ``plan`` and the warnings. Runs come first, since the page shows no
+    more than some three lines: two of a prompt (a first pass and an upscale), or the last of
+    ``total``.
     """
 
-    def __init__(self, *lines: str, total: int | None = None) -> None:
+    def __init__(self, *warnings: str, plan: str = "", total: int | None = None) -> None:
         context = get_executing_context()
         self.node_id = context.node_id if context else None
-        self.first, self.added, self.prompt, self.total = lines, list[str](), "", total
-        if lines:
-            show_text("\n".join(lines))
+        self.warnings, self.added, self.prompt, self.total = warnings, list[str](), "", total
+        if plan or warnings:
+            show_text("\n".join([plan, *warnings]).strip())
 
     def __call__(self, line: str) -> None:
         context = get_executing_context()
@@ -48,7 +49,7 @@ class NodeText:
                 last = [f"{count} of {self.total}: {line}"]
             elif count > 1:
                 last = [f"Run {count - 1}: {last[0]}", f"Run {count}: {line}"]
-            show_text("\n".join([*self.first, *last]), self.node_id)
+            show_text("\n".join([*last, *self.warnings]), self.node_id)
 
 
 def show(

@@ -423,16 +423,16 @@ def test_text_under_a_node(monkeypatch):
     server = type("Server", (), {"send_progress_text": lambda _, *what: sent.append(what)})
     monkeypatch.setattr(PromptServer, "instance", server(), raising=False)
     with CurrentNodeContext("a", "10"):
-        text = NodeText("Above gamma 1.5")
+        text = NodeText("Above gamma 1.5", plan="gamma 1.6, from TACA Schedule")
     for prompt in ("a", "b"):
         for i in range(3):
             with CurrentNodeContext(prompt, "11"):
                 text(f"acted {i}")
-    assert sent[0] == ("Above gamma 1.5", "10")
+    assert sent[0] == ("gamma 1.6, from TACA Schedule\nAbove gamma 1.5", "10")
     expected = [
-        ("Above gamma 1.5\nacted 0", "10"),
-        ("Above gamma 1.5\nRun 1: acted 0\nRun 2: acted 1", "10"),
-        ("Above gamma 1.5\nRun 2: acted 1\nRun 3: acted 2", "10"),
+        ("acted 0\nAbove gamma 1.5", "10"),
+        ("Run 1: acted 0\nRun 2: acted 1\nAbove gamma 1.5", "10"),
+        ("Run 2: acted 1\nRun 3: acted 2\nAbove gamma 1.5", "10"),
     ]
     assert sent[1:] == expected * 2
 
