@@ -62,9 +62,15 @@ def training_of(
 
 def config_of(settings: dict[str, Any], images: Tensor, context: Tensor) -> UViTConfig:
     """The network that the settings describe, for these latents and captions."""
-    blocks = settings["blocks"]
-    is_early = settings["fusion"] == "early"
-    first, last = central(blocks, blocks if is_early else min(settings["text_blocks"], blocks))
+    blocks, joined = settings["blocks"], settings["text_blocks"]
+    if settings["fusion"] == "early":
+        joined = blocks
+    elif joined > blocks:
+        raise ValueError(
+            f"Train U-ViT: text_blocks is {joined}, and the network has {blocks} blocks. Take at "
+            f"most {blocks}, or more blocks."
+        )
+    first, last = central(blocks, joined)
     return UViTConfig(
         blocks=blocks,
         width=settings["width"],

@@ -232,6 +232,14 @@ def test_the_node_trains(train_node, tmp_path):
         train_node(steps=39)
 
 
+def test_more_text_blocks_than_blocks(train_node):
+    """An error with intermediate fusion; with early fusion the widget does not count."""
+    with pytest.raises(ValueError, match="text_blocks is 9, and the network has 3 blocks"):
+        train_node(text_blocks=9, steps=1)
+    early = train_node(text_blocks=9, steps=1, fusion="early").result[0]
+    assert early.model.diffusion_model.config.last == 2
+
+
 def test_an_interrupt_keeps_the_checkpoint(train_node, tmp_path, monkeypatch):
     """The page's Stop button, pressed as the progress bar begins."""
 
