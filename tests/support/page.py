@@ -109,12 +109,18 @@ class Page:
         )
         return self._page.evaluate(BOXES)
 
-    def missing(self):
-        """The models that it finds missing and where it offers to download them from."""
-        found = self._page.evaluate(
-            f"() => ({STORES})().get('missingModel').missingModelCandidates"
+    def missing(self, offered=()):
+        """The models that it finds missing and where it offers to download them from.
+
+        Once it offers those with these names and no others: it looks for them in its own time.
+        """
+        found = f"() => ({STORES})().get('missingModel').missingModelCandidates ?? []"
+        self._page.wait_for_function(
+            f"names => {{ const found = ({found})().filter(model => model.url).map(m => m.name);"
+            " return names.every(n => found.includes(n)) && found.every(n => names.includes(n)) }",
+            arg=list(offered),
         )
-        return {(m["name"], m.get("url"), m.get("directory")) for m in found or ()}
+        return {(m["name"], m.get("url"), m.get("directory")) for m in self._page.evaluate(found)}
 
     def marked(self):
         """Types of the nodes that the page does not know or frames in red."""
