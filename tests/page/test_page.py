@@ -93,26 +93,6 @@ def test_workflow_in_the_page(path, page, server, object_info):
     assert page.errors == []
 
 
-def test_page_offers_the_models(tmp_path):
-    """On a server without any, each that is published with its folder and address."""
-    with (
-        mock.patch.dict(os.environ, ONE_THREAD),
-        serving(tmp_path / "base", tmp_path / "log") as bare,
-        browsing(bare) as page,
-    ):
-        for path in USERS:
-            workflow = read(path)
-            page.open(workflow)
-            wanted = {
-                (model["name"], model["url"], model["directory"])
-                for node in workflow["nodes"]
-                for model in node["properties"].get("models", ())
-            }
-            offered = page.missing([name for name, *_ in wanted])
-            assert {each for each in offered if each[1]} == wanted, path.stem
-            assert {name for name, url, _ in offered if not url} <= {"mscoco_uvit_small.pth"}
-
-
 @pytest.mark.parametrize(
     "values",
     [

@@ -9,7 +9,7 @@ import pytest
 from comfy_server import Server, free_port, running, serving
 
 from support.page import SCREENSHOTS, STORES, browsing, chromium
-from support.workflow import ROOT, blueprint_of, place_files, read
+from support.workflow import ROOT, USERS, blueprint_of, place_files, read
 
 # Its model, CLIP and VAE from loaders, its picture into a preview; all with the page's own calls.
 CONNECT = """blueprint => {
@@ -177,3 +177,21 @@ def test_serve_opens_the_demos_workflow(tmp_path):
             page._page.wait_for_timeout(1500)
             page._page.screenshot(path=SCREENSHOTS / "serve.png")
     assert "ERROR" not in log.read_text()
+
+
+@pytest.mark.slow
+@in_the_page
+def test_page_offers_the_models(tmp_path):
+    """On a server without any, each that is published with its folder and address."""
+    with serving(tmp_path / "base", tmp_path / "log") as bare, browsing(bare) as page:
+        for path in USERS:
+            workflow = read(path)
+            page.open(workflow)
+            wanted = {
+                (model["name"], model["url"], model["directory"])
+                for node in workflow["nodes"]
+                for model in node["properties"].get("models", ())
+            }
+            offered = page.missing([name for name, *_ in wanted])
+            assert {each for each in offered if each[1]} == wanted, path.stem
+            assert {name for name, url, _ in offered if not url} <= {"mscoco_uvit_small.pth"}
