@@ -47,7 +47,6 @@ MODELS |= {path.stem: (path.with_suffix(""),) * 2 for path in sorted(SERIES.glob
 """Where the files of a model and of its codec are, up to the ends of their names."""
 WINDOWS = ("paper", "snr", "all")
 GAMMAS = (0.8, 1.1, 1.2, 1.3, 1.5, 2.0)
-FLUX_TOKENS = 4096  # of the paper's 1024 x 1024 pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +61,11 @@ class Setting:
     def threshold(self, tokens: int) -> float:
         """The window's lower timestep for pictures of `tokens` image tokens.
 
-        ``"snr"``: where sigma / (1 - sigma), the noise against the picture, is as large *per
-        picture* as at the paper's 970 with FLUX's tokens. Averaging over n tokens lowers the noise
-        by the square root of n.
+        ``"snr"`` is the pack's own window for any size, by equal signal-to-noise per picture.
         """
-        odds = 0.97 / 0.03 * (tokens / FLUX_TOKENS) ** 0.5
-        return {"paper": 970.0, "snr": round(1000 * odds / (1 + odds)), "all": 0.0}[self.window]
+        [schedule] = parts("schedule")
+        fitted = round(schedule.FittedWindow.threshold(tokens))
+        return {"paper": 970.0, "snr": fitted, "all": 0.0}[self.window]
 
 
 def sha256(path: Path) -> str:

@@ -80,7 +80,9 @@ def ordinary_loras(hidden: Any) -> list[str]:
     ]
 
 
-TACA_LORA = re.compile(r"taca|(flux-dev|sd-?3\.?5-medium)-lora-rank-(16|64)", re.IGNORECASE)
+TACA_LORA = re.compile(
+    r"(?<![a-z])taca(?![a-z])|(flux-dev|sd-?3\.?5-medium)-lora-rank-(16|64)", re.IGNORECASE
+)
 
 
 def gamma_input() -> io.Input:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..taca.lora import loras_of
 from ..taca.patch import patch_model
-from ..taca.schedule import TIMESTEP_THRESHOLD, PercentWindow, Schedule, TimestepWindow, Window
+from ..taca.schedule import TIMESTEP_THRESHOLD, PercentWindow, Schedule, TimestepWindow
 from .ui import pictures
 from .ui.schema import schema
 from .ui.text import NodeText
@@ -45,7 +45,12 @@ class TACASweep(io.ComfyNode):
         cls, model: Any, gammas: str, timestep_thresholds: str, seeds: str = "", prompts: str = ""
     ) -> io.NodeOutput:
         name, chosen = "TACA Sweep", []
-        windows = parsed(name, "timestep_thresholds", timestep_thresholds, window_of)
+        windows = [
+            PercentWindow(0, number / 100) if in_percent else TimestepWindow(number)
+            for number, in_percent in parsed(
+                name, "timestep_thresholds", timestep_thresholds, with_unit
+            )
+        ]
         has_lora = bool(loras_of(model))
         for gamma in numbers(name, "gammas", gammas):
             # At gamma 1 the window matters to a LoRA alone.
@@ -55,24 +60,21 @@ class TACASweep(io.ComfyNode):
                 label = "gamma 1 (plain)" if plain else f"gamma {gamma:g}{note}, {window}"
                 chosen.append((Schedule(gamma, window), label))
         given = parsed(name, "seeds", seeds, int) if seeds.strip() else []
+        seed_label = "seed {}" if given else ""
         texts = [line.strip() for line in prompts.splitlines() if line.strip()]
         say = NodeText(total=len(chosen) * max(1, len(given)) * max(1, len(texts)))
         patched = [(patch_model(model, schedule, say=say), label) for schedule, label in chosen]
         rows = [
-            (own, ", ".join([label, *[f"seed {seed}"] * bool(given), *[text] * bool(texts)]), *more)
-            for more in product(given or [0], texts or [""])
+            (own, ", ".join(filter(None, (label, seed_label.format(seed), text))), seed, text)
+            for seed, text in product(given or [0], texts or [""])
             for own, label in patched
-            for seed, text in [more]
         ]
         return io.NodeOutput(*map(list, zip(*rows, strict=True)))
 
 
-def window_of(text: str) -> Window:
-    """The window of an entry such as 970, or 10 % for the first tenth of the sampling."""
-    percent = text.removesuffix("%")
-    return (
-        PercentWindow(0, float(percent) / 100) if percent != text else TimestepWindow(float(text))
-    )
+def with_unit(text: str) -> tuple[float, bool]:
+    """A number, and whether it is in percent: 970, or 10% for the first tenth of the sampling."""
+    return float(text.removesuffix("%")), text.endswith("%")
 
 
 def numbers(node: str, name: str, text: str) -> list[float]:
@@ -88,8 +90,6 @@ def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]
     try:
         values = [read(part.strip()) for part in text.replace(";", ",").split(",") if part.strip()]
     except ValueError as error:
-        if "TACA" in str(error):
-            raise
         raise ValueError(
             f"{node}: {name} must be numbers with commas between, such as 1, 1.2; got {text!r}."
         ) from error

@@ -51,9 +51,10 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
 
 
 class NeedsTaca(comfy.conds.CONDRegular):
-    """Stands in a conditioning without the hook, until a run with TACA takes it out.
+    """Stands in a conditioning without the hook; a run of a model with TACA takes it out.
 
-    Any other model is told to ask it for its part of a call.
+    On any other model ComfyUI asks it for its part of a call, as it asks the text, and that raises
+    RuntimeError.
     """
 
     def process_cond(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
 from support import tiny
+from support.loras import random_lora
 from support.reports import report_on
 from support.tiny import sample
 from support.words import weighed
@@ -398,6 +399,23 @@ def test_a_run_lets_its_guider_go(folder, apply_taca, pack, with_report):
         gc.enable()
 
 
+def test_a_loras_node_is_told_too(folder, apply_taca, load_lora, monkeypatch):
+    from server import PromptServer
+
+    sent = []
+    server = type("Server", (), {"send_progress_text": lambda _, *what: sent.append(what)})
+    monkeypatch.setattr(PromptServer, "instance", server(), raising=False)
+    model = tiny.load(folder, "flux")
+    with CurrentNodeContext("a", "5"):
+        model = load_lora(model, random_lora(model, only="blocks"))
+    with CurrentNodeContext("a", "6"):
+        model = apply_taca(model, 1.2, 750.0)
+    with CurrentNodeContext("a", "7"):
+        sample(model, "flux", steps=8)
+    assert [node for _, node in sent] == ["6", "5"]
+    assert {text for text, _ in sent} == {"gamma 1.2 at t >= 750 acted on 5 of 8 steps."}
+
+
 def test_what_a_run_did_is_told(folder, apply_taca, pack):
     """Under each node that had a part in it: what acted, or why nothing did."""
     said, others = [], []
@@ -435,6 +453,12 @@ def test_text_under_a_node(monkeypatch):
         ("Run 2: acted 1\nRun 3: acted 2\nAbove gamma 1.5", "10"),
     ]
     assert sent[1:] == expected * 2
+    with CurrentNodeContext("c", "10"):
+        sweep = NodeText(total=3)
+    for _ in range(2):
+        with CurrentNodeContext("c", "11"):
+            sweep("acted")
+    assert sent[-2:] == [("1 of 3: acted", "10"), ("2 of 3: acted", "10")]
 
 
 def holder(graph, node):
@@ -464,6 +488,7 @@ def test_a_lora_that_gets_no_taca_is_told_at_once(behind):
         ("sd3.5-medium-lora-rank-16.safetensors", "LoraLoader", True),
         ("taca.safetensors", "LoadTACALoRA", False),
         ("style.safetensors", "LoraLoader", False),
+        ("metacarpal.safetensors", "LoraLoader", False),
         (["3", 0], "LoraLoader", False),
     ],
 )
@@ -473,3 +498,44 @@ def test_a_taca_lora_in_another_loader_is_told(name, kind, is_told):
     assert [f"{name} acts in all steps, in {kind}. Load TACA LoRA keeps it inside the window."] * (
         is_told
     ) == said
+
+
+def test_what_is_said_before_a_run(folder, pack, monkeypatch):
+    """Of a schedule, of a gamma that breaks pictures, and of a LoRA in another loader."""
+    from server import PromptServer
+
+    sent = []
+    server = type("Server", (), {"send_progress_text": lambda _, *what: sent.append(what)})
+    monkeypatch.setattr(PromptServer, "instance", server(), raising=False)
+    node, model = pack["TACAPatchModel"], tiny.load(folder, "flux")
+    schedule = pack["TACASchedule"].execute(1.6, {"window": "first steps", "steps": 2}).result[0]
+    graph = {"1": {"class_type": "LoraLoader", "inputs": {"lora_name": "taca.safetensors"}}}
+    monkeypatch.setattr(node, "hidden", holder(graph, "10"), raising=False)
+    with CurrentNodeContext("a", "10"):
+        node.execute(model, 1.2, 970.0, schedule)
+    plan, lora, gamma = sent[0][0].splitlines()
+    assert plan == "gamma 1.6 at the first 2 steps, from TACA Schedule"
+    assert lora.startswith("taca.safetensors acts in all steps, in LoraLoader")
+    assert gamma.startswith("Above gamma 1.5")
+    monkeypatch.setattr(node, "hidden", None)
+    with CurrentNodeContext("a", "10"):
+        node.execute(model, 1.5, 970.0)
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 64)])
+def test_a_run_in_the_window_for_its_size(folder, pack, size):
+    """64 and 512 tokens: as many steps as lie above the t of equal noise; the preview says so."""
+    model, said = tiny.load(folder, "flux"), []
+    schedule = pack["TACASchedule"].execute(1.2, {"window": "paper, any size"}).result[0]
+    sample(patch.patch_model(model, schedule, say=said.append), "flux", steps=10, size=size)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 10)
+    odds = 0.97 / 0.03 * (size[0] * size[1] / 4 / 4096) ** 0.5
+    count = int((sigmas / (1 - sigmas) >= odds).sum())
+    assert f"acted on {count} of 10 steps" in said[0]
+    latent = {"samples": torch.zeros(1, 16, *size)}
+    preview = pack["TACASchedulePreview"].execute
+    text = preview(sigmas, model, schedule, latent).result[1]
+    assert text.startswith(f"TACA acts on {count} of 10 steps.")
+    assert "1024 x 1024" not in text
+    assert "for a picture of 1024 x 1024" in preview(sigmas, model, schedule).result[1]

@@ -323,6 +323,9 @@ def test_schedule_preview_says_what_the_run_does(folder, apply_taca, pack, kind,
     output = pack["TACASchedulePreview"].execute(sigmas_of(model, 10), model)
     plot, text = output.result
     assert plot.shape[0] == 1
+    longer = pack["TACASchedulePreview"].execute(sigmas_of(model, 40), model).result[0]
+    assert longer.shape[1] > plot.shape[1]  # the table is in the picture
+    assert plot[:, 520:].min() < 0.5  # below the plot, in ink
     assert set(output.ui) == {"images", "animated", "text"}
     sample(model, kind, steps=10)
     said = next(r.message for r in caplog.records if "acted on" in r.message)
@@ -478,7 +481,9 @@ def test_watched_in_any_sampler(folder, apply_taca, pack, first):
     sample(report_module.watched(apply_taca(model, 1.5, 750.0), alone), "flux", steps=5)
     assert torch.equal(report.table(), alone.table())
     assert (report.table()[0] != report.table()[1]).any(1).tolist() == [True] * 3 + [False] * 2
-    pictures = pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3)).result
+    output = pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3))
+    assert len(output.ui["images"]) == 2
+    pictures = output.result
     assert pictures[0].shape[-1] == pictures[1].shape[-1] == 3
     assert pictures[2].startswith("Where TACA acts, text gets")
     assert not replaced(model)

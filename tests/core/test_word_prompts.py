@@ -29,6 +29,9 @@ def test_the_conditioning_is_that_of_the_plain_text(name, pack):
     ((expected, theirs),) = nodes.CLIPTextEncode().encode(clip, PLAIN)[0]
     assert torch.equal(text, expected)
     assert set(extras) == {*theirs, KEY, "hooks"}
+    for node, more in (("TACATextEncode", ()), ("TACAWeighWords", ([[expected, theirs]],))):
+        ((_, bare),) = pack[node].execute(*more, clip, TEXT, any_model=False).result[0]
+        assert set(bare) == {*theirs, KEY, "model_conds"}
     words = extras[KEY]
     of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of(clip, PLAIN)
     weights = [1.0] * text.shape[1]
