@@ -472,11 +472,11 @@ def test_watched_in_any_sampler(folder, apply_taca, pack, first):
         watched, report = watch(apply_taca(model, 1.5, 750.0))
     with pytest.raises(RuntimeError, match="has not been sampled"):
         pack["TACAShowAttention"].execute(report, torch.zeros(1, 64, 64, 3))
-    plain = sample(apply_taca(model, 1.5, 750.0), "flux", steps=5)
-    for _ in range(2):  # a report is of the last run alone
-        assert torch.equal(sample(watched, "flux", steps=5), plain)
-        assert report.table().shape == (2, 5, len(report.blocks))
-        assert len(report.maps) == 5 * len(report.blocks)
+    for steps in (7, 5):  # a report is of the last run alone
+        plain = sample(apply_taca(model, 1.5, 750.0), "flux", steps=steps)
+        assert torch.equal(sample(watched, "flux", steps=steps), plain)
+        assert report.table().shape == (2, steps, len(report.blocks))
+        assert len(report.maps) == steps * len(report.blocks)
     alone = report_on({"a": [1]})
     sample(report_module.watched(apply_taca(model, 1.5, 750.0), alone), "flux", steps=5)
     assert torch.equal(report.table(), alone.table())

@@ -178,10 +178,18 @@ def sentencepiece_model(kind, **options):
 def gemma():
     """With a token for each byte, spaces as they are, and no space in front."""
     return sentencepiece_model(
-        "bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
-    )  # fmt: skip
+        "bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+    )
 
 
 def jina():
@@ -194,14 +202,16 @@ PIECES = {
     "AuraFlow": ("aura_t5.AuraT5Tokenizer", "aura_t5.AuraT5Model", None),
     "Lumina 2": ("lumina2.LuminaTokenizer", "lumina2.te", {"spiece_model": gemma}),
     "PixelDiT": (
-        "pixeldit.PixelDiTGemma2Tokenizer", "pixeldit.pixeldit_te", {"spiece_model": gemma}
+        "pixeldit.PixelDiTGemma2Tokenizer",
+        "pixeldit.pixeldit_te",
+        {"spiece_model": gemma},
     ),
     "NewBie": (
         "newbie.NewBieTokenizer",
         "newbie.te",
         {"gemma_spiece_model": gemma, "jina_spiece_model": jina},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
