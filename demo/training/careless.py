@@ -53,7 +53,8 @@ def train(name: str, options: argparse.Namespace, *more: Any) -> tuple[Path, Pat
 
 def base(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
     """A model that follows its text: the demo's, or one by its recipe with another seed."""
-    return CLEAN if seed == 0 else train(f"base{seed}", options, "--seed", seed)
+    how = ("--seed", seed, "--precision", "fp32")
+    return CLEAN if seed == 0 else train(f"base{seed}", options, *how)
 
 
 def later(seed: int, dose: float, options: argparse.Namespace, leave_out: bool = False) -> Trained:

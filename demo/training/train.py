@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import world
 from codec import CHANNELS, Codec, from_model, to_model
-from trainer import Trainer, optimisers_of, pictures_of, tokens_of
+from trainer import Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
 
 DEMO = Path(world.__file__).parent
 
@@ -187,6 +187,8 @@ def main() -> None:
     model = build_model(arguments.depth, arguments.size // TOKEN)
     if arguments.start:
         model.load_state_dict({k: w.float() for k, w in load_file(arguments.start).items()})
+    if arguments.precision == "fp32":
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonalised
     optimisers = optimisers_of(model, arguments.lr, arguments.optimiser == "muon")
     codec, pool, tokens = build_pool(arguments)
     files = arguments.work / "checkpoint.pt", arguments.work / "log.jsonl"

@@ -27,6 +27,23 @@ def tokens_of(captions: list[str], text: str = "words") -> torch.Tensor:
     return torch.from_numpy(np.stack([world.encode(caption, text) for caption in captions]))
 
 
+def orthogonalised(
+    gradient: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Muon's Newton-Schulz iteration in the gradient's own precision.
+
+    PyTorch's runs in bfloat16, which takes four times as long on a CPU without bfloat16 units.
+    """
+    a, b, c = coefficients
+    tall = gradient.shape[0] > gradient.shape[1]
+    x = gradient.T if tall else gradient
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 def optimisers_of(
     model: torch.nn.Module, lr: float, muon: bool = True
 ) -> list[torch.optim.Optimizer]:
