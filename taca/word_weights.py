@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .spans import Group, Layout
 
-Shared = tuple[Sequence[Tensor | None], Tensor | None, Tensor | None]
+Negative = tuple[int, int, Tensor, Tensor | None]
+Shared = tuple[Sequence[Tensor | None], Sequence[Negative]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class WordWeights:
     """The weights of a call's text tokens; a batch axis of 1 stands for all rows."""
 
     weights: Tensor  # w, float32 (b, t)
-    subtracts: bool = False  # whether any is negative
+    is_negative: Tensor | None = None  # bool (b, t); None where none is
     # Shares of the mean value about which a negative weight mirrors, float32 (b, t); None for zero,
     # which subtracts.
     centre: Tensor | None = None
@@ -38,10 +39,11 @@ class WordWeights:
         """Those of some rows of the batch, by index."""
         if len(self.weights) == 1:
             return self
-        centre, avoided = (
-            each if each is None else each[rows] for each in (self.centre, self.avoided)
+        is_negative, centre, avoided = (
+            each if each is None else each[rows]
+            for each in (self.is_negative, self.centre, self.avoided)
         )
-        return WordWeights(self.weights[rows], self.subtracts, centre, avoided)
+        return WordWeights(self.weights[rows], is_negative, centre, avoided)
 
 
 def weigh(
@@ -50,7 +52,8 @@ def weigh(
     """What is added to the logits of each group of queries, and V as image queries get it.
 
     Image queries get log |w|, ``(b, 1, 1, n)``. With tokens to avoid, other queries get what hides
-    these and the other text from one another, ``(b, 1, queries, n)``.
+    these and the other text from one another, ``(b, 1, queries, n)``. With negative weights, V is
+    a copy in which their values stand on the other side of zero or of the centre.
     """
     if torch.compiler.is_compiling():  # as a key, a length would become a constant of the graph
         found = _of_layout(words, layout, groups, v)
@@ -59,28 +62,42 @@ def weigh(
         if key not in words.shared:
             words.shared[key] = _of_layout(words, layout, groups, v)
         found = words.shared[key]
-    biases, is_negative, centre = found
-    if is_negative is None:
+    biases, negatives = found
+    if not negatives:
         return biases, v
-    # SD3 hands its V as (b, n, h, d) also where dim is 1.
-    shape = [1] * v.ndim
-    shape[0], shape[dim] = is_negative.shape
-    mirror: Tensor | float = 0.0
-    if centre is not None:
-        mirror = 2 * (v.float() * centre.view(shape)).sum(dim, keepdim=True).to(v)
-    return biases, torch.where(is_negative.view(shape), mirror - v, v)
+    v = v.clone()
+    shape = [1] * v.ndim  # SD3 hands its V as (b, n, h, d) also where dim is 1
+    shape[0], shape[dim] = len(words.weights), -1
+    mirror = v.new_zeros(())
+    for start, length, _, share in negatives:
+        if share is not None:
+            mean = v.narrow(dim, start, length).float() * share.view(shape)
+            mirror = mirror + 2 * mean.sum(dim, keepdim=True)
+    mirror = mirror.to(v)
+    for start, length, is_negative, _ in negatives:
+        text = v.narrow(dim, start, length)
+        text.copy_(torch.where(is_negative.view(shape), mirror - text, text))
+    return biases, v
 
 
 def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like: Tensor) -> Shared:
-    """The biases of ``weigh``; which keys weigh less than 0, and the mean's shares, ``(b, n)``."""
+    """The biases of ``weigh``; each span of text with negative weights and the centre's shares."""
     image = image_bias(words, layout, like)
     biases = [
         image if is_image else _text_bias(words.avoided, layout, start, length, like)
         for is_image, start, length in groups
     ]
-    is_negative = over_keys(words.weights < 0, layout, False) if words.subtracts else None
-    centre = None if words.centre is None else over_keys(words.centre, layout, 0.0)
-    return biases, is_negative, centre
+    negatives: list[Negative] = []
+    start = done = 0
+    for kind, length, _ in layout:
+        if kind == "text":
+            if words.is_negative is not None:
+                centre = words.centre
+                share = centre if centre is None else centre.narrow(1, done, length)
+                negatives.append((start, length, words.is_negative.narrow(1, done, length), share))
+            done += length
+        start += length
+    return biases, negatives
 
 
 def image_bias(words: WordWeights, layout: Layout, like: Tensor) -> Tensor:

@@ -232,10 +232,11 @@ def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:
         torch.tensor([[token[i] for token in row] for row in rows]) for i in range(3)
     )
     centre /= centre.sum(1, keepdim=True).clamp_min(1e-9)
-    subtracts = bool((weights < 0).any())
+    is_negative = weights < 0
+    subtracts = bool(is_negative.any())
     return WordWeights(
         weights.to(device),
-        subtracts,
+        is_negative.to(device) if subtracts else None,
         centre.to(device) if subtracts and bool(centre.any()) else None,
         avoided.to(device) if bool(avoided.any()) else None,
     )

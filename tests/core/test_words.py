@@ -80,7 +80,7 @@ def test_equals_dense(runs, data, batch, gamma, mask_kind, grouped, flat):
         mask = torch.ones(shapes["bool"], dtype=torch.bool)
         mask[..., : n // 3] = bool(is_image.any()) and not is_image[: n // 3].any()
         mask |= torch.eye(n, dtype=torch.bool)
-    words = WordWeights(w, bool((w < 0).any()), None, avoided if avoided.any() else None)
+    words = WordWeights(w, w < 0, None, avoided if avoided.any() else None)
     scale = None if gamma is None else torch.tensor([gamma])
     if flat and not grouped:
         q_, k_, v_ = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
@@ -132,7 +132,7 @@ def test_a_negative_weight_about_the_mean():
     w = torch.tensor([[1.0, -1.5, 1.0]])
     centre = torch.tensor([[0.5, 0.5, 0.0]])
     layout = (Span("text", 3), Span("image", 3))
-    out = adjusted(sdpa, q, k, v, None, layout, words=WordWeights(w, True, centre))
+    out = adjusted(sdpa, q, k, v, None, layout, words=WordWeights(w, w < 0, centre))
     mirrored = v.double().clone()
     mirrored[:, :, 1] = v[:, :, :2].double().sum(2) - v[:, :, 1].double()
     every = torch.cat([w.abs(), torch.ones(1, 3)], 1)
