@@ -37,6 +37,8 @@ import world
 from comfyui import load_pack, parts  # also ComfyUI's own set-up
 from subject import Subject
 
+import nodes
+
 RECORD = RESULTS / "words.json"
 PAGE = ROOT / "docs" / "words.md"
 CODEC = DEMO / "taca_demo"
@@ -52,7 +54,7 @@ class Setting(NamedTuple):
     """What is weighed, how, and by how much."""
 
     what: str  # "colour" or "shape": both such words of the caption
-    how: str  # "attention" by TACA, "embedding" by ComfyUI, or what to avoid
+    how: str  # "attention" by TACA, "embedding" by ComfyUI, what to avoid, or "contradicting"
     weight: float
 
 
@@ -62,6 +64,7 @@ SETTINGS = [
     *(Setting("colour", "avoid", weight) for weight in (0.5, 1.0, 2.0, 4.0)),
     *(Setting("colour", "avoid another", weight) for weight in (2.0, 4.0)),
     *(Setting("colour", "embedding", weight) for weight in (0.0, 2.0, 4.0)),
+    *(Setting("colour", "contradicting", weight) for weight in WEIGHTS),
 ]
 
 
@@ -86,13 +89,17 @@ class Weighing(Subject):
             if how == "avoid another":  # that the caption does not name
                 avoid = next(word for word in KINDS[what] if word not in caption)
             return self.encode(self.clip, caption, avoid, weight)
-        text = re.sub(rf"\b({of})\b", rf"(\1:{weight})", caption)
+        said = contradicting(caption) if how == "contradicting" else caption
+        text = re.sub(rf"\b({of})\b", rf"(\1:{weight})", said)
         if how == "embedding":
             return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-        return self.encode(self.clip, text)
+        encoded = self.encode(self.clip, text)
+        if how == "contradicting":
+            (encoded,) = nodes.ConditioningConcat().concat(encoded, super().condition([caption]))
+        return encoded
 
     def judge(self, setting: Setting, captions: list[str]) -> dict[str, str]:
-        """By criterion, a digit a picture that is 1 if it is right."""
+        """By criterion, a digit a picture that is 1 if it is what the words that weigh say."""
         told = json.dumps(setting)
         judged: list[dict[str, bool]] = [{}] * len(captions)
         for places in grouped(captions):
@@ -100,8 +107,16 @@ class Weighing(Subject):
             noise = 1000 + places[0]
             pictures = self.draw(self.model, [f"{told}|{c}" for c in some], noise, 1.0)
             for i, picture in zip(places, pictures, strict=True):
-                judged[i] = world.check(picture, captions[i])
+                contradicts = setting.how == "contradicting"
+                said = contradicting(captions[i]) if contradicts else captions[i]
+                judged[i] = world.check(picture, said)
         return digits(judged)
+
+
+def contradicting(caption: str) -> str:
+    """The caption with two colours that it does not name."""
+    others = (colour for colour in world.COLOURS if colour not in caption)
+    return re.sub("|".join(world.COLOURS), lambda _: next(others), caption)
 
 
 def grouped(captions: list[str]) -> list[list[int]]:
