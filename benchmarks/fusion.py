@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +23,46 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT))
 
-from uvit.config import UViTConfig, central
+from uvit.config import Conditioning, UViTConfig
 from uvit.diffusion import TIMESTEPS
 from uvit.network import UViT, plain_attention
 
-PUBLISHED = {"small": 13, "deep": 17}
-CENTRAL = (1, 3, 5)
-COMPILED = ("early", "central 1")  # compiling takes longer than all else
+SIZES = {"small": 13, "deep": 17}
+CONDITIONINGS: tuple[Conditioning, ...] = "concatenation", "cross-attention"
+EARLY = "early"
+TIMED: dict[str, tuple[int, int, Conditioning]] = {
+    "concatenation c3 v3": (3, 3, "concatenation"),
+    "concatenation c1 v5": (1, 5, "concatenation"),
+    "concatenation c2 v6": (2, 6, "concatenation"),
+    "cross c3 v3": (3, 3, "cross-attention"),
+    "cross c2 v4": (2, 4, "cross-attention"),
+}
+"""Caption blocks, image blocks and conditioning of the fusions that are timed beside early."""
+PRECISIONS = "float32", "bfloat16"
+"""What attention computes in; all else is bfloat16 by autocast."""
+WORK = "training", "sampling"
+COUNTED = range(7)
 
 
-def published_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-    """As the published code: in float32, whatever autocast says."""
+def float32_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+    """As the paper's code without xformers: in float32, whatever autocast says."""
     with torch.autocast(q.device.type, enabled=False):
         return plain_attention(q.float(), k.float(), v.float(), heads)
 
 
-def fusions_of(name: str) -> dict[str, int]:
-    """How many blocks see the text."""
-    return {"early": PUBLISHED[name]} | {f"central {k}": k for k in CENTRAL}
+def config_of(size: str, fusion: str) -> UViTConfig:
+    """A network of a published size."""
+    if fusion == EARLY:
+        return UViTConfig(SIZES[size])
+    captions, images, conditioning = TIMED[fusion]
+    return streams_of(size, captions, images, conditioning)
 
 
-def published_config(blocks: int, shared: int, conditioning: str) -> UViTConfig:
-    """The published network, where ``shared`` central blocks see the text."""
-    first, last = central(blocks, shared)
-    return UViTConfig(blocks, first=first, last=last, conditioning=conditioning)
+def streams_of(size: str, captions: int, images: int, conditioning: Conditioning) -> UViTConfig:
+    """The same with the text's own blocks (c) and the image's own (v)."""
+    return UViTConfig(
+        SIZES[size], image_blocks=images, caption_blocks=captions, conditioning=conditioning
+    )
 
 
 def inputs_of(config: UViTConfig, batch: int, device: torch.device | str) -> list[Tensor]:
@@ -59,149 +74,148 @@ def inputs_of(config: UViTConfig, batch: int, device: torch.device | str) -> lis
     return [each.to(device) for each in (x, t, context)]
 
 
-def gflops_of(config: UViTConfig, backward: bool) -> float:
-    """Of one picture, attention counted as matrix products. Nothing is computed."""
+def gflops_of(config: UViTConfig) -> tuple[float, float]:
+    """Forward, and forward and backward, of one picture; attention counted as matrix products."""
     network = UViT(config, device="meta")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = network(*inputs_of(config, 1, "meta")).square().mean()
-        if backward:
-            loss.backward()
-    return counter.get_total_flops() / 1e9
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward / 1e9, counter.get_total_flops() / 1e9
 
 
-def work_of(
-    config: UViTConfig, way: str, what: str, batch: int, device: torch.device
+def flops_of(size: str) -> dict[str, Any]:
+    """Early fusion's, and what every c and v saves of them, in percent."""
+    early = gflops_of(config_of(size, EARLY))
+    found: dict[str, Any] = {"early_gflops": dict(zip(("forward", "training"), early, strict=True))}
+    for conditioning in CONDITIONINGS:
+        counted = {
+            f"c{c} v{v}": gflops_of(streams_of(size, c, v, conditioning))
+            for c, v in itertools.product(COUNTED, range(SIZES[size] // 2 + 1))
+        }
+        found[conditioning] = {
+            name: [round(100 * (1 - one / all_), 1) for one, all_ in zip(each, early, strict=True)]
+            for name, each in counted.items()
+        }
+    return found
+
+
+def step_of(
+    config: UViTConfig, precision: str, what: str, batch: int, device: torch.device
 ) -> Callable[[], None]:
-    """One training step, or one call, of a new network."""
-    attention = published_attention if way == "published way" else plain_attention
-    network = UViT(config, attention).initialise(torch.Generator().manual_seed(0)).to(device)
+    """One step of training, or one call as in sampling, of a new network."""
+    attend = float32_attention if precision == "float32" else plain_attention
+    network = UViT(config, attend).initialise(torch.Generator().manual_seed(0)).to(device)
     x, t, context = inputs_of(config, batch, device)
-    call = torch.compile(network, dynamic=False) if way == "compiled" else network
-    fused = {} if way == "published way" else {"fused": True}
-    numbers = {"betas": (0.9, 0.9), "weight_decay": 0.03, **fused}
-    optimiser = torch.optim.AdamW(network.parameters(), 2e-4, **numbers)
+    training = what == "training"
+    numbers = {"betas": (0.9, 0.9), "weight_decay": 0.03, "fused": True}
+    optimiser = torch.optim.AdamW(network.parameters(), 2e-4, **numbers) if training else None
 
-    def work() -> None:
-        training = what == "training"
+    def step() -> None:
         with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16):
-            predicted = call(x, t, context)
-        if training:
+            predicted = network(x, t, context)
+        if optimiser is not None:
             (predicted.float() - x).square().mean().backward()
             optimiser.step()
             optimiser.zero_grad()
 
-    return work
+    return step
 
 
-def cost(options: argparse.Namespace) -> None:
-    """FLOPs and throughput."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timing.clock = timing.CLOCKS["cpu"]
-    report: dict[str, Any] = {"environment": timing.environment(device, "cpu")}
-    report |= {"note": options.note, "rounds": options.rounds, "compiled": options.compile}
-    report |= {"flops": {}, "throughput": {}}
-    for name, conditioning in itertools.product(options.networks, options.conditionings):
-        counted = {}
-        for fusion, shared in fusions_of(name).items():
-            config = published_config(PUBLISHED[name], shared, conditioning)
-            counted[fusion] = gflops_of(config, False), gflops_of(config, True)
-        found = report["flops"][f"{name}, {conditioning}"] = {
-            fusion: {"inference_gflops": round(forward, 2), "training_gflops": round(both, 2)}
-            | {"saved_percent": round(100 * (1 - both / counted["early"][1]), 1)}
-            for fusion, (forward, both) in counted.items()
-        }
-        print(name, conditioning, json.dumps(found, indent=1))
-    settings = options.networks, options.conditionings, options.batches, options.what
-    for setting in itertools.product(*settings) if options.rounds else ():
-        label = "{}, {}, batch {}, {}".format(*setting)
-        more = setting[0] in options.compile, options.rounds
-        report["throughput"][label] = throughput(*setting, *more)
-        print(label, json.dumps(report["throughput"][label], indent=1), flush=True)
-    file = options.out
-    if file is None and options.rounds:
-        file = timing.RESULTS / f"fusion-cost-{timing.slug_of(device)}.json"
-    if file:
-        store(file, report)
-        file.with_suffix(".md").write_text(cost_table(report), encoding="utf-8")
-        print(f"Saved {file} and {file.with_suffix('.md').name}")
+def cases(
+    device: torch.device,
+    sizes: Sequence[str] = tuple(SIZES),
+    batches: Sequence[int] = (1, 4),
+    work: Sequence[str] = WORK,
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """What to time: a setting, a method of it, and a step; those of a setting are comparable.
+
+    A network is made as its case is asked for, and free when its step is dropped.
+    """
+    for size, batch, what in itertools.product(sizes, batches, work):
+        for fusion, precision in itertools.product((EARLY, *TIMED), PRECISIONS):
+            step = step_of(config_of(size, fusion), precision, what, batch, device)
+            yield f"{size}, batch {batch}, {what}", f"{fusion}, {precision}", step
 
 
-def throughput(
-    name: str, conditioning: str, batch: int, what: str, compiled: bool, rounds: int
-) -> dict[str, Any]:
-    """Pictures a second of every method, and ratios within rounds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fusions, published = fusions_of(name), "early, published way"
-    methods = dict(fusions)
-    if conditioning == "concatenation":
-        methods[published] = fusions["early"]
-    if compiled:
-        torch.compiler.reset()  # its limit of recompilations is for one setting
-        methods |= {f"{fusion}, compiled": fusions[fusion] for fusion in COMPILED}
-    works = {}
-    for method, shared in methods.items():
-        config = published_config(PUBLISHED[name], shared, conditioning)
-        works[method] = work_of(config, method.partition(", ")[2], what, batch, device)
-        works[method]()
-    timed = lambda method: timing.seconds(works[method], device)  # noqa: E731
-    times = timing.interleaved(timed, list(works), rounds, f"{name}, {what}", warm_up=False)
-
-    def ratios(slow: str, fast: str) -> dict[str, list[float]]:
-        """Of one method to another, where both were timed; ``{}`` in a name is each fusion."""
-        found = {fusion: (slow.format(fusion), fast.format(fusion)) for fusion in fusions}
-        timed = {f: pair for f, pair in found.items() if {*pair} <= {*times} and len({*pair}) == 2}
-        quotients = {f: np.divide(times[one], times[other]) for f, (one, other) in timed.items()}
-        return {f: np.quantile(q, (0.5, 0.1, 0.9)).round(3).tolist() for f, q in quotients.items()}
-
-    alone, same = ratios("early", "{}"), ratios("early, compiled", "{}, compiled")
-    both, both_compiled = ratios(published, "{}"), ratios(published, "{}, compiled")
-    ours = {"ours": both.get("early"), "ours, compiled": both_compiled.get("early")}
-    speed = {method: round(batch / float(np.median(own)), 3) for method, own in times.items()}
-    values = alone, both, same, both_compiled, ratios("{}", "{}, compiled")
-    found = {"rounds": rounds, "pictures_per_second": speed, "implementation_at_equal_fusion": ours}
-    return found | dict(zip(COLUMNS.values(), values, strict=True))
+def throughput(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Seconds of every method of a setting, and ratios within rounds."""
+    asked = cases(device, options.sizes, options.batches, options.work)
+    for setting, group in itertools.groupby(asked, key=lambda case: case[0]):
+        steps = {method: step for _, method, step in group}
+        timed = lambda method, steps=steps: timing.seconds(steps[method], device)  # noqa: E731
+        times = timing.interleaved(timed, list(steps), options.rounds, setting)
+        yield setting, {"rounds": options.rounds} | compared(times)
 
 
-ALONE = "fusion_at_equal_implementation"
-COLUMNS = {"fusion alone": ALONE, "both": "both", "fusion alone, compiled": f"{ALONE}, compiled"}
-COLUMNS |= {"both, compiled": "both, compiled", "compiled": "compiled_at_equal_fusion"}
+def compared(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Median seconds, and how many times as fast: by fusion, by precision, by both."""
+
+    def ratio(slow: str, fast: str) -> list[float]:
+        found = timing.spread(np.divide(times[slow], times[fast]).tolist())
+        return [round(found[key], 3) for key in ("low", "median", "high")]
+
+    one, other = PRECISIONS
+    fused = {p: {f: ratio(f"{EARLY}, {p}", f"{f}, {p}") for f in TIMED} for p in PRECISIONS}
+    return {
+        "median_s": {method: round(float(np.median(own)), 4) for method, own in times.items()},
+        "fusion": fused,
+        "precision": {f: ratio(f"{f}, {one}", f"{f}, {other}") for f in (EARLY, *TIMED)},
+        "both": {f: ratio(f"{EARLY}, {one}", f"{f}, {other}") for f in TIMED},
+    }
 
 
-def cost_table(report: dict[str, Any]) -> str:
-    """FLOPs saved and ratios as Markdown."""
+def written(report: dict[str, Any]) -> str:
+    """A report as Markdown."""
+    parts = ["# Early against intermediate fusion: cost", timing.said(report["environment"])]
+    for size, found in report["flops"].items():
+        for conditioning in CONDITIONINGS:
+            head = f"## {size}, {conditioning}: FLOPs of a training step saved, in percent"
+            saved = found[conditioning]
+            rows = [
+                [f"v{v}", *(saved[f"c{c} v{v}"][1] for c in COUNTED)]
+                for v in range(SIZES[size] // 2 + 1)
+            ]
+            parts += [head, markdown(["", *(f"c{c}" for c in COUNTED)], rows)]
+    parts.append(
+        "## Speed\n\nHow many times as fast as early fusion, and bfloat16 attention as float32 "
+        "attention: medians of rounds, and their 95 % intervals."
+    )
     rows = []
     for setting, found in report["throughput"].items():
-        for fusion, flops in report["flops"][setting.partition(", batch")[0]].items():
-            cells = (found[kind].get(fusion) for kind in COLUMNS.values())
-            told = ["{:.3f} ({:.3f}-{:.3f})".format(*cell) if cell else "" for cell in cells]
-            saved = f"{flops['saved_percent']} %"
-            rows.append([setting, fusion, saved, str(found["rounds"]), *told])
-    head = ("setting", "text in", "FLOPs saved", "rounds", *COLUMNS)
-    return f"""# Early against intermediate fusion: cost
-
-{timing.said(report["environment"])}
-
-Speed; early fusion = 1, in the columns "both" the published way of it, in the last one the same \
-uncompiled. Medians and 10-90 % of the rounds.
-
-{markdown(head, rows)}
-"""
+        for fusion in (EARLY, *TIMED):
+            ratios = [*(found["fusion"][p].get(fusion) for p in PRECISIONS)]
+            ratios += [found["precision"][fusion], found["both"].get(fusion)]
+            cells = (timing.ranged(each) if each else "" for each in ratios)
+            rows.append([setting, fusion, str(found["rounds"]), *cells])
+    head = ["setting", "text", "rounds", *(f"fusion, {p} attention" for p in PRECISIONS)]
+    parts.append(markdown([*head, "precision alone", "both"], rows))
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ["concatenation", "cross-attention"]
-    compiled = "networks that are timed by torch.compile too"
-    parser.add_argument("--networks", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
-    parser.add_argument("--conditionings", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--what", nargs="+", default=["training", "inference"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"], help="to time")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
-    parser.add_argument("--compile", nargs="*", choices=PUBLISHED, default=[], help=compiled)
     parser.add_argument("--note", default="", help="about the machine, for the record")
     parser.add_argument("--out", type=Path, help="JSON; by default among the results")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    cost(parser.parse_args())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    timing.clock = timing.CLOCKS["cpu"]
+    report = {"environment": timing.environment(device, "cpu"), "note": options.note}
+    report["flops"] = {size: flops_of(size) for size in SIZES}
+    report["throughput"] = {}
+    file = options.out or timing.RESULTS / f"fusion-cost-{timing.slug_of(device)}.json"
+    for setting, found in throughput(device, options) if options.rounds else ():
+        report["throughput"][setting] = found
+        print(setting, found["both"], flush=True)
+        store(file, report)
+    store(file, report)
+    file.with_suffix(".md").write_text(written(report), encoding="utf-8")
+    print(f"Saved {file} and {file.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":

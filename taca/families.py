@@ -34,6 +34,7 @@ from .layouts import (
     text_alone,
     time_token,
     two_streams,
+    uvit,
     with_prefix,
 )
 from .reach import Reach, through_globals, through_handed_attention, through_options
@@ -297,10 +298,10 @@ FAMILIES = (
         reach=through_globals,
     ),
     Family(
-        "U-ViT with text by concatenation",
+        "U-ViT",
         ("UViT",),
-        # [time | text | image], in the blocks that text joins
-        {"joint_blocks": with_prefix(1, one_stream((0, "x")))},
+        {"joint": uvit},
+        refiner="caption_blocks",
     ),
 )
 
@@ -334,7 +335,7 @@ REFUSED = {
     "Prism": ("Prism", CROSS_ATTENTION),
     "StageB": ("Stable Cascade", ONE_WAY),
     "StageC": ("Stable Cascade", ONE_WAY),
-    "UViT": ("U-ViT with text by cross-attention", CROSS_ATTENTION),
+    "UViT": ("U-ViT with a separate cross-attention", CROSS_ATTENTION),
     "NaDiT": ("SeedVR2", "it restores what it is given and takes no prompt."),
     "Trellis2": ("TRELLIS.2", "it makes a shape from a picture and takes no prompt."),
     "MiniMaxMusic3DiT": ("MiniMax Music 3", "it makes music, and has no image tokens."),

@@ -116,6 +116,13 @@ def mochi(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
     return Span("image", image.shape[1]), Span("text", min(text.shape[1], kwargs["crop_y"]))
 
 
+def uvit(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
+    """``[image | time | text]``, where a text that the block is handed apart is keys only."""
+    takes_part = _argument(args, kwargs, 1, "text") is None
+    num_image = _argument(args, kwargs, 0, "x").shape[1] - 1 - takes_part * state.num_text
+    return Span("image", num_image), Span("other", 1), Span("text", state.num_text, takes_part)
+
+
 def minimax(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
     """As the model modulates its tokens: a row for each time and, of that, each kind.
 

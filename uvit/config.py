@@ -26,10 +26,14 @@ class UViTConfig:
         Of the latents: channels, height and width, height and width of the patch that is a token.
     text_tokens, text_width : int
         Of the encoded prompt.
-    first, last : int, optional
-        First and last of the blocks that see the text, counted from 0; all blocks by default.
+    image_blocks : int
+        So many blocks at each end do not see the text: the paper's v. 0 is early fusion.
+    caption_blocks : int, optional
+        Blocks of the text alone, before it joins: the paper's c. With a number the network is that
+        of the paper's author; with None, that of the published checkpoints.
     conditioning : str
-        ``"concatenation"`` or ``"cross-attention"``.
+        ``"concatenation"``, or ``"cross-attention"`` from image to text: in the image's own softmax
+        where ``caption_blocks`` is a number, in one of its own where it is None.
 
     Raises
     ------
@@ -44,22 +48,25 @@ class UViTConfig:
     patch: int = 2
     text_tokens: int = PUBLISHED_TEXT_TOKENS
     text_width: int = 768
-    first: int = 0
-    last: int = -1
+    image_blocks: int = 0
+    caption_blocks: int | None = None
     conditioning: Conditioning = "concatenation"
 
     def __post_init__(self) -> None:
-        if self.last == -1:
-            object.__setattr__(self, "last", self.blocks - 1)
         for name in ("width", "channels", "side", "patch", "text_tokens", "text_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"A U-ViT's {name} is at least 1, not {getattr(self, name)}.")
         if self.blocks < 1 or self.blocks % 2 == 0:
             raise ValueError(f"A U-ViT has an odd number of blocks, not {self.blocks}.")
-        if not 0 <= self.first <= self.last < self.blocks:
+        if not 0 <= self.image_blocks <= self.blocks // 2:
             raise ValueError(
-                f"Text cannot join in blocks {self.first} to {self.last} of {self.blocks}: they "
-                f"are counted from 0 to {self.blocks - 1}."
+                f"A U-ViT of {self.blocks} blocks has at most {self.blocks // 2} at each end "
+                f"that do not see the text, not {self.image_blocks}."
+            )
+        if self.caption_blocks is not None and (self.caption_blocks < 0 or self.blocks < 3):
+            raise ValueError(
+                f"A U-ViT whose text has blocks of its own has at least 0 of them and 3 others, "
+                f"not {self.caption_blocks} and {self.blocks}."
             )
         if self.width % HEAD_WIDTH:
             raise ValueError(f"A U-ViT's width is a multiple of {HEAD_WIDTH}, not {self.width}.")
@@ -69,9 +76,9 @@ class UViTConfig:
             raise ValueError(f"There is no conditioning by {self.conditioning}.")
 
     @property
-    def is_early(self) -> bool:
-        """Whether all blocks see the text."""
-        return (self.first, self.last) == (0, self.blocks - 1)
+    def is_published(self) -> bool:
+        """Whether parameters have the names and the order of the published checkpoints."""
+        return self.caption_blocks is None
 
     @property
     def image_tokens(self) -> int:
@@ -79,8 +86,8 @@ class UViTConfig:
         return (self.side // self.patch) ** 2
 
 
-def central(blocks: int, count: int) -> tuple[int, int]:
-    """First and last of the ``count`` central blocks.
+def outside(blocks: int, count: int) -> int:
+    """How many blocks lie at each end, outside the ``count`` central ones.
 
     Raises
     ------
@@ -91,4 +98,4 @@ def central(blocks: int, count: int) -> tuple[int, int]:
         raise ValueError(
             f"The central blocks are an odd number of the {blocks} there are, not {count}."
         )
-    return (blocks - count) // 2, (blocks + count) // 2 - 1
+    return (blocks - count) // 2

@@ -27,9 +27,7 @@ _NDIM = {
     "decoder_pred.weight": 2,
 }
 """Axes of the weights that every U-ViT for text has."""
-_BLOCK_KEY = re.compile(
-    r"(in_blocks\.\d+|mid_block|out_blocks\.\d+)\.(norm1|attn|norm2|mlp|skip_linear)\."
-)
+_BLOCK_KEY = re.compile(r"mid_block\.(norm1|attn|norm2|mlp)\.")
 
 
 def metadata_of(config: UViTConfig, latent_scale: float, **more: Any) -> dict[str, str]:
@@ -46,8 +44,6 @@ def metadata_of(config: UViTConfig, latent_scale: float, **more: Any) -> dict[st
     description = {
         "text_tokens": config.text_tokens,
         "latent_scale": latent_scale,
-        "conditioning": config.conditioning,
-        "fused_blocks": [config.first, config.last],
         **more,
     }
     return {"format": "pt", METADATA_KEY: json.dumps(description)}
@@ -85,21 +81,16 @@ def read_config(
             f"tokens and a square image. The metadata that Save U-ViT writes would say how long "
             f"its text is: save it with that node."
         )
-    blocks = 1 + _count(state, "in_blocks", name) + _count(state, "out_blocks", name)
-    cross = [i for i in range(blocks) if f"{_block_name(i, blocks)}.cross.q.weight" in state]
-    first, last = (cross[0], cross[-1]) if cross else _joint_range(state, blocks, name)
+    blocks = _blocks_of(state, name)
     try:
         config = UViTConfig(
-            blocks=blocks,
+            **blocks,
             width=width,
             channels=channels,
             side=grid * patch,
             patch=patch,
             text_tokens=text_tokens,
             text_width=state["context_embed.weight"].shape[1],
-            first=first,
-            last=last,
-            conditioning="cross-attention" if cross else "concatenation",
         )
     except ValueError as error:
         raise ValueError(f"{name} is not a complete U-ViT: {error} {_REMEDY}") from error
@@ -133,7 +124,7 @@ def _check_kind(state: Mapping[str, Tensor], name: str) -> None:
         parts = sorted({key.partition(".")[0] for key in state})
         more = " ..." if len(parts) > 6 else ""
         raise ValueError(
-            f"{name} is not a U-ViT: it has no in_blocks, mid_block and out_blocks, but "
+            f"{name} is not a U-ViT: it has no mid_block of its kind, but "
             f"{', '.join(parts[:6]) or 'nothing'}{more}. For other models take ComfyUI's Load "
             f"Diffusion Model or Load Checkpoint."
         )
@@ -167,36 +158,43 @@ def _read_metadata(metadata: Mapping[str, str] | None, name: str) -> tuple[int, 
     return text_tokens, latent_scale
 
 
-def _joint_range(state: Mapping[str, Tensor], blocks: int, name: str) -> tuple[int, int]:
-    """First and last block with text by concatenation; all where the file does not say."""
+def _blocks_of(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """How many blocks there are of each kind, and how text joins: fields of a config."""
+    captions, outer, inner = (
+        _count(state, part, name) for part in ("caption_blocks", "image_blocks", "joint_blocks")
+    )
+    half, is_cross = outer + inner, "mid_block.attn.q.weight" in state
+    is_published = not (captions or half or is_cross)
+    if is_published:
+        half, is_cross = _count(state, "in_blocks", name), "mid_block.cross.q.weight" in state
+        crossed = sum(f"in_blocks.{i}.cross.q.weight" in state for i in range(half))
+        outer = half - crossed if is_cross else _outer_of(state, half, name)
+    return {
+        "blocks": 1 + 2 * half,
+        "image_blocks": outer,
+        "caption_blocks": None if is_published else captions,
+        "conditioning": "cross-attention" if is_cross else "concatenation",
+    }
+
+
+def _outer_of(state: Mapping[str, Tensor], half: int, name: str) -> int:
+    """Blocks at each end without text by concatenation; 0 where the file does not say."""
     if "fused_blocks" not in state:
-        return 0, blocks - 1
-    fused = tuple(state["fused_blocks"].flatten().tolist())
-    if len(fused) != 2 or not all(_is_whole(block) for block in fused):
-        raise ValueError(
-            f"{name} is not a complete U-ViT: fused_blocks, the first and the last block with "
-            f"text, is {fused}. {_REMEDY}"
-        )
-    return int(fused[0]), int(fused[1])
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int | float) and float(number).is_integer()
+        return 0
+    fused = state["fused_blocks"].flatten().tolist()
+    for outer in range(half + 1):
+        if fused == [outer, 2 * half - outer] and not state["fused_blocks"].is_complex():
+            return outer
+    raise ValueError(
+        f"{name} is not a complete U-ViT: fused_blocks, the first and the last block with text, is "
+        f"{fused}, and not the ends of its central blocks. {_REMEDY}"
+    )
 
 
 def _count(state: Mapping[str, Tensor], part: str, name: str) -> int:
     """Number of blocks of a part; raises a ValueError if one is left out."""
-    matches = [re.match(rf"{part}\.(\d+)\.", key) for key in state]
-    numbers = {int(found[1]) for found in matches if found}
+    numbers = {key.split(".")[1] for key in state if key.startswith(f"{part}.")}
     for i in range(len(numbers)):
-        if i not in numbers:
+        if str(i) not in numbers:
             raise ValueError(f"{name} is not a complete U-ViT: it lacks {part}.{i}. {_REMEDY}")
     return len(numbers)
-
-
-def _block_name(i: int, blocks: int) -> str:
-    """The name of block i in the keys."""
-    half = blocks // 2
-    if i == half:
-        return "mid_block"
-    return f"in_blocks.{i}" if i < half else f"out_blocks.{i - half - 1}"

@@ -1,10 +1,11 @@
 """U-ViT, a transformer with the skips of a U-Net (Bao et al., arXiv 2209.12152). Pure torch.
 
-All blocks see the text (early fusion), or only some in the middle (intermediate fusion, after the
-abstract of Hu, Jia and Rostami, arXiv 2403.16530, which leaves their number open). They see it by
-concatenation, one sequence ``[time | text | image]`` with one softmax, or by cross-attention from
-image to text. Early fusion by concatenation is the published U-ViT; parameters have the names of
-its checkpoints.
+All blocks see the text (early fusion), or only those in the middle (intermediate fusion, Hu, Jia
+and Rostami, arXiv 2403.16530), where it may come through blocks of its own. A block's sequence is
+``[image | time | text]``, in one softmax. By concatenation the text takes part; by cross-attention
+it is keys only, and stays what its own blocks made of it. Parameters have the names of the paper's
+code, or those of the published checkpoints. Those are early fusion by concatenation; with their
+names text may join in the middle too, or by a cross-attention beside the image's own attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import HEAD_WIDTH, UViTConfig
 
-Attention = Callable[..., Tensor]
+Attend = Callable[..., Tensor]
 """``(q, k, v, heads, transformer_options=...) -> output``; tensors are ``(B, tokens, width)``."""
 
 MLP_RATIO = 4
@@ -38,33 +39,24 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000) -> Tens
     return torch.cat((angles.cos(), angles.sin()), 1)
 
 
-class SelfAttention(nn.Module):
-    """Attention among the tokens of one sequence."""
+class Attention(nn.Module):
+    """Attention of tokens to each other, or with ``cross``, to whatever keys they are given."""
 
-    def __init__(self, width: int, attention: Attention, layers: Any, **kind: Any) -> None:
+    def __init__(self, width: int, cross: bool, attend: Attend, layers: Any, **kind: Any) -> None:
         super().__init__()
-        self.heads, self.attention = width // HEAD_WIDTH, attention
-        self.qkv = layers.Linear(width, 3 * width, bias=False, **kind)
+        self.heads, self.attend, self.is_cross = width // HEAD_WIDTH, attend, cross
+        if cross:
+            self.q = layers.Linear(width, width, bias=False, **kind)
+            self.kv = layers.Linear(width, 2 * width, bias=False, **kind)
+        else:
+            self.qkv = layers.Linear(width, 3 * width, bias=False, **kind)
         self.proj = layers.Linear(width, width, **kind)
 
-    def forward(self, x: Tensor, options: Mapping[str, Any] | None) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return self.proj(self.attention(q, k, v, self.heads, transformer_options=options))
-
-
-class CrossAttention(nn.Module):
-    """Attention from the image to the text."""
-
-    def __init__(self, width: int, attention: Attention, layers: Any, **kind: Any) -> None:
-        super().__init__()
-        self.heads, self.attention = width // HEAD_WIDTH, attention
-        self.q = layers.Linear(width, width, bias=False, **kind)
-        self.kv = layers.Linear(width, 2 * width, bias=False, **kind)
-        self.proj = layers.Linear(width, width, **kind)
-
-    def forward(self, x: Tensor, text: Tensor, options: Mapping[str, Any] | None) -> Tensor:
-        k, v = self.kv(text).chunk(2, -1)
-        return self.proj(self.attention(self.q(x), k, v, self.heads, transformer_options=options))
+    def forward(self, x: Tensor, keys: Tensor, options: Mapping[str, Any] | None) -> Tensor:
+        projected = (
+            (self.q(x), *self.kv(keys).chunk(2, -1)) if self.is_cross else self.qkv(x).chunk(3, -1)
+        )
+        return self.proj(self.attend(*projected, self.heads, transformer_options=options))
 
 
 class MLP(nn.Module):
@@ -80,30 +72,44 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, optionally with a skip connection and cross-attention."""
+    """A pre-norm transformer block, optionally with a skip connection.
+
+    ``keys`` says that its tokens attend to themselves and, in the same softmax, to the text that it
+    is given; ``apart``, that they attend to that text in a second attention.
+    """
 
     def __init__(
-        self, width: int, skip: bool, cross: bool, attention: Attention, layers: Any, **kind: Any
+        self,
+        width: int,
+        skip: bool,
+        keys: bool,
+        apart: bool,
+        attend: Attend,
+        layers: Any,
+        **kind: Any,
     ) -> None:
         super().__init__()
         self.skip_linear = layers.Linear(2 * width, width, **kind) if skip else None
         self.norm1 = layers.LayerNorm(width, **kind)
-        self.attn = SelfAttention(width, attention, layers, **kind)
-        self.norm_cross = layers.LayerNorm(width, **kind) if cross else None
-        self.cross = CrossAttention(width, attention, layers, **kind) if cross else None
+        self.attn = Attention(width, keys, attend, layers, **kind)
+        self.norm_cross = layers.LayerNorm(width, **kind) if apart else None
+        self.cross = Attention(width, True, attend, layers, **kind) if apart else None
         self.norm2 = layers.LayerNorm(width, **kind)
         self.mlp = MLP(width, layers, **kind)
 
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text: Tensor | None = None,
         skip: Tensor | None = None,
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Tensor:
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat((x, skip), -1))
-        x = x + self.attn(self.norm1(x), transformer_options)
+        keys = normed = self.norm1(x)
+        if self.attn.is_cross and text is not None:
+            keys = torch.cat((normed, self.norm1(text)), 1)
+        x = x + self.attn(normed, keys, transformer_options)
         if self.cross is not None and self.norm_cross is not None:
             x = x + self.cross(self.norm_cross(x), text, transformer_options)
         return x + self.mlp(self.norm2(x))
@@ -128,8 +134,8 @@ class UViT(nn.Module):
     Parameters
     ----------
     config : UViTConfig
-    attention : callable
-        See ``Attention``.
+    attend : callable
+        See ``Attend``.
     layers : module
         Has Linear, Conv2d and LayerNorm: ``torch.nn``, or ComfyUI's ``operations``.
     device, dtype
@@ -139,7 +145,7 @@ class UViT(nn.Module):
     def __init__(
         self,
         config: UViTConfig,
-        attention: Attention = plain_attention,
+        attend: Attend = plain_attention,
         layers: Any = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -148,39 +154,55 @@ class UViT(nn.Module):
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.patch_size = config.patch
-        half = config.blocks // 2
-        fused = range(config.first, config.last + 1)
+        outer = config.image_blocks
+        inner = config.blocks // 2 - outer
+        is_cross, published = config.conditioning == "cross-attention", config.is_published
 
-        def block(i: int) -> Block:
-            cross = config.conditioning == "cross-attention" and i in fused
-            return Block(config.width, i > half, cross, attention, layers, **kind)
+        def blocks(count: int, skip: bool = False, joint: bool = True) -> list[Block]:
+            keys, apart = is_cross and not published, is_cross and published and joint
+            how = config.width, skip, keys, apart, attend, layers
+            return [Block(*how, **kind) for _ in range(count)]
 
         tokens = 1 + config.text_tokens + config.image_tokens
         self.patch_embed = PatchEmbed(config, layers, **kind)
         self.context_embed = layers.Linear(config.text_width, config.width, **kind)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, config.width, **kind))
-        self.in_blocks = nn.ModuleList(block(i) for i in range(half))
-        self.mid_block = block(half)
-        self.out_blocks = nn.ModuleList(block(half + 1 + i) for i in range(half))
+        before = blocks(outer, joint=False), blocks(inner)
+        after = blocks(inner, skip=True), blocks(outer, skip=True, joint=False)
+        if published:
+            self.in_blocks = nn.ModuleList([*before[0], *before[1]])
+            self.mid_block = blocks(1)[0]
+            self.out_blocks = nn.ModuleList([*after[0], *after[1]])
+        else:
+            self.image_blocks, self.joint_blocks = map(nn.ModuleList, before)
+            self.mid_block = blocks(1)[0]
+            self.joint_skip_blocks, self.image_skip_blocks = map(nn.ModuleList, after)
+        self.caption_blocks = nn.ModuleList(blocks(config.caption_blocks or 0))
         self.norm = layers.LayerNorm(config.width, **kind)
         self.decoder_pred = layers.Linear(config.width, config.channels * config.patch**2, **kind)
         self.final_layer = layers.Conv2d(config.channels, config.channels, 3, padding=1, **kind)
-        if config.conditioning == "concatenation" and not config.is_early:
+        if published and outer and not is_cross:
             # The other weights are those of early fusion: without it a file would be ambiguous.
-            fused_blocks = torch.tensor([config.first, config.last], device=device)
+            fused_blocks = torch.tensor([outer, config.blocks - 1 - outer], device=device)
             self.register_buffer("fused_blocks", fused_blocks)
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks, from the first to the last."""
-        return cast(list[Block], [*self.in_blocks, self.mid_block, *self.out_blocks])
+        """All blocks of the image, from the first to the last."""
+        if self.config.is_published:
+            found = *self.in_blocks, self.mid_block, *self.out_blocks
+        else:
+            before, after = (*self.image_blocks, *self.joint_blocks), self.joint_skip_blocks
+            found = *before, self.mid_block, *after, *self.image_skip_blocks
+        return cast(list[Block], list(found))
 
     @property
-    def joint_blocks(self) -> list[Block] | None:
-        """The blocks with one softmax over text and image; None with cross-attention."""
-        if self.config.conditioning == "cross-attention":
+    def joint(self) -> list[Block] | None:
+        """The blocks with text and image in one softmax; None if the text has one of its own."""
+        config = self.config
+        if config.is_published and config.conditioning == "cross-attention":
             return None
-        return self.blocks[self.config.first : self.config.last + 1]
+        return self.blocks[config.image_blocks : config.blocks - config.image_blocks]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> UViT:
@@ -232,51 +254,34 @@ class UViT(nn.Module):
         """
         config = self.config
         check_inputs(config, x, context)
-        pos = self.pos_embed.to(x).split((1, config.text_tokens, config.image_tokens), 1)
-        time = timestep_embedding(t, config.width).to(x)[:, None] + pos[0]
-        text = self.context_embed(context) + pos[1]
-        image = self.patch_embed(x) + pos[2]
-        concatenates = config.conditioning == "concatenation"
-        half = len(self.in_blocks)
+        length = {"image": config.image_tokens, "time": 1, "text": config.text_tokens}
+        order = ("time", "text", "image") if config.is_published else ("image", "time", "text")
+        positions = self.pos_embed.to(x).split([length[kind] for kind in order], 1)
+        pos = dict(zip(order, positions, strict=True))
+        time = timestep_embedding(t, config.width).to(x)[:, None] + pos["time"]
+        tokens = torch.cat((self.patch_embed(x) + pos["image"], time), 1)
+        text = self.context_embed(context) + pos["text"]
+        for block in self.caption_blocks:
+            text = block(text, transformer_options=transformer_options)
 
-        tokens = torch.cat((time, image), 1)
+        concatenates = config.conditioning == "concatenation"
+        joins, leaves = config.image_blocks, config.blocks - config.image_blocks
         skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            if concatenates and i == config.first:
-                tokens = join_text(tokens, text)
-            skip = match_text(skips.pop(), tokens, config) if i > half else None
-            tokens = block(tokens, text, skip, transformer_options=transformer_options)
-            if i < half:
+            if i == joins and concatenates:
+                tokens = torch.cat((tokens, text), 1)
+            elif i == leaves:
+                tokens = tokens[:, : 1 + config.image_tokens]
+            keys = text if joins <= i < leaves and not concatenates else None
+            skip = skips.pop() if i > config.blocks // 2 else None
+            tokens = block(tokens, keys, skip, transformer_options=transformer_options)
+            if i < config.blocks // 2:
                 skips.append(tokens)
-            if concatenates and i == config.last:
-                tokens = drop_text(tokens, config)
 
-        patches = self.decoder_pred(self.norm(tokens[:, 1:]))
+        patches = self.decoder_pred(self.norm(tokens[:, : config.image_tokens]))
         grid, patch = config.side // config.patch, config.patch
         patches = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (grid, grid))
         return self.final_layer(patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
-
-
-def join_text(tokens: Tensor, text: Tensor) -> Tensor:
-    """``[time | image]`` to ``[time | text | image]``."""
-    return torch.cat((tokens[:, :1], text, tokens[:, 1:]), 1)
-
-
-def drop_text(tokens: Tensor, config: UViTConfig) -> Tensor:
-    """``[time | text | image]`` to ``[time | image]``."""
-    return torch.cat((tokens[:, :1], tokens[:, 1 + config.text_tokens :]), 1)
-
-
-def match_text(skip: Tensor, tokens: Tensor, config: UViTConfig) -> Tensor:
-    """A skip with text exactly where ``tokens`` has it: dropped, or zeros if it had none.
-
-    Where the fused blocks lie symmetrically around the middle one, skips match as they are.
-    """
-    if skip.shape[1] > tokens.shape[1]:
-        return drop_text(skip, config)
-    if skip.shape[1] < tokens.shape[1]:
-        return join_text(skip, skip.new_zeros(len(skip), config.text_tokens, config.width))
-    return skip
 
 
 def check_inputs(config: UViTConfig, x: Tensor, context: Tensor) -> None:

@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from .config import UViTConfig, central
+from .config import UViTConfig, outside
 from .data import Data
 from .files import PUBLISHED_LATENT_SCALE
 from .training import Recipe, Training
@@ -63,14 +63,18 @@ def training_of(
 def config_of(settings: dict[str, Any], images: Tensor, context: Tensor) -> UViTConfig:
     """The network that the settings describe, for these latents and captions."""
     blocks, joined = settings["blocks"], settings["text_blocks"]
-    if settings["fusion"] == "early":
-        joined = blocks
+    captions = None
+    if settings["fusion"] == "two streams":
+        outer, captions = settings["image_blocks"], settings["caption_blocks"]
+    elif settings["fusion"] == "early":
+        outer = outside(blocks, blocks)
     elif joined > blocks:
         raise ValueError(
             f"Train U-ViT: text_blocks is {joined}, and the network has {blocks} blocks. Take at "
             f"most {blocks}, or more blocks."
         )
-    first, last = central(blocks, joined)
+    else:
+        outer = outside(blocks, joined)
     return UViTConfig(
         blocks=blocks,
         width=settings["width"],
@@ -78,8 +82,8 @@ def config_of(settings: dict[str, Any], images: Tensor, context: Tensor) -> UViT
         side=images.shape[2],
         text_tokens=context.shape[1],
         text_width=context.shape[2],
-        first=first,
-        last=last,
+        image_blocks=outer,
+        caption_blocks=captions,
         conditioning=settings["conditioning"],
     )
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .training import Training
 
 CATEGORY = "TACA/research"
+OWN_BLOCKS = {"caption_blocks": 3, "image_blocks": 3}
+"""Blocks of the text alone and, at each end, of the image alone, as the paper's code sets them."""
 
 
 class LoadUViT(io.ComfyNode):
@@ -51,7 +53,8 @@ class TrainUViT(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        fusions, conditionings = ["intermediate", "early"], ["concatenation", "cross-attention"]
+        fusions = ["intermediate", "early", "two streams"]
+        conditionings = ["concatenation", "cross-attention"]
         return schema(
             "TrainUViT",
             inputs=[
@@ -86,6 +89,11 @@ class TrainUViT(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
                 io.String.Input("checkpoint", default="uvit"),
                 io.Int.Input("checkpoint_every", default=500, min=1, max=1_000_000, advanced=True),
+                # The last ones, and optional: saved workflows do not have them.
+                *(
+                    io.Int.Input(name, default=count, min=0, max=49, optional=True)
+                    for name, count in OWN_BLOCKS.items()
+                ),
             ],
             outputs=[io.Model.Output(), io.Image.Output("loss")],
             search_aliases=["u-vit", "uvit", "train from scratch", "intermediate fusion"],
@@ -102,7 +110,7 @@ class TrainUViT(io.ComfyNode):
         negative: list[io.Conditioning.Type],
         **settings: list[Any],
     ) -> io.NodeOutput:
-        chosen = {name: value[0] for name, value in settings.items()}
+        chosen = OWN_BLOCKS | {name: value[0] for name, value in settings.items()}
         with torch.inference_mode(False), torch.enable_grad():
             training = training_of(latents, positive, negative, chosen)
             bar = comfy.utils.ProgressBar(chosen["steps"])

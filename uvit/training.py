@@ -25,7 +25,7 @@ from torch import Tensor
 from .config import UViTConfig
 from .data import TOLERANCE, Data
 from .diffusion import TIMESTEPS, noise_levels
-from .files import METADATA_KEY, TRAINING_PREFIX, metadata_of
+from .files import METADATA_KEY, TRAINING_PREFIX, metadata_of, read_config
 from .network import UViT
 
 log = logging.getLogger("uvit")
@@ -214,14 +214,11 @@ class Training:
             with safe_open(self.path, "pt", device=str(self.device)) as file:
                 description = json.loads(file.metadata()[METADATA_KEY])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            self.step, self.losses = description["step"], state[f"{TRAINING_PREFIX}losses"].tolist()
-            average = {name: state[name] for name in self.weights}
-            weights = {name: state[f"{TRAINING_PREFIX}weights.{name}"] for name in self.weights}
-            moments = {
-                name: {moment: state[f"{TRAINING_PREFIX}{moment}.{name}"] for moment in MOMENTS}
-                for name in (self.weights if self.step else ())
-            }
-            differences = self._differences(description, weights, state)
+                network = {k: w for k, w in state.items() if not k.startswith(TRAINING_PREFIX)}
+                config, _ = read_config(network, file.metadata(), self.path.name)
+            differences = self._differences(description, config, state)
+            if not differences:
+                self._take_over(description["step"], state)
         except UNREADABLE as error:
             raise ValueError(
                 f"{self.path.name} is not a checkpoint that this training can resume from "
@@ -232,16 +229,21 @@ class Training:
                 f"{self.path.name} was trained differently: {'; '.join(differences)}. To resume, "
                 f"give the same settings and data; to start over, {advice}"
             )
+
+    def _take_over(self, step: int, state: dict[str, Tensor]) -> None:
+        """The step, losses, weights, their average and AdamW's moments of a checkpoint."""
+        self.step, self.losses = step, state[f"{TRAINING_PREFIX}losses"].tolist()
         with torch.no_grad():
             for name, weight in self.weights.items():
-                weight.copy_(weights[name])
-                self.average[name].copy_(average[name])
-                if self.step:
-                    step = torch.tensor(float(self.step), device=self.device)
-                    self.optimiser.state[weight] = {"step": step, **moments[name]}
+                weight.copy_(state[f"{TRAINING_PREFIX}weights.{name}"])
+                self.average[name].copy_(state[name])
+                if step:
+                    moments = {m: state[f"{TRAINING_PREFIX}{m}.{name}"] for m in MOMENTS}
+                    count = torch.tensor(float(step), device=self.device)
+                    self.optimiser.state[weight] = {"step": count, **moments}
 
     def _differences(
-        self, description: dict[str, Any], weights: dict[str, Tensor], state: dict[str, Tensor]
+        self, description: dict[str, Any], config: UViTConfig, state: dict[str, Tensor]
     ) -> list[str]:
         """Which settings and data are not those of a checkpoint, in words."""
         differences = []
@@ -263,11 +265,6 @@ class Training:
         old_scale, scale = description["latent_scale"], self.data.latent_scale
         if not math.isclose(old_scale, scale, rel_tol=TOLERANCE):
             differences.append(f"latent_scale {old_scale}, now {scale}")
-        is_same_network = (
-            description["fused_blocks"] == [self.config.first, self.config.last]
-            and description["conditioning"] == self.config.conditioning
-            and all(weights[name].shape == w.shape for name, w in self.weights.items())
-        )
-        if not is_same_network:
+        if config != self.config:
             differences.append("another network")
         return differences

@@ -23,7 +23,7 @@ import world
 from codec import SCALE, Codec
 from trainer import Trainer, optimisers_of, pictures_of, tokens_of
 
-from uvit.config import UViTConfig, central
+from uvit.config import UViTConfig, outside
 from uvit.diffusion import TIMESTEPS, noise_levels
 from uvit.files import metadata_of
 from uvit.network import UViT
@@ -36,8 +36,8 @@ CODEC = Path(world.__file__).parent / "taca_demo_codec.safetensors"
 
 def config_of(shared: int) -> UViTConfig:
     """The network whose central ``shared`` blocks see the text."""
-    first, last = central(BLOCKS, shared)
-    return UViTConfig(BLOCKS, WIDTH, 16, world.SIZE // 4, 2, world.TOKENS, 64, first, last)
+    outer = outside(BLOCKS, shared)
+    return UViTConfig(BLOCKS, WIDTH, 16, world.SIZE // 4, 2, world.TOKENS, 64, outer)
 
 
 def train(options: argparse.Namespace) -> None:

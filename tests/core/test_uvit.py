@@ -25,12 +25,15 @@ from support.multigpu import DEVICES, needs_multigpu, split, watched
 from support.training import train
 from support.uvit import (
     FILES,
+    FUSIONS,
     MODEL,
+    ONE_SOFTMAX,
     TINY,
     UViT,
     UViTConfig,
     conditioning,
     inputs,
+    predicted,
     reference,
     reference_run,
     sample,
@@ -40,13 +43,10 @@ from support.uvit import (
 
 CASES = int(os.environ.get("TACA_FUZZ", "300"))
 PUBLISHED = {"small": (13, 44_692_644), "small deep": (17, 58_345_636)}
-FUSIONS = {
-    "early": (0, 4),
-    "central": (1, 3),
-    "middle": (2, 2),
-    "front": (0, 2),
-    "back": (1, 4),
-}
+TIMES = torch.tensor([1, 317, 1000])
+CONDITIONINGS = "concatenation", "cross-attention"
+STREAMS = [(6, 0, 0), (6, 3, 1), (6, 1, 3), (12, 3, 3), (12, 0, 4), (12, 5, 2), (12, 2, 6)]
+"""Depth, c and v; depth 12 with c = v = 3 is what the author's code sets."""
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("small deep", marks=pytest.mark.slow)])
@@ -74,36 +74,108 @@ def test_is_the_published_network(size):
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("conditioning", ["concatenation", "cross-attention"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion(fusion, conditioning):
-    """Also where the text's blocks do not lie evenly around the middle one."""
-    first, last = FUSIONS[fusion]
-    network = seeded(UViT(UViTConfig(**TINY, first=first, last=last, conditioning=conditioning)))
-    given = inputs(network.config)
-    cross = conditioning == "cross-attention"
-    expected = reference(network.state_dict(), *given, 5, 2, first, last, cross)
-    assert (network(*given) - expected).abs().max() < 1e-5 * expected.abs().max()
+def test_every_fusion(fusion):
+    network = seeded(UViT(UViTConfig(**TINY | FUSIONS[fusion])))
+    x, t, context = inputs(network.config)
+    expected = predicted(network.config, network.state_dict(), x, t, context)
+    assert (network(x, t, context) - expected).abs().max() < 1e-5 * expected.abs().max()
     metadata = FILES.metadata_of(network.config, 0.5)
     assert FILES.read_config(network.state_dict(), metadata, "it") == (network.config, 0.5)
 
 
-@pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
-def test_core_samples_the_published_process(tmp_path, pack, conditioning_by, monkeypatch):
+@pytest.mark.parametrize("conditioning_by", CONDITIONINGS)
+@pytest.mark.parametrize(("depth", "c", "v"), STREAMS)
+def test_is_the_authors_network(load_node, depth, c, v, conditioning_by):
+    """Through Load U-ViT and with ComfyUI's attention, to 1e-5; sizes are read from its keys."""
+    size = {"blocks": depth + 1, "caption_blocks": c, "image_blocks": v}
+    model, config = load_node(**size, conditioning=conditioning_by)
+    network = model.model.diffusion_model
+    assert network.config == config
+    x, _, context = inputs(config, 3)
+    expected = predicted(config, network.state_dict(), x, TIMES, context)
+    ours = network(x, TIMES - 1, context)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("conditioning_by", CONDITIONINGS)
+def test_is_the_authors_network_at_its_size(conditioning_by):
+    """Parameters, names and the forward of c = v = 3, to 1e-5."""
+    config = UViTConfig(image_blocks=3, caption_blocks=3, conditioning=conditioning_by)
+    network = seeded(UViT(config))
+    state = network.state_dict()
+    assert sum(p.numel() for p in state.values()) == 44_692_644 + 3 * 3_150_848
+    parts = {name.rpartition(".0.")[0]: 0 for name in state if "_blocks.0." in name}
+    counts = {part: len({k.split(".")[1] for k in state if k.startswith(part)}) for part in parts}
+    assert counts == {
+        "image_blocks": 3,
+        "caption_blocks": 3,
+        "joint_blocks": 3,
+        "joint_skip_blocks": 3,
+        "image_skip_blocks": 3,
+    }
+    assert ("caption_blocks.2.attn.kv.weight" in state) == (conditioning_by == "cross-attention")
+    assert FILES.read_config(state, None, "it") == (config, 0.23010)
+    x, _, context = inputs(config, 3)
+    expected = predicted(config, state, x, TIMES, context)
+    assert (network(x, TIMES, context) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("v", [0, 1, 2])
+def test_the_authors_network_without_captions_is_the_published_one(v):
+    """But for names and the order of positions."""
+    early = seeded(UViT(UViTConfig(**TINY, image_blocks=v)))
+    author = UViT(UViTConfig(**TINY, image_blocks=v, caption_blocks=0))
+    time, text, image = early.pos_embed.split([1, 7, 16], 1)
+    state = early.state_dict() | {"pos_embed": torch.cat((image, time, text), 1)}
+    renamed = {}
+    for name, weight in state.items():
+        part, _, rest = name.partition("_blocks.")
+        number, _, rest = rest.partition(".")
+        if part == "in":
+            outer, i = int(number) < v, int(number)
+            name = f"image_blocks.{i}.{rest}" if outer else f"joint_blocks.{i - v}.{rest}"
+        elif part == "out":
+            outer, i = int(number) >= 2 - v, int(number)
+            name = (
+                f"image_skip_blocks.{i - 2 + v}.{rest}"
+                if outer
+                else f"joint_skip_blocks.{i}.{rest}"
+            )
+        if name != "fused_blocks":
+            renamed[name] = weight
+    author.load_state_dict(renamed)
+    given = inputs(early.config)
+    assert torch.equal(author(*given), early(*given))
+
+
+@pytest.fixture
+def load_node(tmp_path, pack, monkeypatch):
+    """``changes -> MODEL, config`` of a tiny U-ViT, by Load U-ViT."""
+
+    def load(**changes):
+        path, config = write(tmp_path / "it.safetensors", **changes)
+        monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: path)
+        return pack["LoadUViT"].execute("it.safetensors").result[0], config
+
+    return load
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_core_samples_the_published_process(load_node, fusion):
     """Loader, schedule, timesteps, latent scale and attention, through core's sampler."""
-    path, config = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
-    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: path)
-    model = pack["LoadUViT"].execute("it.safetensors").result[0]
-    assert model.model.diffusion_model.config == config
+    model, config = load_node(**FUSIONS[fusion])
+    state = model.model.diffusion_model.state_dict()
     for run in ({}, {"steps": 2, "cfg": 2.0}):
-        expected = reference_run(config, load_file(path), **run)
+        expected = reference_run(config, state, **run)
         ours = sample(model, config, **run)
         assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_taca_equals_dense(tmp_path, apply_taca):
+@pytest.mark.parametrize("fusion", ONE_SOFTMAX)
+def test_taca_equals_dense(tmp_path, apply_taca, fusion):
     """In the blocks that share text and image, and in no other."""
-    path, config = write(tmp_path / "it.safetensors", first=1, last=3)
+    path, config = write(tmp_path / "it.safetensors", **FUSIONS[fusion])
     model, state = MODEL.load_uvit(path), load_file(path)
     plain, expected = (reference_run(config, state, gamma=g) for g in (1.0, 1.5))
     ours = sample(apply_taca(model, 1.5, 0.0), config)
@@ -112,8 +184,8 @@ def test_taca_equals_dense(tmp_path, apply_taca):
 
 
 def test_taca_refuses_cross_attention(tmp_path, apply_taca):
-    path, _ = write(tmp_path / "it.safetensors", first=1, last=3, conditioning="cross-attention")
-    with pytest.raises(ValueError, match="U-ViT with text by cross-attention"):
+    path, _ = write(tmp_path / "it.safetensors", **FUSIONS["central, attended apart"])
+    with pytest.raises(ValueError, match="U-ViT with a separate cross-attention"):
         apply_taca(MODEL.load_uvit(path))
 
 
@@ -171,23 +243,34 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("conditioning_by", "whole"),
+    ("fusion", "whole"),
     [
-        ("concatenation", True),
-        pytest.param("concatenation", False, marks=pytest.mark.slow),
-        pytest.param("cross-attention", True, marks=pytest.mark.slow),
+        ("central", True),
+        pytest.param("central", False, marks=pytest.mark.slow),
+        pytest.param("central, attended apart", True, marks=pytest.mark.slow),
+        ("two streams, text as keys", True),
+        pytest.param("two streams, text as keys", False, marks=pytest.mark.slow),
+        pytest.param("two streams", True, marks=pytest.mark.slow),
     ],
 )
-def test_compiled(tmp_path, apply_taca, conditioning_by, whole):
+def test_compiled(tmp_path, apply_taca, fusion, whole):
     """As core compiles, with TACA and without in turn; nothing is stale."""
-    path, config = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+    path, config = write(tmp_path / "it.safetensors", **FUSIONS[fusion])
     model, state = MODEL.load_uvit(path), load_file(path)
     torch._dynamo.reset()
     counters.clear()
-    fast = compiled(model, whole, lists=("in_blocks", "out_blocks"))
+    fast = compiled(
+        model,
+        whole,
+        lists=[
+            name
+            for name, _ in model.model.diffusion_model.named_children()
+            if name.endswith("_blocks")
+        ],
+    )
     plain = reference_run(config, state)
     turns, effect = [(fast, plain)], plain.abs().max()
-    if conditioning_by == "concatenation":
+    if fusion in ONE_SOFTMAX:
         expected = reference_run(config, state, gamma=1.5)
         turns.insert(0, (apply_taca(fast, 1.5, 0.0), expected))
         effect = (plain - expected).abs().max()
@@ -204,7 +287,7 @@ def test_cfg_on_two_devices(tmp_path, apply_taca, monkeypatch):
     monkeypatch.setattr(
         comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: DEVICES[:]
     )
-    path, config = write(tmp_path / "it.safetensors", first=1, last=3)
+    path, config = write(tmp_path / "it.safetensors", image_blocks=1)
     model, state = MODEL.load_uvit(path), load_file(path)
     plain, expected = (reference_run(config, state, gamma=g, cfg=2.0) for g in (1.0, 1.5))
     both, calls = watched(split(apply_taca(model, 1.5, 0.0)))
@@ -226,7 +309,7 @@ def test_the_wrong_latents_and_prompts_are_told(tmp_path):
 
 def test_core_loads_it_again(tmp_path):
     """What core's trainer and its nodes for several GPUs ask for."""
-    path, config = write(tmp_path / "it.safetensors", first=2, last=2)
+    path, config = write(tmp_path / "it.safetensors", image_blocks=2)
     model = MODEL.load_uvit(path)
     make, given = model.cached_patcher_init
     again = make(*given)
@@ -240,20 +323,22 @@ def save(pack, model, monkeypatch, folder):
     return str(next(folder.glob("uvit_*.safetensors")))
 
 
-@pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
-def test_what_is_saved_is_what_is_loaded(tmp_path, pack, monkeypatch, conditioning_by):
-    path, config = write(tmp_path / "it.safetensors", first=1, last=3, conditioning=conditioning_by)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_is_saved_is_what_is_loaded(tmp_path, pack, monkeypatch, fusion):
+    path, config = write(tmp_path / "it.safetensors", **FUSIONS[fusion])
     model = MODEL.load_uvit(path)
     saved = save(pack, model, monkeypatch, tmp_path)
     assert torch.equal(sample(MODEL.load_uvit(saved), config), sample(model, config))
+    assert load_file(saved).keys() == load_file(path).keys()
     assert MODEL.load_uvit(saved).model.latent_format.scale_factor == 0.25
     with pytest.raises(ValueError, match="takes a U-ViT"):
         save(pack, tiny.load(tmp_path, "sd3"), monkeypatch, tmp_path)
 
 
-def test_core_trains_and_merges_a_lora(tmp_path, pack, monkeypatch):
+@pytest.mark.parametrize("fusion", ["central", "two streams, text as keys"])
+def test_core_trains_and_merges_a_lora(tmp_path, pack, monkeypatch, fusion):
     """Core's trainer on a U-ViT; and a file has in it what its LoRAs made of the weights."""
-    path, config = write(tmp_path / "it.safetensors", first=1, last=3)
+    path, config = write(tmp_path / "it.safetensors", **FUSIONS[fusion])
     model = MODEL.load_uvit(path)
     latents = [{"samples": inputs(config, 1, seed)[0]} for seed in (1, 2)]
     positive = [conditioning(config, seed) for seed in (1, 2)]

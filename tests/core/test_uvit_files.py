@@ -50,7 +50,7 @@ BROKEN = {
     "is not a U-ViT": lambda s: {"weight": torch.zeros(2)},
     "lacks mid_block.attn.qkv.weight": lambda s: without(s, "mid_block.attn.qkv.weight"),
     "lacks out_blocks.0": lambda s: without(s, "out_blocks.0"),
-    "odd number": lambda s: without(s, "out_blocks.1"),
+    "lacks out_blocks.1": lambda s: without(s, "out_blocks.1"),
     "lacks pos_embed": lambda s: without(s, "pos_embed"),
     "positions": lambda s: s | {"pos_embed": s["pos_embed"][:, 1:]},
     "in another shape": lambda s: s | {"norm.weight": torch.ones(3)},
@@ -61,9 +61,9 @@ BROKEN = {
     "pos_embed has 1 axes": lambda s: s | {"pos_embed": s["pos_embed"].flatten()},
     "decoder_pred.weight has 0 axes": lambda s: s | {"decoder_pred.weight": torch.tensor(1.0)},
     "fused_blocks, the first": lambda s: s | {"fused_blocks": torch.tensor([1])},
-    "with text, is (nan, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([torch.nan, 3])},
-    "with text, is (1.5, 3.0)": lambda s: s | {"fused_blocks": torch.tensor([1.5, 3.0])},
-    "with text, is ((1+0j), (3+0j))": lambda s: s | {"fused_blocks": s["fused_blocks"] + 0j},
+    "with text, is [nan, 3.0]": lambda s: s | {"fused_blocks": torch.tensor([torch.nan, 3])},
+    "with text, is [1.5, 3.0]": lambda s: s | {"fused_blocks": torch.tensor([1.5, 3.0])},
+    "with text, is [(1+0j), (3+0j)]": lambda s: s | {"fused_blocks": s["fused_blocks"] + 0j},
     "side is at least 1": lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 4, 0, 2)},
     "in a type that is not floating-point": lambda s: (
         s | {"norm.bias": s["norm.bias"].to(torch.int8)}
@@ -71,13 +71,13 @@ BROKEN = {
     "draws classes": lambda s: without(s, "context_embed") | {"label_emb.weight": torch.ones(3)},
     "lacks context_embed": lambda s: without(s, "context_embed"),
     "beside a U-ViT's": lambda s: s | {"label_emb.weight": torch.ones(3)},
-    "cannot join": lambda s: s | {"fused_blocks": torch.tensor([3, 9])},
+    "not the ends of its central blocks": lambda s: s | {"fused_blocks": torch.tensor([3, 9])},
 }
 
 
 @pytest.mark.parametrize("problem", BROKEN)
 def test_a_wrong_file_is_told(tmp_path, problem):
-    path, _ = write(tmp_path / "wrong.safetensors", first=1, last=3)
+    path, _ = write(tmp_path / "wrong.safetensors", image_blocks=1)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file(BROKEN[problem](load_file(path)), path, metadata)
@@ -125,7 +125,7 @@ def test_another_model_is_told(tmp_path):
 @pytest.fixture(scope="module")
 def whole_file(tmp_path_factory):
     """A U-ViT's file, and its tensors and metadata."""
-    small = {"blocks": 3, "width": 64, "first": 1, "last": 1}
+    small = {"blocks": 3, "width": 64, "image_blocks": 1}
     path, _ = write(tmp_path_factory.mktemp("whole") / "it.safetensors", **small)
     with safe_open(path, "pt") as file:
         return Path(path), load_file(path), file.metadata()

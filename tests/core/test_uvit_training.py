@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.uvit import (
+    FUSIONS,
     MODEL,
     TINY,
     TRAINING,
@@ -36,7 +37,7 @@ def data_of(pictures=6):
 
 
 def training(folder, config=None, name="it", data=None, **changes):
-    config = config or UViTConfig(**TINY, first=1, last=3)
+    config = config or UViTConfig(**TINY, image_blocks=1)
     recipe = TRAINING.Recipe(**RECIPE | changes)
     return TRAINING.Training(config, recipe, data or data_of(), folder / f"{name}.safetensors")
 
@@ -47,9 +48,11 @@ def grad():
         yield
 
 
-def test_a_stopped_training_goes_on_to_the_bit(tmp_path, grad):
+@pytest.mark.parametrize("fusion", ["central", "two streams", "two streams, text as keys"])
+def test_a_stopped_training_goes_on_to_the_bit(tmp_path, grad, fusion):
     """Stopped by an interrupt between two checkpoints, and by the end."""
-    whole = training(tmp_path, name="whole")
+    config = UViTConfig(**TINY | FUSIONS[fusion])
+    whole = training(tmp_path, config, name="whole")
     whole.run(9, 100, lambda running: None)
 
     def interrupt(running):
@@ -57,11 +60,11 @@ def test_a_stopped_training_goes_on_to_the_bit(tmp_path, grad):
             raise comfy.model_management.InterruptProcessingException
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        training(tmp_path).run(9, 100, interrupt)
-    second = training(tmp_path)
+        training(tmp_path, config).run(9, 100, interrupt)
+    second = training(tmp_path, config)
     assert second.step == 4
     second.run(6, 100, lambda running: None)
-    resumed = training(tmp_path)
+    resumed = training(tmp_path, config)
     assert resumed.step == 6
     resumed.run(9, 100, lambda running: None)
     files = [load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "it")]
@@ -77,7 +80,8 @@ def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
     for changes, told in (
         ({"seed": 1}, "seed 0, now 1"),
         ({"config": UViTConfig(**TINY)}, "another network"),
-        ({"config": UViTConfig(**TINY | {"width": 64}, first=1, last=3)}, "another network"),
+        ({"config": UViTConfig(**TINY, image_blocks=1, caption_blocks=0)}, "another network"),
+        ({"config": UViTConfig(**TINY | {"width": 64}, image_blocks=1)}, "another network"),
     ):
         with pytest.raises(ValueError, match=told):
             training(tmp_path, **changes)
@@ -223,7 +227,7 @@ def test_the_node_trains(train_node, tmp_path):
     assert out.ui["images"]
     assert "40 steps" in out.ui["text"][0]
     config = model.model.diffusion_model.config
-    assert (config.first, config.last, config.blocks) == (1, 1, 3)
+    assert (config.image_blocks, config.caption_blocks, config.blocks) == (1, None, 3)
     assert model.model.latent_format.scale_factor == 0.23010
     expected = reference_run(config, model.model.diffusion_model.state_dict(), scale=0.23010)
     assert (sample(model, config) - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -237,7 +241,22 @@ def test_more_text_blocks_than_blocks(train_node):
     with pytest.raises(ValueError, match="text_blocks is 9, and the network has 3 blocks"):
         train_node(text_blocks=9, steps=1)
     early = train_node(text_blocks=9, steps=1, fusion="early").result[0]
-    assert early.model.diffusion_model.config.last == 2
+    assert early.model.diffusion_model.config.image_blocks == 0
+
+
+@pytest.mark.parametrize("conditioning_by", ["concatenation", "cross-attention"])
+def test_the_node_trains_two_streams(train_node, conditioning_by):
+    """By the author's names; where a workflow has no inputs for them, with c = v = 3."""
+    chosen = {"fusion": "two streams", "conditioning": conditioning_by, "steps": 2}
+    model = train_node(**chosen, caption_blocks=2, image_blocks=1).result[0]
+    network = model.model.diffusion_model
+    config = network.config
+    assert (config.blocks, config.image_blocks, config.caption_blocks) == (3, 1, 2)
+    assert config.conditioning == conditioning_by
+    expected = reference_run(config, network.state_dict(), scale=0.23010)
+    assert (sample(model, config) - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"3 blocks has at most 1 at each end.*not 3"):
+        train_node(**chosen)
 
 
 def test_an_interrupt_keeps_the_checkpoint(train_node, tmp_path, monkeypatch):
@@ -270,8 +289,8 @@ def test_one_batch_and_other_latents(train_node):
     )
     model = out.result[0].model
     assert model.latent_format.scale_factor == pytest.approx(1 / x.std().item(), abs=1e-4)
-    assert model.diffusion_model.config.is_early
-    assert model.diffusion_model.joint_blocks is None
+    assert model.diffusion_model.config.image_blocks == 0
+    assert model.diffusion_model.joint is None
 
 
 BAD_DATA = {

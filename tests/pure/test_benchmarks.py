@@ -1,6 +1,7 @@
 """What the scripts of ``benchmarks/`` compute and write; nothing is timed here."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -127,45 +128,42 @@ def test_committed_results_are_still_read(kind, tmp_path):
 
 
 def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
-    """FLOPs, all methods in the same rounds, and the table."""
-    small = fusion.UViTConfig(7, 64, 4, 8, 2, 5, 6)
-
-    def config(blocks, shared, conditioning):
-        first, last = fusion.central(7, min(shared, 7))
-        return dataclasses.replace(small, first=first, last=last, conditioning=conditioning)
-
-    monkeypatch.setattr(fusion, "published_config", config)
+    """FLOPs of every c and v, all methods in the same rounds, and the tables."""
+    small = {"width": 64, "side": 4, "text_tokens": 5, "text_width": 6}
+    monkeypatch.setattr(fusion, "UViTConfig", functools.partial(fusion.UViTConfig, **small))
+    monkeypatch.setattr(fusion, "SIZES", {"small": 13})
+    monkeypatch.setattr(fusion, "COUNTED", range(1))
     file = tmp_path / "cost.json"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "fusion.py",
-            "--networks",
-            "small",
-            "--rounds",
-            "2",
-            "--batches",
-            "2",
-            "--out",
-            str(file),
-        ],
-    )
+    asked = ["--rounds", "2", "--batches", "2", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", ["fusion.py", *asked])
     threads = torch.get_num_threads()
     with torch.enable_grad():
         fusion.main()
     torch.set_num_threads(threads)
     report = json.loads(file.read_text())
-    assert len(report["throughput"]) == 4
-    for setting, found in report["throughput"].items():
+    assert list(report["throughput"]) == ["small, batch 2, training", "small, batch 2, sampling"]
+    for found in report["throughput"].values():
         assert found["rounds"] == 2
-        assert set(found["fusion_at_equal_implementation"]) == {
-            "central 1",
-            "central 3",
-            "central 5",
-        }
-        assert bool(found["both"]) == ("concatenation" in setting)
-    assert file.with_suffix(".md").read_text().count("\n| small") == 4 * 4
+        assert set(found["both"]) == set(fusion.TIMED)
+        assert all(low <= middle <= high for low, middle, high in found["precision"].values())
+    page = file.with_suffix(".md").read_text()
+    assert page.count("\n| small") == 2 * 6
+    assert page.count("\n| v") == 2 * 7
+
+
+def test_flops_of_fusions():
+    """At the published size, against what the widths come to by hand, in percent of early fusion."""
+    with torch.enable_grad():
+        early = fusion.gflops_of(fusion.config_of("small", "early"))
+        for captions, images, conditioning, saved in (
+            (3, 3, "concatenation", 6.8),
+            (1, 5, "concatenation", 17.5),
+            (3, 3, "cross-attention", 17.5),
+            (2, 4, "cross-attention", 19.7),
+        ):
+            counted = fusion.gflops_of(fusion.streams_of("small", captions, images, conditioning))
+            for one, all_of_it in zip(counted, early, strict=True):
+                assert 100 * (1 - one / all_of_it) == pytest.approx(saved, abs=0.1)
 
 
 @pytest.mark.slow

@@ -367,8 +367,7 @@ UVIT = {
     "side": 8,
     "text_tokens": 9,
     "text_width": 48,
-    "first": 1,
-    "last": 3,
+    "image_blocks": 1,
 }
 
 OTHER_CASES = [
@@ -378,7 +377,18 @@ OTHER_CASES = [
         UVIT,
         (4, 8, 8),
         (9, 48),
-        lambda t, n: [("other", 1), ("text", t), ("image", n)],
+        lambda t, n: [("image", n), ("other", 1), ("text", t)],
+        3,
+        tokens=16,
+        fixed="its pictures and prompts have one size",
+    ),
+    Case(
+        "U-ViT with text as keys",
+        "UViT",
+        UVIT | {"caption_blocks": 2, "conditioning": "cross-attention"},
+        (4, 8, 8),
+        (9, 48),
+        lambda t, n: [("image", n), ("other", 1), ("text", t, False)],
         3,
         tokens=16,
         fixed="its pictures and prompts have one size",

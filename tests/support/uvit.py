@@ -8,6 +8,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 
 import nodes
+from support.uvit_streams import streams
 
 CONFIG = importlib.import_module("taca_pack.uvit.config")
 NETWORK = importlib.import_module("taca_pack.uvit.network")
@@ -16,6 +17,21 @@ MODEL = importlib.import_module("taca_pack.uvit.model")
 TRAINING = importlib.import_module("taca_pack.uvit.training")
 UViTConfig, UViT = CONFIG.UViTConfig, NETWORK.UViT
 TINY = {"blocks": 5, "width": 128, "channels": 4, "side": 8, "text_tokens": 7, "text_width": 48}
+FUSIONS = {
+    "early": {},
+    "central": {"image_blocks": 1},
+    "middle": {"image_blocks": 2},
+    "early, attended apart": {"conditioning": "cross-attention"},
+    "central, attended apart": {"image_blocks": 1, "conditioning": "cross-attention"},
+    "two streams": {"image_blocks": 1, "caption_blocks": 2},
+    "two streams, text as keys": {
+        "image_blocks": 1,
+        "caption_blocks": 2,
+        "conditioning": "cross-attention",
+    },
+}
+"""What a file can be; all but those attended apart have one softmax over text and image."""
+ONE_SOFTMAX = [name for name in FUSIONS if "apart" not in name]
 
 
 def seeded(network, seed=0):
@@ -123,6 +139,16 @@ def reference(w, x, t, context, blocks, heads, first, last, cross=False, gamma=1
     )
 
 
+def predicted(config, state, x, t, context, gamma=1.0):
+    """The noise that a network of this config predicts, by whichever reference is its own."""
+    heads = config.width // 64
+    if config.caption_blocks is not None:
+        return torch.from_numpy(streams(state, x, t, context, heads, gamma))
+    first, last = config.image_blocks, config.blocks - 1 - config.image_blocks
+    cross = config.conditioning == "cross-attention"
+    return reference(state, x, t, context, config.blocks, heads, first, last, cross, gamma)
+
+
 def write(path, seed=0, metadata=True, **changes):
     """A tiny U-ViT's file; its path and config."""
     network = seeded(UViT(UViTConfig(**TINY | changes)), seed)
@@ -157,17 +183,8 @@ def reference_run(config, state, steps=4, gamma=1.0, scale=0.25, seed=3, cfg=1.0
     positive, negative = texts or (conditioning(config, seed)[0][0] for seed in (1, 2))
     for t, (sigma, following) in zip(times, itertools.pairwise(levels), strict=True):
         parts = [
-            reference(
-                state,
-                x / (1 + sigma**2) ** 0.5,
-                torch.tensor([t + 1]),
-                context,
-                config.blocks,
-                config.width // 64,
-                config.first,
-                config.last,
-                config.conditioning == "cross-attention",
-                gamma,
+            predicted(
+                config, state, x / (1 + sigma**2) ** 0.5, torch.tensor([t + 1]), context, gamma
             )
             for context in ([positive] if cfg == 1 else [positive, negative])
         ]
