@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from train_uvit import BLOCKS, CODEC
+from train_uvit import CODEC, captions_of
 from trainer import pictures_of, tokens_of
 
-from uvit.diffusion import TIMESTEPS, noise_levels
 from uvit.files import read_config
 from uvit.network import UViT
 
@@ -38,7 +38,7 @@ BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
 def sample(
     network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
 ) -> np.ndarray:
-    """Draw a picture of each caption by DDIM: ``(captions, 64, 64, 3)``.
+    """Draw a picture of each caption by Euler's method at shift 3: ``(captions, 64, 64, 3)``.
 
     A caption's noise depends on the seed and its place among the captions alone.
     """
@@ -46,16 +46,30 @@ def sample(
     context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
     side = network.config.side
     x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    signal, noise_share = noise_levels()
-    times = torch.linspace(TIMESTEPS, 1, steps).round().long().tolist()
-    for t, following in itertools.zip_longest(times, times[1:]):
-        predicted = network(x.repeat(2, 1, 1, 1), torch.full((2 * len(x),), t), context)
-        positive, negative = predicted.chunk(2)
-        noise = negative + cfg * (positive - negative)
-        x = (x - noise_share[t - 1] * noise) / signal[t - 1]
-        if following:
-            x = signal[following - 1] * x + noise_share[following - 1] * noise
+    times = torch.linspace(1, 0, steps + 1)
+    times = 3 * times / (1 + 2 * times)
+    for t, following in itertools.pairwise(times):
+        velocity = network(x.repeat(2, 1, 1, 1), (1000 * t).expand(2 * len(x)), context)
+        positive, negative = velocity.chunk(2)
+        x = x + (following - t) * (negative + cfg * (positive - negative))
     return codec.decode(x / SCALE).numpy()
+
+
+class Colours(torch.nn.Module):
+    """The mean colours of 8 x 8 fields: a feature for FID that no network has to be fetched for."""
+
+    num_features = 3 * 8 * 8
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, 8).flatten(1)
+
+
+def colour_fid(drawn: np.ndarray, real: np.ndarray) -> float:
+    """FID of pictures ``(n, height, width, 3)`` on ``Colours``: no figure of Inception's."""
+    fid = FrechetInceptionDistance(Colours())
+    for pictures, is_real in ((drawn, False), (real, True)):
+        fid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2).float(), is_real)
+    return float(fid.compute())
 
 
 def load(path: Path) -> tuple[UViT, dict[str, Any]]:
@@ -90,43 +104,46 @@ def tells(network: UViT, codec: Codec, captions: list[str], draws: int = 16) -> 
     x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)]))
     told = [captions, *zip(*map(wrong, captions), strict=True)]
     contexts = [codec.embed(tokens_of(each)) for each in told]
-    signal, noise_share = noise_levels()
     drawn = torch.Generator().manual_seed(0)
     loss = torch.zeros(len(contexts), len(captions))
     for i in range(draws):
-        t = round((i + 0.5) * TIMESTEPS / draws)
+        t = (i + 0.5) / draws
         noise = torch.randn(x.shape, generator=drawn)
-        noisy = signal[t - 1] * x + noise_share[t - 1] * noise
+        noisy = torch.lerp(x, noise, t)
         for each, context in zip(loss, contexts, strict=True):
-            predicted = network(noisy, torch.full((len(x),), t), context)
-            each += (predicted - noise).square().mean((1, 2, 3))
+            velocity = network(noisy, torch.full((len(x),), 1000 * t), context)
+            each += (velocity - (noise - x)).square().mean((1, 2, 3))
     right = (loss[0] < loss[1:]).T
     return torch.cat((right, right.all(1, keepdim=True)), 1).numpy()
 
 
 def score(options: argparse.Namespace) -> None:
     """Judge networks on the captions that were held out, and compare them with the first."""
-    codec, captions = Codec.load(CODEC), world.captions("held-out")
-    asked = {key: getattr(options, key) for key in ("noises", "ddim_steps", "cfg")}
+    codec, captions = Codec.load(CODEC), captions_of("held-out")[: options.captions]
+    asked = {key: getattr(options, key) for key in ("noises", "steps", "cfg")}
+    real = np.concatenate([*map(np.array, pictures_of(captions * options.noises, 1))])
     report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
     criteria = {"right": world.CRITERIA, "tells": TOLD}
     judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
     for path in options.files:
         network, said = load(path)
-        name = "early" if said["shared"] == BLOCKS else f"central {said['shared']}"
-        name += f", {said['steps']} steps"
-        right = []
+        name = f"{said['fusion']}, {said['steps']} steps"
+        right, drawn = [], []
         for seed in range(options.noises):
-            pictures = sample(network, codec, captions, seed, options.ddim_steps, options.cfg)
+            pictures = sample(network, codec, captions, seed, options.steps, options.cfg)
+            drawn.append(pictures)
             checks = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
             right.append([[check[key] for key in world.CRITERIA] for check in checks])
         found = {"right": np.array(right), "tells": tells(network, codec, captions)[None]}
-        report["networks"][path.stem] = {"training": said}
+        fid = colour_fid(np.concatenate(drawn), real)
+        report["networks"][path.stem] = {"training": said, "colour FID": round(fid, 5)}
         for kind, values in found.items():
             judged[kind].setdefault(name, {})[said["seed"]] = values.astype(float)
             shares = zip(criteria[kind], values.mean((0, 1)).round(4).tolist(), strict=True)
             report["networks"][path.stem][kind] = dict(shares)
         print(path.stem, report["networks"][path.stem], flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     first, *others = judged["right"]
     for name in others:
         seeds = sorted(judged["right"][name].keys() & judged["right"][first].keys())
@@ -171,8 +188,9 @@ def bootstrap(values: np.ndarray, draws: int = 10_000) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="the first is what others compare with")
-    parser.add_argument("--noises", type=int, default=3)
-    parser.add_argument("--ddim-steps", type=int, default=50)
+    parser.add_argument("--noises", type=int, default=8)
+    parser.add_argument("--captions", type=int, help="only so many, an even number, to try it out")
+    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--out", type=Path)
     torch.set_num_threads(1)

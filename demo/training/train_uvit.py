@@ -1,8 +1,8 @@
-"""Train a U-ViT on the demo's world, with text in all its blocks or in the central ones.
+"""Train a U-ViT on the demo's world, with early or one of two kinds of intermediate fusion.
 
-``python dev.py run demo/training/train_uvit.py --shared 3 --seed 0`` trains one network of the
+``python dev.py run demo/training/train_uvit.py --fusion early --seed 0`` trains one network of the
 comparison whose recipe is ``benchmarks/fusion.md``; ``evaluate_uvit.py`` judges them. A run that
-was stopped goes on where it last saved.
+was stopped goes on where it last saved. ``--try-out`` goes through all of it in seconds.
 """
 
 from __future__ import annotations
@@ -21,43 +21,54 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from trainer import Trainer, optimisers_of, pictures_of, tokens_of
+from trainer import Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
 
-from uvit.config import UViTConfig, outside
-from uvit.diffusion import TIMESTEPS, noise_levels
+from uvit.config import UViTConfig
 from uvit.files import metadata_of
 from uvit.network import UViT
 
 BLOCKS, WIDTH = 7, 128
-STEPS, FALL, WARMUP = 3000, 600, 200
-BATCH, POOL, RATE, EMA, DROPOUT = 32, 60, 1e-3, 0.998, 0.1
+FUSIONS = {
+    "early": {"caption_blocks": 0},
+    "concatenation": {"caption_blocks": 2, "image_blocks": 2},
+    "cross": {"caption_blocks": 2, "image_blocks": 2, "conditioning": "cross-attention"},
+}
+STEPS, FALL, WARMUP, POOL = 3000, 1200, 200, 300
+BATCH, RATE, EMA, DROPOUT, SHIFT = 64, 1e-3, 0.998, 0.1, 2.0
+TRY_OUT = {"FALL": 2, "WARMUP": 2, "POOL": 1, "BATCH": 4}
 CODEC = Path(world.__file__).parent / "taca_demo_codec.safetensors"
 
 
-def config_of(shared: int) -> UViTConfig:
-    """The network whose central ``shared`` blocks see the text."""
-    outer = outside(BLOCKS, shared)
-    return UViTConfig(BLOCKS, WIDTH, 16, world.SIZE // 4, 2, world.TOKENS, 64, outer)
+def captions_of(split: str) -> list[str]:
+    """The demo's captions without triangles: what is left is learnt sooner."""
+    return [caption for caption in world.captions(split) if "triangle" not in caption]
+
+
+def config_of(fusion: str) -> UViTConfig:
+    """The network of a fusion."""
+    grid = world.SIZE // 4
+    return UViTConfig(BLOCKS, WIDTH, 16, grid, 2, world.TOKENS, 64, **FUSIONS[fusion])
 
 
 def train(options: argparse.Namespace) -> None:
     """Train one network to the last step, by the recipe."""
-    run, folder = f"shared-{options.shared}-seed-{options.seed}", options.work
+    run, folder = f"{options.fusion}-seed-{options.seed}", options.work
     name = f"{run}-steps-{options.steps}"
     folder.mkdir(parents=True, exist_ok=True)
     constant = options.steps - FALL  # as many steps as a longer run has too
-    codec, captions = Codec.load(CODEC), world.captions("train") * POOL
+    codec, captions = Codec.load(CODEC), captions_of("train") * POOL
     pictures = pictures_of(captions, options.seed)
     pool = torch.cat([(SCALE * codec.encode(some)).half() for some in pictures])
     tokens = tokens_of(captions)
-    config = config_of(options.shared)
+    config = config_of(options.fusion)
     network = UViT(config).initialise(torch.Generator().manual_seed(options.seed))
     files = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    if options.precision == "fp32":
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonalised
     trainer = Trainer(network, optimisers_of(network, RATE), EMA, *files, time.process_time)
     begun = {int(f.stem.rpartition("-")[2]): f for f in folder.glob(f"{run}-constant-*.pt")}
     if not trainer.step and any(steps <= constant for steps in begun):
         trainer.resume(begun[max(steps for steps in begun if steps <= constant)])
-    signal, noise_share = noise_levels()
 
     def rate_at(step: int) -> float:
         return RATE * min(1.0, step / WARMUP, (options.steps - step) / FALL)
@@ -66,20 +77,21 @@ def train(options: argparse.Namespace) -> None:
         # A step's own generator: the same draws whatever the fusion, and when resumed.
         drawn = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         chosen = torch.randint(len(pool), (BATCH,), generator=drawn)
-        t = torch.randint(1, TIMESTEPS + 1, (BATCH,), generator=drawn)
+        t = torch.sigmoid(torch.randn(BATCH, generator=drawn))
+        t = SHIFT * t / (1 + (SHIFT - 1) * t)
         kept = torch.rand(BATCH, 1, generator=drawn) >= DROPOUT
         x = pool[chosen].float()
         noise = torch.randn(x.shape, generator=drawn)
-        a, s = (level[t - 1][:, None, None, None] for level in (signal, noise_share))
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = network(a * x + s * noise, t, codec.embed(tokens[chosen] * kept))
-        return (predicted.float() - noise).square().mean()
+        noisy = torch.lerp(x, noise, t[:, None, None, None])
+        with torch.autocast("cpu", torch.bfloat16, options.precision == "bf16"):
+            velocity = network(noisy, 1000 * t, codec.embed(tokens[chosen] * kept))
+        return (velocity.float() - (noise - x)).square().mean()
 
     if trainer.step < constant:
         trainer.run(constant, rate_at, loss_at)
         shutil.copy(trainer.checkpoint, folder / f"{run}-constant-{constant}.pt")
     trainer.run(options.steps, rate_at, loss_at)
-    said = {"steps": options.steps, "batch": BATCH, "seed": options.seed, "shared": options.shared}
+    said = {"steps": options.steps, "batch": BATCH, "seed": options.seed, "fusion": options.fusion}
     metadata = metadata_of(config, SCALE, **said, cpu_seconds=round(trainer.seconds))
     weights = trainer.average.module.state_dict()
     file = folder / f"{name}.safetensors"
@@ -89,14 +101,18 @@ def train(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shared", type=int, required=True, help="central blocks with text; 7: all"
-    )
+    parser.add_argument("--fusion", choices=FUSIONS, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path(".dev/fusion"), help="log, checkpoint")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--try-out", action="store_true", help="a few small steps")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    train(parser.parse_args())
+    if options.try_out:
+        globals().update(TRY_OUT)
+        options.steps = 4
+    train(options)
 
 
 if __name__ == "__main__":

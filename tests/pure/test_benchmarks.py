@@ -152,7 +152,7 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
 
 
 def test_flops_of_fusions():
-    """At the published size, against what the widths come to by hand, in percent of early fusion."""
+    """At the published size, against what the widths come to by hand, in percent."""
     with torch.enable_grad():
         early = fusion.gflops_of(fusion.config_of("small", "early"))
         for captions, images, conditioning, saved in (

@@ -13,52 +13,81 @@ import train_uvit
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """``shared, steps -> the trained file``, in a folder of the test's own."""
-    for name, value in {"FALL": 2, "WARMUP": 2, "BATCH": 4, "POOL": 1}.items():
+    """``fusion, steps -> the trained file``, in a folder of the test's own."""
+    for name, value in train_uvit.TRY_OUT.items():
         monkeypatch.setattr(train_uvit, name, value)
+    # What fp32 puts there is taken out again.
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", None)
 
-    def run(shared, steps, folder="work", seed=0):
+    def run(fusion, steps, folder="work", seed=0):
         work = tmp_path / folder
+        asked = {"fusion": fusion, "steps": steps, "seed": seed, "work": work, "precision": "fp32"}
         with torch.enable_grad():
-            train_uvit.train(argparse.Namespace(shared=shared, steps=steps, seed=seed, work=work))
-        return work / f"shared-{shared}-seed-{seed}-steps-{steps}.safetensors"
+            train_uvit.train(argparse.Namespace(**asked))
+        return work / f"{fusion}-seed-{seed}-steps-{steps}.safetensors"
 
     return run
 
 
 def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train):
     """And is what it would be from its own beginning, to the bit."""
-    train(3, 4)
+    train("cross", 4)
     constant = 4 - train_uvit.FALL
-    continued = train(3, 6)
-    whole = train(3, 6, folder="alone")
-    assert [f.name for f in whole.parent.glob("*constant*")] == ["shared-3-seed-0-constant-4.pt"]
-    assert (continued.parent / f"shared-3-seed-0-constant-{constant}.pt").exists()
+    continued = train("cross", 6)
+    whole = train("cross", 6, folder="alone")
+    assert [f.name for f in whole.parent.glob("*constant*")] == ["cross-seed-0-constant-4.pt"]
+    assert (continued.parent / f"cross-seed-0-constant-{constant}.pt").exists()
     (one, said), (other, _) = map(evaluate_uvit.load, (continued, whole))
-    assert (said["shared"], said["steps"]) == (3, 6)
+    assert (said["fusion"], said["steps"]) == ("cross", 6)
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
-    first = (continued.parent / "shared-3-seed-0-steps-6.jsonl").exists()
-    assert not first, "six steps are no hundred, of which there would be a line"
+    assert not list(continued.parent.glob("*.jsonl")), "six steps are no hundred"
+
+
+def test_fusions_differ_in_fusion_alone():
+    configs = [train_uvit.config_of(fusion) for fusion in train_uvit.FUSIONS]
+    assert len({(c.blocks, c.width, c.image_tokens, c.text_tokens) for c in configs}) == 1
+    assert [(c.caption_blocks, c.image_blocks) for c in configs] == [(0, 0), (2, 2), (2, 2)]
+    assert [c.conditioning for c in configs].count("cross-attention") == 1
 
 
 @pytest.mark.slow
 def test_score_pairs_networks_of_the_same_seed(train, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_uvit, "tells", partial(evaluate_uvit.tells, draws=1))
-    files = [train(shared, 3, seed=seed) for shared in (7, 3) for seed in (0, 1)]
+    files = [train(fusion, 3, seed=seed) for fusion in ("early", "cross") for seed in (0, 1)]
     out = tmp_path / "score.json"
-    evaluate_uvit.score(argparse.Namespace(files=files, noises=1, ddim_steps=2, cfg=3.0, out=out))
+    asked = {"files": files, "noises": 1, "captions": None, "steps": 2, "cfg": 3.0, "out": out}
+    evaluate_uvit.score(argparse.Namespace(**asked))
     report = json.loads(out.read_text())
     assert list(report["networks"]) == [file.stem for file in files]
+    assert all(found["colour FID"] > 0 for found in report["networks"].values())
     ((name, found),) = report["differences"].items()
-    assert (name, found["seeds"]) == ("central 3, 3 steps, minus early, 3 steps", [0, 1])
+    assert (name, found["seeds"]) == ("cross, 3 steps, minus early, 3 steps", [0, 1])
     for kind, criteria in (("right", evaluate_uvit.world.CRITERIA), ("tells", evaluate_uvit.TOLD)):
         shares = [report["networks"][file.stem][kind] for file in files]
         for what in criteria:
-            early, central = (np.array([s[what] for s in two]) for two in (shares[:2], shares[2:]))
-            expected = 100 * (central - early)
+            early, cross = (np.array([s[what] for s in two]) for two in (shares[:2], shares[2:]))
+            expected = 100 * (cross - early)
             assert np.allclose(found[kind][what]["by_seed"], expected, atol=0.02)
             assert found[kind][what]["mean"] == pytest.approx(expected.mean(), abs=0.02)
+
+
+def test_colour_fid_is_the_distance_of_two_gaussians():
+    """Against its formula, on pictures; 0 of pictures to themselves."""
+    captions = evaluate_uvit.captions_of("held-out")
+    assert captions
+    assert not any("triangle" in caption for caption in captions)
+    many = captions * (400 // len(captions))
+    real, other = (np.concatenate([*evaluate_uvit.pictures_of(many, seed)]) for seed in (0, 1))
+    drawn = 0.8 * other
+    features = [each.reshape(len(each), 8, 8, 8, 8, 3).mean((2, 4)) for each in (drawn, real)]
+    features = [each.reshape(len(each), -1).astype(float) for each in features]
+    means = [each.mean(0) for each in features]
+    covariances = [np.cov(each.T) for each in features]
+    root = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0) ** 0.5
+    expected = ((means[0] - means[1]) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * root.sum()
+    assert evaluate_uvit.colour_fid(drawn, real) == pytest.approx(expected, rel=1e-3)
+    assert abs(evaluate_uvit.colour_fid(real, real)) < 1e-4 * expected
 
 
 def test_wrong_captions_are_wrong():
