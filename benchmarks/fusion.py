@@ -10,6 +10,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,10 @@ TIMED: dict[str, tuple[int, int, Conditioning]] = {
 }
 """Caption blocks, image blocks and conditioning of the fusions that are timed beside early."""
 PRECISIONS = "float32", "bfloat16"
-"""What attention computes in; all else is bfloat16 by autocast."""
+"""What attention computes in, the first as in the paper's code without xformers; all else is
+bfloat16 by autocast."""
 WORK = "training", "sampling"
 COUNTED = range(7)
-
-
-def float32_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-    """As the paper's code without xformers: in float32, whatever autocast says."""
-    with torch.autocast(q.device.type, enabled=False):
-        return plain_attention(q.float(), k.float(), v.float(), heads)
 
 
 def config_of(size: str, fusion: str) -> UViTConfig:
@@ -100,18 +96,27 @@ def flops_of(size: str) -> dict[str, Any]:
     return found
 
 
-def step_of(
-    config: UViTConfig, precision: str, what: str, batch: int, device: torch.device
-) -> Callable[[], None]:
-    """One step of training, or one call as in sampling, of a new network."""
-    attend = float32_attention if precision == "float32" else plain_attention
+def steps_of(
+    config: UViTConfig, what: str, batch: int, device: torch.device
+) -> dict[str, Callable[[], None]]:
+    """One step of training, or one call as in sampling, of a new network, by precision."""
+    precision = PRECISIONS[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
+        if precision != "float32":
+            return plain_attention(q, k, v, heads)
+        with torch.autocast(device.type, enabled=False):
+            return plain_attention(q.float(), k.float(), v.float(), heads)
+
     network = UViT(config, attend).initialise(torch.Generator().manual_seed(0)).to(device)
     x, t, context = inputs_of(config, batch, device)
     training = what == "training"
     numbers = {"betas": (0.9, 0.9), "weight_decay": 0.03, "fused": True}
     optimiser = torch.optim.AdamW(network.parameters(), 2e-4, **numbers) if training else None
 
-    def step() -> None:
+    def step(chosen: str) -> None:
+        nonlocal precision
+        precision = chosen
         with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16):
             predicted = network(x, t, context)
         if optimiser is not None:
@@ -119,7 +124,7 @@ def step_of(
             optimiser.step()
             optimiser.zero_grad()
 
-    return step
+    return {each: partial(step, each) for each in PRECISIONS}
 
 
 def cases(
@@ -130,12 +135,12 @@ def cases(
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """What to time: a setting, a method of it, and a step; those of a setting are comparable.
 
-    A network is made as its case is asked for, and free when its step is dropped.
+    A network is made as its first case is asked for, and free when its steps are dropped.
     """
     for size, batch, what in itertools.product(sizes, batches, work):
-        for fusion, precision in itertools.product((EARLY, *TIMED), PRECISIONS):
-            step = step_of(config_of(size, fusion), precision, what, batch, device)
-            yield f"{size}, batch {batch}, {what}", f"{fusion}, {precision}", step
+        for fusion in (EARLY, *TIMED):
+            for precision, step in steps_of(config_of(size, fusion), what, batch, device).items():
+                yield f"{size}, batch {batch}, {what}", f"{fusion}, {precision}", step
 
 
 def throughput(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -195,7 +200,7 @@ def written(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"], help="to time")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
@@ -206,7 +211,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timing.clock = timing.CLOCKS["cpu"]
     report = {"environment": timing.environment(device, "cpu"), "note": options.note}
-    report["flops"] = {size: flops_of(size) for size in SIZES}
+    report["flops"] = {size: flops_of(size) for size in options.sizes}
     report["throughput"] = {}
     file = options.out or timing.RESULTS / f"fusion-cost-{timing.slug_of(device)}.json"
     for setting, found in throughput(device, options) if options.rounds else ():

@@ -33,7 +33,7 @@ FUSIONS = {
     "concatenation": {"caption_blocks": 2, "image_blocks": 2},
     "cross": {"caption_blocks": 2, "image_blocks": 2, "conditioning": "cross-attention"},
 }
-STEPS, FALL, WARMUP, POOL = 3000, 1200, 200, 300
+STEPS, FALL, WARMUP, POOL = 1200, 480, 200, 300
 BATCH, RATE, EMA, DROPOUT, SHIFT = 64, 1e-3, 0.998, 0.1, 2.0
 TRY_OUT = {"FALL": 2, "WARMUP": 2, "POOL": 1, "BATCH": 4}
 CODEC = Path(world.__file__).parent / "taca_demo_codec.safetensors"

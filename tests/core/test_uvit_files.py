@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, tiny
 from support.fuzz import CASES
 from support.uvit import (
+    FUSIONS,
     MODEL,
     UViT,
     UViTConfig,
@@ -122,10 +123,10 @@ def test_another_model_is_told(tmp_path):
             MODEL.load_uvit(str(path))
 
 
-@pytest.fixture(scope="module")
-def whole_file(tmp_path_factory):
+@pytest.fixture(scope="module", params=["central", "two streams, text as keys"])
+def whole_file(tmp_path_factory, request):
     """A U-ViT's file, and its tensors and metadata."""
-    small = {"blocks": 3, "width": 64, "image_blocks": 1}
+    small = {"blocks": 3, "width": 64} | FUSIONS[request.param]
     path, _ = write(tmp_path_factory.mktemp("whole") / "it.safetensors", **small)
     with safe_open(path, "pt") as file:
         return Path(path), load_file(path), file.metadata()
@@ -166,7 +167,7 @@ def damage_tensors(data, state):
             state[new] = old
 
 
-@settings(max_examples=CASES // 2)
+@settings(max_examples=CASES // 4)
 @given(data=st.data())
 def test_any_damaged_file_is_told_or_loaded(whole_file, data):
     """Tensors lost, misshapen, of other types or names; metadata or bytes changed; cut short."""
