@@ -140,21 +140,26 @@ def cases(
     for size, batch, what in itertools.product(sizes, batches, work):
         for fusion in (EARLY, *TIMED):
             for precision, step in steps_of(config_of(size, fusion), what, batch, device).items():
-                yield f"{size}, batch {batch}, {what}", f"{fusion}, {precision}", step
+                yield setting_of(size, batch, what), f"{fusion}, {precision}", step
 
 
-def throughput(device: torch.device, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """Seconds of every method of a setting, and ratios within rounds."""
-    asked = cases(device, options.sizes, options.batches, options.work)
-    for setting, group in itertools.groupby(asked, key=lambda case: case[0]):
-        steps = {method: step for _, method, step in group}
-        timed = lambda method, steps=steps: timing.seconds(steps[method], device)  # noqa: E731
-        times = timing.interleaved(timed, list(steps), options.rounds, setting)
-        yield setting, {"rounds": options.rounds} | compared(times)
+def throughput(size: str, batch: int, what: str, rounds: int) -> dict[str, Any]:
+    """Pictures a second of every method of a setting, and ratios within rounds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {method: step for _, method, step in cases(device, [size], [batch], [what])}
+    timed = lambda method: timing.seconds(steps[method], device)  # noqa: E731
+    times = timing.interleaved(timed, list(steps), rounds, setting_of(size, batch, what))
+    speed = {method: round(batch / float(np.median(own)), 3) for method, own in times.items()}
+    return {"rounds": rounds, "pictures_per_second": speed} | compared(times)
+
+
+def setting_of(size: str, batch: int, what: str) -> str:
+    """What the methods of a setting have in common."""
+    return f"{size}, batch {batch}, {what}"
 
 
 def compared(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Median seconds, and how many times as fast: by fusion, by precision, by both."""
+    """How many times as fast: by fusion, by precision, by both; median and its interval."""
 
     def ratio(slow: str, fast: str) -> list[float]:
         found = timing.spread(np.divide(times[slow], times[fast]).tolist())
@@ -163,7 +168,6 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
     one, other = PRECISIONS
     fused = {p: {f: ratio(f"{EARLY}, {p}", f"{f}, {p}") for f in TIMED} for p in PRECISIONS}
     return {
-        "median_s": {method: round(float(np.median(own)), 4) for method, own in times.items()},
         "fusion": fused,
         "precision": {f: ratio(f"{f}, {one}", f"{f}, {other}") for f in (EARLY, *TIMED)},
         "both": {f: ratio(f"{EARLY}, {one}", f"{f}, {other}") for f in TIMED},
@@ -214,8 +218,10 @@ def main() -> None:
     report["flops"] = {size: flops_of(size) for size in options.sizes}
     report["throughput"] = {}
     file = options.out or timing.RESULTS / f"fusion-cost-{timing.slug_of(device)}.json"
-    for setting, found in throughput(device, options) if options.rounds else ():
-        report["throughput"][setting] = found
+    settings = itertools.product(options.sizes, options.batches, options.work)
+    for setting in settings if options.rounds else ():
+        found = throughput(*setting, options.rounds)
+        report["throughput"][setting_of(*setting)] = found
         print(setting, found["both"], flush=True)
         store(file, report)
     store(file, report)

@@ -131,8 +131,13 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
     """FLOPs of every c and v, all methods in the same rounds, and the tables."""
     small = {"width": 64, "side": 4, "text_tokens": 5, "text_width": 6}
     monkeypatch.setattr(fusion, "UViTConfig", functools.partial(fusion.UViTConfig, **small))
-    monkeypatch.setattr(fusion, "SIZES", {"small": 13})
-    monkeypatch.setattr(fusion, "COUNTED", range(1))
+    monkeypatch.setattr(fusion, "SIZES", {"small": 3})
+    monkeypatch.setattr(fusion, "COUNTED", range(2))
+    ways = {
+        "concatenation c1 v1": (1, 1, "concatenation"),
+        "cross c0 v1": (0, 1, "cross-attention"),
+    }
+    monkeypatch.setattr(fusion, "TIMED", ways)
     file = tmp_path / "cost.json"
     asked = ["--rounds", "2", "--batches", "2", "--out", str(file)]
     monkeypatch.setattr(sys, "argv", ["fusion.py", *asked])
@@ -144,11 +149,12 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
     assert list(report["throughput"]) == ["small, batch 2, training", "small, batch 2, sampling"]
     for found in report["throughput"].values():
         assert found["rounds"] == 2
-        assert set(found["both"]) == set(fusion.TIMED)
+        assert set(found["both"]) == set(ways)
+        assert len(found["pictures_per_second"]) == 2 * 3
         assert all(low <= middle <= high for low, middle, high in found["precision"].values())
     page = file.with_suffix(".md").read_text()
-    assert page.count("\n| small") == 2 * 6
-    assert page.count("\n| v") == 2 * 7
+    assert page.count("\n| small") == 2 * 3
+    assert page.count("\n| v") == 2 * 2
 
 
 def test_flops_of_fusions():
