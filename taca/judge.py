@@ -1,0 +1,236 @@
+"""Does a picture show a text? Asked of a vision language model that came as a text encoder.
+
+The answer is P(yes): of the first token of the model's answer, the probability that it says yes,
+among those that say yes or no (VQAScore, arXiv 2404.01291). Nothing is generated for it: the
+question goes through the model once.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.sd1_clip import SDClipModel, SDTokenizer
+from torch import Tensor
+
+from .encoder_files import opened
+
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
+YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
+LARGEST = 1024 * 1024  # pixels; a larger picture is made smaller, as core's edit nodes do
+LONGEST = 256  # tokens of a list of phrases
+LOAD = (
+    "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion) or Qwen2.5-VL 7B (type qwen_image) "
+    "by Load CLIP, from a safetensors file with all of its weights."
+)
+REQUEST = """\
+A picture was drawn after the description below. List what can be checked in it, one short phrase \
+on a line: every object with its number and its colour or texture, and every relation between \
+two objects. Use the words of the description and write nothing else.
+
+Description: {}"""
+_MARK = re.compile(r"\s*(?:[-*\u2022]|\d+[.)])\s+")
+_QWEN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How encoders of a kind are talked to, as their own chat template has it."""
+
+    name: str
+    chat: str
+    picture: str  # what stands for a picture, one token of it
+    place: int  # the id of that token
+    start: tuple[int, ...] = ()
+    is_headless: bool = False
+    """Core reads no head of it, and would use the embeddings, which these weights do not share."""
+
+
+FAMILIES = {
+    "Qwen25_7BVLI": Family(
+        "Qwen2.5-VL",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _QWEN,
+        _QWEN_PICTURE,
+        151655,
+        is_headless=True,
+    ),
+    "Qwen3VL": Family("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
+}
+"""By the name of core's class of the model, or of one that it is made from."""
+
+
+class Judge:
+    """A CLIP of ComfyUI's that can be asked about pictures.
+
+    Raises ValueError, with what to load instead, for an encoder that sees no pictures, that lacks
+    the head which makes tokens of its output, or that this ComfyUI cannot run as a language model.
+    """
+
+    def __init__(self, clip: Any) -> None:
+        self.clip = clip
+        self.name, self.model, self.family = _seeing(clip)
+        within = vars(clip.tokenizer) | {"": clip.tokenizer}
+        tokenizers = {n: part for n, part in within.items() if isinstance(part, SDTokenizer)}
+        # Core calls Gemma's encoder by another name than its tokenizer.
+        self.tokenizer = tokenizers.get(self.name, next(iter(tokenizers.values()))).tokenizer
+        words = [[(word, self._single(word)) for word in some] for some in (YES, NO)]
+        self.words = [{word: i for word, i in some if i is not None} for some in words]
+        """The words for yes and for no that are one token, with its id."""
+        self.ids = [i for some in self.words for i in some.values()]
+        self.rows = self._rows_of_the_head()
+
+    def load(self) -> None:
+        """Have core load the encoder, which it frees when it wants the memory."""
+        self.clip.load_model()
+
+    def ask(
+        self, picture: Tensor, questions: Sequence[str], step: Callable[[], Any] = lambda: None
+    ) -> list[float]:
+        """P(yes) for each question about a picture, ``(1, H, W, 3)`` in 0..1.
+
+        What was computed of the picture serves all questions. ``step`` is called after each.
+        ``load`` comes first.
+        """
+        device = self.clip.patcher.load_device
+        answers = []
+        with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
+            shown = {"type": "image", "data": prepared(picture), "original_type": "image"}
+            seen, extra = self.model.preprocess_embed(shown, device=device)
+            seen = seen.reshape(1, -1, seen.shape[-1]).float()
+            for question in questions:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                logits = self._logits(seen, extra, question, device)
+                answers.append(torch.softmax(logits, -1)[: len(self.words[0])].sum().item())
+                step()
+        return answers
+
+    def _logits(self, seen: Tensor, extra: Any, question: str, device: Any) -> Tensor:
+        """Those of ``ids`` for the first token of the answer."""
+        tokens = self.tokens(question)
+        place = tokens.index(self.family.place)
+        embedding = self.model.get_input_embeddings()
+        before, after = (
+            embedding(torch.tensor([ids], device=device), out_dtype=torch.float32)
+            for ids in (tokens[:place], tokens[place + 1 :])
+        )
+        info = {"type": "image", "index": place, "size": seen.shape[1], "extra": extra}
+        embeds = torch.cat([before.float(), seen, after.float()], 1)
+        hidden = self.model(None, embeds=embeds, embeds_info=[info])[0][:, -1:]
+        if self.rows is not None:
+            return hidden[0, 0].float() @ self.rows.to(hidden.device).T
+        return self.model.logits(hidden)[0, -1].float()[self.ids]
+
+    def tokens(self, question: str) -> list[int]:
+        """A question about a picture, in the model's own chat format."""
+        text = self.family.chat.format(self.family.picture + question)
+        return [*self.family.start, *self.tokenizer(text)["input_ids"]]
+
+    def phrases(self, text: str) -> list[str]:
+        """What of a text can be checked in a picture, listed by the encoder itself.
+
+        Raises ValueError if core does not generate with it, or nothing came of it.
+        """
+        if self.family.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
+            raise ValueError(
+                f"TACA Prompt Check: ComfyUI does not generate text with {self.family.name}, so it "
+                f"cannot list phrases. Write them yourself, or load Qwen3-VL."
+            )
+        request = self.family.chat.format(REQUEST.format(text))
+        tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
+        ids = self.clip.generate(tokens, do_sample=False, max_length=LONGEST)
+        lines = self.clip.decode(ids).splitlines()
+        if len(ids) >= LONGEST:
+            lines.pop()  # cut off
+        found = [_MARK.sub("", line, count=1).strip() for line in lines]
+        if not (found := list(dict.fromkeys(filter(None, found)))):
+            raise ValueError(
+                f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write them "
+                f"yourself, a line each."
+            )
+        return found
+
+    def _single(self, word: str) -> int | None:
+        ids = list(self.tokenizer(word)["input_ids"])
+        ids = ids[len(self.family.start) :] if ids[:-1] == [*self.family.start] else ids
+        return ids[0] if len(ids) == 1 else None
+
+    def _rows_of_the_head(self) -> Tensor | None:
+        """The head's rows for ``ids``, of a file whose head core does not read."""
+        config, name = self.model.model.config, self.family.name
+        if not (self.family.is_headless or config.lm_head):
+            return None  # the embeddings are the head
+        for file in opened(self.clip):
+            found = [key for key in file.keys() if key.endswith("lm_head.weight")]  # noqa: SIM118
+            if not found:
+                continue
+            if not self.family.is_headless:
+                return None  # core has read it
+            return _rows(file, found[0], self.ids)
+        raise ValueError(
+            f"TACA Prompt Check: this {name} has no head (lm_head.weight) in its file, or its "
+            f"loader does not say which file it read, so it has no answers. {LOAD}"
+        )
+
+
+def prepared(picture: Tensor) -> Tensor:
+    """A picture as encoders are shown it: three channels, no more than a megapixel."""
+    picture = picture[..., :3]
+    height, width = picture.shape[1:3]
+    if (scale := math.sqrt(LARGEST / (height * width))) >= 1:
+        return picture
+    size = round(width * scale), round(height * scale)
+    return comfy.utils.common_upscale(picture.movedim(-1, 1), *size, "area", "disabled").movedim(
+        1, -1
+    )
+
+
+def geometric_mean(probabilities: Sequence[float]) -> float:
+    """One that is 0 makes it 0."""
+    return math.prod(probabilities) ** (1 / len(probabilities))
+
+
+def _seeing(clip: Any) -> tuple[str, Any, Family]:
+    """The encoder of a CLIP that sees pictures."""
+    named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
+    models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
+    for name, model in models.items():
+        for kind in type(model).__mro__:
+            if (family := FAMILIES.get(kind.__name__)) is None:
+                continue
+            if model.model.norm is None:
+                raise ValueError(
+                    f"TACA Prompt Check: this {family.name} is cut off below its last layers, and "
+                    f"has no answers. {LOAD}"
+                )
+            if not family.is_headless and not hasattr(model, "logits"):
+                raise ValueError(
+                    f"TACA Prompt Check: this ComfyUI does not generate text with {family.name}. "
+                    f"Update ComfyUI."
+                )
+            return name, model, family
+    kinds = " and ".join(sorted({type(m).__name__.strip("_") for m in models.values()}))
+    raise ValueError(
+        f"TACA Prompt Check asks a text encoder that sees pictures, and {kinds or 'this one'} sees "
+        f"none, or is not known to. {LOAD}"
+    )
+
+
+def _rows(file: Any, key: str, ids: Sequence[int]) -> Tensor:
+    """Rows of a weight in a file, float32; in fp8 with the scale that is beside it."""
+    weight = file.get_slice(key)
+    rows = [weight[i : i + 1] for i in ids]
+    layer = key.removesuffix(".weight")
+    beside = (f"{layer}.scale_weight", f"{layer}.weight_scale")
+    scales = [file.get_tensor(name).float() for name in file.keys() if name in beside]  # noqa: SIM118
+    if not rows[0].is_floating_point() or any(scale.numel() > 1 for scale in scales):
+        raise ValueError(
+            f"TACA Prompt Check: the head of this file is quantised in a way that is not read "
+            f"({rows[0].dtype}). {LOAD}"
+        )
+    return math.prod(scales, start=torch.cat([row.float() for row in rows]))
