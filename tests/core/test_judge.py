@@ -257,9 +257,8 @@ def test_files_that_lack_what_makes_answers(tmp_path):
     file = judges.saved("qwen3", state, tmp_path / "headless.safetensors")
     with pytest.raises(ValueError, match=r"Qwen3-VL has no head"):
         judge_of.Judge(judges.load("qwen3", file))
-    cut = judges.LANGUAGE | {"final_norm": False, "lm_head": False}
     with pytest.raises(ValueError, match=r"cut off below its last layers"):
-        judge_of.Judge(judges.load("qwen3", file, qwen3vl_8b_model_config=cut))
+        judge_of.Judge(judges.load("qwen3", file, final_norm=False, lm_head=False))
 
 
 def test_a_core_that_does_not_generate(qwen3, monkeypatch):

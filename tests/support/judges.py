@@ -1,32 +1,18 @@
-"""Tiny vision language models, in files as they are published, by transformers and by core.
-
-Core's classes have the sizes of the published ones written into them: those of the language model
-are set by its own `model_options`, and of the vision towers, which it does not ask for sizes, by a
-subclass in the place that `model_options` has for one. All that computes is core's.
-"""
+"""Tiny vision language models, in files as they are published, by transformers and by core."""
 
 import re
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import comfy.sd
-import comfy.text_encoders.qwen_image
 import torch
 import transformers
-from comfy.text_encoders import llama, qwen_vl
 from safetensors.torch import save_file
 
-VOCABULARY = 152064  # Qwen's ids go to 151668
-LANGUAGE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": VOCABULARY,
-}
+from . import tiny_judge
+from .tiny_judge import LANGUAGE
+
 WIDTH_25 = 512  # its heads are as wide as this over their number, and core's always 128
 VISION = {"depth": 8, "num_heads": 4, "intermediate_size": 96}
 KINDS = ["qwen25", "qwen3", "qwen3 tied"]
@@ -127,28 +113,6 @@ def in_fp8(state, model, scaled=True):
     return state
 
 
-def tower_25(**options):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_layers": 8}
-    return qwen_vl.Qwen2VLVisionTransformer(**options | sizes)
-
-
-class TinyQwen25Clip(comfy.text_encoders.qwen_image.Qwen25_7BVLIModel):
-    def __init__(self, **options):
-        within = SimpleNamespace(**vars(qwen_vl) | {"Qwen2VLVisionTransformer": tower_25})
-        with patch.object(llama, "qwen_vl", within):
-            super().__init__(**options)
-
-
-def options_of(kind):
-    if kind == "qwen25":
-        language = LANGUAGE | {"hidden_size": WIDTH_25}
-        return {"qwen25_7b_model_config": language, "qwen25_7b_class": TinyQwen25Clip}
-    return {
-        "qwen3vl_8b_model_config": LANGUAGE | {"lm_head": not kind.endswith("tied")},
-        "qwen3vl_8b_class": tiny_qwen3_clip(),
-    }
-
-
 def tiny_qwen3_clip():
     """Not in every ComfyUI."""
     from comfy.text_encoders import qwen3vl
@@ -167,10 +131,13 @@ def tiny_qwen3_clip():
     return TinyQwen3Clip
 
 
-def load(kind, file, **more):
+def load(kind, file, **changed):
     """By core's loader."""
-    how = comfy.sd.CLIPType.QWEN_IMAGE if kind == "qwen25" else comfy.sd.CLIPType.STABLE_DIFFUSION
-    return comfy.sd.load_clip([str(file)], clip_type=how, model_options=options_of(kind) | more)
+    if kind == "qwen25":
+        return tiny_judge.load_file(file, LANGUAGE | {"hidden_size": WIDTH_25})
+    language = LANGUAGE | {"lm_head": not kind.endswith("tied")} | changed
+    options = {"qwen3vl_8b_model_config": language, "qwen3vl_8b_class": tiny_qwen3_clip()}
+    return comfy.sd.load_clip([str(file)], model_options=options)
 
 
 def saved(kind, state, file, dtype=None):
@@ -183,7 +150,7 @@ def saved(kind, state, file, dtype=None):
 
 def tokenizer():
     """Qwen's, as it comes with core."""
-    folder = Path(comfy.text_encoders.qwen_image.__file__).parent / "qwen25_tokenizer"
+    folder = Path(comfy.sd.sd1_clip.__file__).parent / "text_encoders" / "qwen25_tokenizer"
     return transformers.Qwen2Tokenizer.from_pretrained(folder)
 
 
