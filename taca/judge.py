@@ -214,10 +214,10 @@ def _seeing(clip: Any) -> tuple[str, Any, Family]:
                     f"Update ComfyUI."
                 )
             return name, model, family
-    kinds = " and ".join(sorted({type(m).__name__.strip("_") for m in models.values()}))
+    kinds = ", ".join(sorted({type(model).__name__.strip("_") for model in models.values()}))
     raise ValueError(
-        f"TACA Prompt Check asks a text encoder that sees pictures, and {kinds or 'this one'} sees "
-        f"none, or is not known to. {LOAD}"
+        f"TACA Prompt Check cannot show a picture to this text encoder ({kinds or 'unknown'}). "
+        f"{LOAD}"
     )
 
 
