@@ -1,6 +1,7 @@
 """Tiny vision language models, in files as they are published, by transformers and by core."""
 
 import re
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -148,6 +149,7 @@ def saved(kind, state, file, dtype=None):
     return file
 
 
+@cache
 def tokenizer():
     """Qwen's, as it comes with core."""
     folder = Path(comfy.sd.sd1_clip.__file__).parent / "text_encoders" / "qwen25_tokenizer"
