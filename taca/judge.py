@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.utils
 import torch
 from comfy.sd1_clip import SDClipModel, SDTokenizer
+from comfy.text_encoders import qwen_vl
 from torch import Tensor
 
 from .encoder_files import opened
@@ -84,6 +86,7 @@ class Judge:
         """The words for yes and for no that are one token, with its id."""
         self.ids = [i for some in self.words for i in some.values()]
         self.rows = self._rows_of_the_head()
+        self.is_shuffled = self.family.is_headless and shuffles()
 
     def load(self) -> None:
         """Have core load the encoder, which it frees when it wants the memory."""
@@ -102,6 +105,8 @@ class Judge:
         with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
             shown = {"type": "image", "data": prepared(picture), "original_type": "image"}
             seen, extra = self.model.preprocess_embed(shown, device=device)
+            if self.is_shuffled:
+                seen = seen[torch.argsort(self.model.visual.get_window_index(extra)[0])]
             seen = seen.reshape(1, -1, seen.shape[-1]).float()
             for question in questions:
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -188,6 +193,27 @@ def prepared(picture: Tensor) -> Tensor:
     return comfy.utils.common_upscale(picture.movedim(-1, 1), *size, "area", "disabled").movedim(
         1, -1
     )
+
+
+def shuffles() -> bool:
+    """Whether core leaves what Qwen2.5-VL sees in the order of its windows, as 0.16.3 does.
+
+    Asked of a tower without blocks, in which no part of a picture sees another.
+    """
+    tower = qwen_vl.Qwen2VLVisionTransformer(
+        hidden_size=4,
+        output_hidden_size=4,
+        num_heads=1,
+        num_layers=0,
+        device="cpu",
+        dtype=torch.float32,
+        ops=comfy.ops.manual_cast,
+    )
+    for weight in tower.parameters():
+        weight.data.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+    grid = torch.tensor([[1, 4, 16]])  # two windows abreast
+    patches = torch.linspace(-1, 1, 64 * 3 * 2 * 14 * 14).view(64, -1).square()
+    return not torch.allclose(tower(patches, grid), tower.merger(tower.patch_embed(patches)))
 
 
 def geometric_mean(probabilities: Sequence[float]) -> float:

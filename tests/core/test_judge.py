@@ -278,6 +278,16 @@ def test_the_tokens_of_a_question(pair):
     assert tokens.index(151655) < tokens.index(judges.tokenizer()("Is").input_ids[0])
 
 
+def test_what_is_seen_is_in_order():
+    """As each version of core needs it."""
+    import inspect
+
+    from comfy.text_encoders import qwen_vl
+
+    restores = "argsort" in inspect.getsource(qwen_vl.Qwen2VLVisionTransformer.forward)
+    assert judge_of.shuffles() != restores
+
+
 @pytest.mark.parametrize("name", ["Krea 2", "Mage-Flow", "Boogu", "JoyImage", "LongCat-Image"])
 def test_encoders_as_their_models_load_them(name):
     """Each has a tokenizer and a class of its own. Those whose head is not tied need their file."""
