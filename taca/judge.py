@@ -27,8 +27,8 @@ YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
 LARGEST = 1024 * 1024  # pixels; a larger picture is made smaller, as core's edit nodes do
 LONGEST = 256  # tokens of a list of phrases
 LOAD = (
-    "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion) or Qwen2.5-VL 7B (type qwen_image) "
-    "by Load CLIP, from a safetensors file with all of its weights."
+    "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion), Qwen2.5-VL 7B (type qwen_image) "
+    "or Gemma 3 with its vision model by Load CLIP, from a safetensors file with all weights."
 )
 REQUEST = """\
 A picture was drawn after the description below. List what can be checked in it, one short phrase \
@@ -50,10 +50,21 @@ class Family:
     picture: str  # what stands for a picture, one token of it
     place: int  # the id of that token
     start: tuple[int, ...] = ()
+    around: tuple[int, ...] = ()  # ids before and after that one
+    is_square: bool = False  # pictures are squeezed into a square of the model's own size
     is_headless: bool = False
     """Core reads no head of it, and would use the embeddings, which these weights do not share."""
 
 
+_GEMMA = Family(
+    "Gemma 3",
+    "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+    "\n\n<image_soft_token>\n\n",
+    262144,
+    start=(2,),
+    around=(255999, 256000),
+    is_square=True,
+)
 FAMILIES = {
     "Qwen25_7BVLI": Family(
         "Qwen2.5-VL",
@@ -63,6 +74,8 @@ FAMILIES = {
         is_headless=True,
     ),
     "Qwen3VL": Family("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
+    "Gemma3_4B_Vision": _GEMMA,
+    "Gemma3_12B": _GEMMA,
 }
 """By the name of core's class of the model, or of one that it is made from."""
 
@@ -90,7 +103,8 @@ class Judge:
 
     def load(self) -> None:
         """Have core load the encoder, which it frees when it wants the memory."""
-        self.clip.load_model()
+        # LTX-2's encoder estimates its memory from the tokens.
+        self.clip.load_model({self.name: [[(i, 1.0) for i in self.tokens("")]]})
 
     def ask(
         self, picture: Tensor, questions: Sequence[str], step: Callable[[], Any] = lambda: None
@@ -103,7 +117,8 @@ class Judge:
         device = self.clip.patcher.load_device
         answers = []
         with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
-            shown = {"type": "image", "data": prepared(picture), "original_type": "image"}
+            side = self.model.image_size if self.family.is_square else None
+            shown = {"type": "image", "data": prepared(picture, side), "original_type": "image"}
             seen, extra = self.model.preprocess_embed(shown, device=device)
             if self.is_shuffled:
                 seen = seen[torch.argsort(self.model.visual.get_window_index(extra)[0])]
@@ -134,7 +149,12 @@ class Judge:
     def tokens(self, question: str) -> list[int]:
         """A question about a picture, in the model's own chat format."""
         text = self.family.chat.format(self.family.picture + question)
-        return [*self.family.start, *self.tokenizer(text)["input_ids"]]
+        ids = [*self.family.start, *self.tokenizer(text)["input_ids"]]
+        if self.family.around:
+            place = ids.index(self.family.place)
+            ids[place + 1 : place + 1] = self.family.around[1:]
+            ids[place:place] = self.family.around[:1]
+        return ids
 
     def phrases(self, text: str) -> list[str]:
         """What of a text can be checked in a picture, listed by the encoder itself.
@@ -166,26 +186,40 @@ class Judge:
         return ids[0] if len(ids) == 1 else None
 
     def _rows_of_the_head(self) -> Tensor | None:
-        """The head's rows for ``ids``, of a file whose head core does not read."""
-        config, name = self.model.model.config, self.family.name
-        if not (self.family.is_headless or config.lm_head):
-            return None  # the embeddings are the head
+        """The head's rows for ``ids``, of a file whose head core does not read.
+
+        What a file lacks core leaves as the memory was: so the file is asked.
+        """
+        needs_head = self.family.is_headless or self.model.model.config.lm_head
+        lacks = "eyes (visual or vision_model)"
         for file in opened(self.clip):
-            found = [key for key in file.keys() if key.endswith("lm_head.weight")]  # noqa: SIM118
-            if not found:
+            names = list(file.keys())
+            if not any(part in name for name in names for part in ("visual.", "vision_model.")):
                 continue
-            if not self.family.is_headless:
-                return None  # core has read it
-            return _rows(file, found[0], self.ids)
+            heads = [name for name in names if name.endswith("lm_head.weight")]
+            if heads and self.family.is_headless:
+                return _rows(file, heads[0], self.ids)
+            if heads or not needs_head:
+                return None  # core has read it, or the embeddings are the head
+            lacks = "head (lm_head.weight)"
         raise ValueError(
-            f"TACA Prompt Check: this {name} has no head (lm_head.weight) in its file, or its "
-            f"loader does not say which file it read, so it has no answers. {LOAD}"
+            f"TACA Prompt Check: this {self.family.name} has no {lacks} in its file, or its loader "
+            f"does not say which file it read, so it cannot answer. {LOAD}"
         )
 
 
-def prepared(picture: Tensor) -> Tensor:
-    """A picture as encoders are shown it: three channels, no more than a megapixel."""
+def prepared(picture: Tensor, side: int | None = None) -> Tensor:
+    """A picture as encoders are shown it: three channels, no more than a megapixel, or a square.
+
+    Core would cut a picture to a square where transformers squeezes it into one.
+    """
     picture = picture[..., :3]
+    if side:
+        channels = picture.movedim(-1, 1)
+        resized = torch.nn.functional.interpolate(
+            channels, (side, side), mode="bilinear", antialias=True
+        )
+        return resized.movedim(1, -1)
     height, width = picture.shape[1:3]
     if (scale := math.sqrt(LARGEST / (height * width))) >= 1:
         return picture

@@ -67,7 +67,12 @@ def seeded(kind, dtype=None):
     config = config_of(kind)
     of = {"qwen25": "Qwen2_5_VL"}.get(kind, "Qwen3VL")
     model = getattr(transformers, f"{of}ForConditionalGeneration")(config).eval()
+    return with_noise(model, dtype)
+
+
+def with_noise(model, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
+    is_gemma = "Gemma" in type(model).__name__  # whose norms add 1 to their weights
     pool = torch.randn(1 << 20, generator=generator)
     for name, weight in model.named_parameters():
         count = weight.numel()
@@ -76,7 +81,7 @@ def seeded(kind, dtype=None):
         is_norm = re.search(r"norm|ln_q", name) and name.endswith("weight")
         fan_in = weight.shape[-1] if weight.ndim < 3 else weight[0].numel()
         scale = 0.3 if weight.ndim == 1 else 1.5 * fan_in**-0.5
-        values = 1 + 0.2 * noise if is_norm else scale * noise
+        values = 1 - is_gemma + 0.2 * noise if is_norm else scale * noise
         weight.data.copy_(values.to(dtype).float())
     return model
 
@@ -174,3 +179,72 @@ def scripted(model):
     for token, after in pairwise(chain):
         model.lm_head.weight.data[after] = 99 * embedded[token]
     return model
+
+
+GEMMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,  # the last of them sees all, the others 1024 tokens
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SIGLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 224,
+    "patch_size": 14,
+}
+GEMMA_TOKENS = 16  # of a picture
+
+
+def gemma3():
+    """transformers' own Gemma 3, as `seeded` makes Qwen's."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    text = {"head_dim": 256, "vocab_size": 262208, "sliding_window": 1024}
+    text |= {"query_pre_attn_scalar": 256, "rope_parameters": rope}
+    config = transformers.Gemma3Config(
+        text_config=GEMMA | text,
+        vision_config=SIGLIP | {"vision_use_head": False},
+        mm_tokens_per_image=GEMMA_TOKENS,
+    )
+    return with_noise(transformers.Gemma3ForConditionalGeneration(config).eval())
+
+
+def published_gemma3(model, tokenizer):
+    """Its weights and tokenizer, as ComfyUI's files have them."""
+    names = {
+        "model.language_model.": "model.",
+        "model.vision_tower.vision_model.": "vision_model.",
+        "model.vision_tower.": "vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    state = {"spiece_model": tokenizer}
+    for name, weight in model.state_dict().items():
+        if name != "lm_head.weight":
+            old = next(old for old in names if name.startswith(old))
+            state[names[old] + name.removeprefix(old)] = weight.contiguous()
+    return state
+
+
+def load_gemma3(file):
+    """By core's loader."""
+    from comfy.text_encoders import llama, lumina2
+
+    of = llama.Gemma3_4B_Vision_Config
+    tower = of.vision_config | SIGLIP
+
+    class TinyGemma3(lumina2.Gemma3_4B_Vision_Model):
+        def __init__(self, **options):
+            with (
+                patch.object(of, "vision_config", tower),
+                patch.object(of, "mm_tokens_per_image", GEMMA_TOKENS),
+            ):
+                super().__init__(**options)
+
+    options = {"gemma3_4b_vision_model_config": GEMMA, "gemma3_4b_vision_class": TinyGemma3}
+    return comfy.sd.load_clip([str(file)], model_options=options)
