@@ -124,7 +124,6 @@ class Judge:
                 seen = seen[torch.argsort(self.model.visual.get_window_index(extra)[0])]
             seen = seen.reshape(1, -1, seen.shape[-1]).float()
             for question in questions:
-                comfy.model_management.throw_exception_if_processing_interrupted()
                 logits = self._logits(seen, extra, question, device)
                 answers.append(torch.softmax(logits, -1)[: len(self.words[0])].sum().item())
                 step()
