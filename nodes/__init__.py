@@ -1,5 +1,6 @@
 """What users can drag onto the canvas."""
 
+from .check import TACAPromptCheck
 from .lora import LoadTACALoRA, TACATrainingWindow
 from .patch import TACAOptions, TACAPatchModel, TACAScheduleNode
 from .preview import TACASchedulePreview
@@ -22,6 +23,7 @@ NODES = [
     TACASweep,
     TACAContactSheet,
     TACAAlignmentScore,
+    TACAPromptCheck,
     LoadTACALoRA,
     TACATrainingWindow,
 ]

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from safetensors import safe_open
 from torch import Tensor
 
+from ..taca.encoder_files import SAFE, files_of
 from .ui.schema import schema
 from .ui.text import show_text
 
@@ -18,8 +19,7 @@ ADVICE = (
     "Load CLIP-L by CLIPLoader with type stable_diffusion, from a file that has its text "
     "projection (clip_l.safetensors as published with FLUX and SD3 has it)."
 )
-_SAFE = (".safetensors", ".sft")
-_READABLE = (*_SAFE, ".pt", ".pth", ".bin", ".ckpt")
+_READABLE = (*SAFE, ".pt", ".pth", ".bin", ".ckpt")
 
 
 class TACAAlignmentScore(io.ComfyNode):
@@ -107,8 +107,7 @@ def _has_projection(clip: CLIP) -> bool:
 
     Raises ValueError if its loader does not tell the file.
     """
-    paths = (getattr(clip.patcher, "cached_patcher_init", None) or [None, [[]]])[1][0]
-    files = [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    files = files_of(clip)
     if not files or not all(file.suffix in _READABLE and file.is_file() for file in files):
         raise ValueError(
             f"TACA Alignment Score cannot tell whether this CLIP-L has its text projection: its "
@@ -119,7 +118,7 @@ def _has_projection(clip: CLIP) -> bool:
 
 def _keys(file: Path) -> list[str]:
     """The names of the tensors in a file."""
-    if file.suffix in _SAFE:
+    if file.suffix in SAFE:
         with safe_open(file, framework="pt") as weights:
             return list(weights.keys())
     return list(comfy.utils.load_torch_file(str(file), safe_load=True))

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a folder: python benchmarks/compbench
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from compbench import ray_workers, results
+from compbench import judging, ray_workers, results
 from compbench.draw import Drawing, Server
 from compbench.plan import FIRST_SEED, Plan, Problem, read_category
 from compbench.workflow import read_workflow
@@ -28,9 +28,17 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of this run alone")
     parser.add_argument("--check", action="store_true", help="open every picture of a run")
     parser.add_argument("--read", action="store_true", help="the evaluators' results as a table")
+    text = (
+        "have a drawn run judged by TACA Prompt Check, which is not the benchmarks' own evaluator"
+    )
+    parser.add_argument("--judge", choices=["prompt-check"], help=text)
+    text = "with --judge: a text encoder that sees pictures, Qwen2.5-VL or Qwen3-VL"
+    parser.add_argument("--encoder", type=Path, metavar="FILE", help=text)
+    text = "with --judge: its type in Load CLIP (default: qwen_image)"
+    parser.add_argument("--encoder-type", default="qwen_image", metavar="TYPE", help=text)
     text = "with --read: the run of the plain workflow, to compare with in place of gamma 1"
     parser.add_argument("--baseline", type=Path, metavar="DIR", help=text)
-    text = "T2I-CompBench's *_val.txt, GenEval's evaluation_metadata.jsonl"
+    text = "T2I-CompBench's *_val.txt, GenEval's evaluation_metadata.jsonl, GenEval 2's data"
     what.add_argument("--prompts", type=Path, nargs="+", metavar="FILE", help=text)
     what.add_argument("--workflow", type=Path, metavar="FILE", help="in API form")
     text = "the settings; 1 is the workflow without TACA (default: 1 1.2)"
@@ -52,11 +60,13 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     text = "for one picture, and for all servers to be away (default: 30)"
     where.add_argument("--patience", type=float, default=30.0, metavar="MINUTES", help=text)
     options = parser.parse_args(arguments)
-    options.is_drawing = not (options.check or options.read)
+    options.is_drawing = not (options.check or options.read or options.judge)
     if options.baseline and not options.read:
         parser.error("--baseline goes with --read")
+    if bool(options.judge) != bool(options.encoder):
+        parser.error("--judge and --encoder go together")
     if options.is_drawing and not (options.prompts and options.workflow):
-        parser.error("name the --prompts and the --workflow, or --check or --read a run")
+        parser.error("name the --prompts and the --workflow, or --check, --judge or --read a run")
     if options.is_drawing and bool(options.servers) == (options.ray is not None):
         parser.error("name either --servers or --ray")
     if options.images is not None and options.images < 1:
@@ -105,6 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
                 why = f"{len(missing)} pictures are missing or damaged: {missing[0].path} ..."
                 raise Problem(f"{why} The command that drew them draws these again.")
             print("All pictures are whole.")
+        if options.judge:
+            judging.judge(options.out, options.encoder, options.encoder_type)
         if options.read:
             print(results.report(options.out, options.baseline))
     except Problem as problem:

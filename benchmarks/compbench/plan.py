@@ -28,7 +28,7 @@ from .workflow import Problem, Unit, Workflow
 
 FIRST_SEED = 42
 IMAGES, GENEVAL_IMAGES = 10, 4  # per prompt, in the two protocols
-GENEVAL = "geneval"
+GENEVAL, GENEVAL_2 = "geneval", "geneval2"
 
 
 @dataclass
@@ -148,7 +148,7 @@ def setting(gamma: float) -> str:
 
 
 def read_category(file: Path, images: int | None = None, seed: int = FIRST_SEED) -> Category:
-    """Read a prompt file: T2I-CompBench's ``.txt``, or GenEval's ``.jsonl``."""
+    """Read a prompt file: T2I-CompBench's ``.txt``, or the ``.jsonl`` of GenEval or GenEval 2."""
     try:
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -161,11 +161,17 @@ def read_category(file: Path, images: int | None = None, seed: int = FIRST_SEED)
     if is_geneval:
         try:
             metadata = [dict(json.loads(line)) for line in lines]
+            if "vqa_list" in metadata[0]:
+                pairs = [pair for entry in metadata for pair in entry["vqa_list"]]
+                if not all(isinstance(a, str) and isinstance(b, str) for a, b in pairs):
+                    raise TypeError("a question or an answer is no text")
+                return Category(GENEVAL_2, [e["prompt"] for e in metadata], seeds, metadata)
             prompts, _ = zip(*((entry["prompt"], entry["tag"]) for entry in metadata), strict=True)
             return Category(GENEVAL, list(prompts), seeds, metadata)
         except (ValueError, KeyError, TypeError) as error:
             raise Problem(
-                f"{file} is not GenEval's evaluation_metadata.jsonl: {error!r}"
+                f"{file} is neither GenEval's evaluation_metadata.jsonl nor GenEval 2's data: "
+                f"{error!r}"
             ) from error
     reserved = "_/" + ('<>:"\\|?*' if os.name == "nt" else "")
     for prompt in lines:  # the evaluators read it back from the pictures' names
@@ -173,6 +179,6 @@ def read_category(file: Path, images: int | None = None, seed: int = FIRST_SEED)
             raise Problem(f"{file}: a prompt, being a file's name, cannot have {wrong}: {prompt}")
         if len(f"{prompt}_{len(lines) * count - 1:06}.png".encode()) > 255:  # usual file systems
             raise Problem(f"{file}: too long for the name of a file: {prompt}")
-    if (name := file.stem.removesuffix("_val")) == GENEVAL:
+    if (name := file.stem.removesuffix("_val")) in (GENEVAL, GENEVAL_2):
         raise Problem(f"{file}: this name is GenEval's own; call the file something else.")
     return Category(name, lines, seeds)

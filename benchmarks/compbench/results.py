@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 from reporting import markdown
 
-from .plan import GENEVAL, Category, Plan, Problem, setting
+from . import judging
+from .plan import GENEVAL, GENEVAL_2, Category, Plan, Problem, setting
 
 _BLIP = "(cd $T2I_COMPBENCH/BLIPvqa_eval && python BLIP_vqa.py --out_dir={})"
 _2D = "(cd $T2I_COMPBENCH/UniDet_eval && python 2D_spatial_eval.py --outpath={})"
@@ -58,7 +59,11 @@ def commands(out: Path, plan: Plan) -> list[str]:
     """What to type to have a complete run judged, one line each."""
     lines = []
     for category in plan.categories:
-        if category.name not in EVALUATORS:
+        if category.name == GENEVAL_2:
+            lines.append(
+                "# geneval2: --judge prompt-check asks its questions; Soft-TIFA is its own."
+            )
+        elif category.name not in EVALUATORS:
             lines.append(f"# {category.name} is no category of T2I-CompBench.")
         if category.name == "complex":
             lines.append("# 3_in_1.py takes 10 images per prompt, and goes by its own prompts.")
@@ -73,24 +78,34 @@ def report(out: Path, baseline: Path | None = None) -> str:
     """The evaluators' results in words; a `Problem` if there are none, or wrong ones."""
     plan = Plan.read(out)
     scores, missing = read(out, plan)
+    checked, judge = judging.read(out, plan)
     notes = []
     if baseline:
         base = Plan.read(baseline)
         _check_pairs(out, plan, baseline, base)
-        theirs, theirs_missing = read(baseline, Plan(base.workflow, [1.0], plan.categories))
+        theirs_plan = Plan(base.workflow, [1.0], plan.categories)
+        theirs, theirs_missing = read(baseline, theirs_plan)
         missing += theirs_missing
         for column in theirs.keys() & scores.keys():
             scores[column][BASELINE] = theirs[column][setting(1)]
+        if checked and (found := judging.read(baseline, theirs_plan)) and found[1] == judge:
+            for column, of_column in found[0].items():
+                checked.setdefault(column, {})[BASELINE] = of_column[setting(1)]
         if beside := plan.workflow.differences(base.workflow):
             notes.append(f"The workflows differ in more than TACA and LoRAs: {', '.join(beside)}")
     elif nodes := plan.workflow.loras():
         why = f"{setting(1)} is with the LoRA of {', '.join(nodes)}, not the plain model"
         notes.append(f"{why}: draw that too (--gammas 1), and name its folder with --baseline.")
-    if not scores:
+    if not (scores or checked):
         raise Problem("\n".join(["No evaluator has been run. They are:", *commands(out, plan)]))
-    if missing:
+    if missing and scores:
         notes.append("Not there yet:\n" + "\n".join(missing))
-    return "\n\n".join([table(scores, plan), *notes])
+    tables = [table(scores, plan)] if scores else []
+    if judge:
+        title, *by = judge
+        notes.insert(0, f"{title}: {', '.join(map(str, by))} bytes.")
+        tables.append(table({}, plan, {title: checked}))
+    return "\n\n".join([*tables, *notes])
 
 
 def _check_pairs(out: Path, plan: Plan, baseline: Path, base: Plan) -> None:
@@ -188,10 +203,15 @@ def _geneval(file: Path, category: Category, gamma: float) -> dict[str, list[flo
     return scores
 
 
-def table(scores: Scores, plan: Plan) -> str:
-    """Markdown: T2I-CompBench beside the paper's, and GenEval; differences are paired by prompt."""
+def table(scores: Scores, plan: Plan, others: dict[str, Scores] | None = None) -> str:
+    """Markdown: T2I-CompBench beside the paper's, and GenEval; differences are paired by prompt.
+
+    ``others`` are of other evaluators, by title.
+    """
+    others = others or {}
     names, plain = [setting(gamma) for gamma in plan.gammas], setting(1)
-    if any(BASELINE in by_setting for by_setting in scores.values()):
+    every = [by_setting for some in (scores, *others.values()) for by_setting in some.values()]
+    if any(BASELINE in by_setting for by_setting in every):
         names, plain = [BASELINE, *names], BASELINE
     columns = [name for name in EVALUATORS if name in scores]
     tags = [tag for tag in GENEVAL_TAGS if tag in scores]
@@ -208,6 +228,9 @@ def table(scores: Scores, plan: Plan) -> str:
         groups = [[scores[tag]] for tag in tags] + [[scores[tag] for tag in tags]]
         rows = [[name, *(_cell(group, name, plain) for group in groups)] for name in names]
         parts.append(markdown(["GenEval", *tags, "overall"], rows))
+    for title, some in others.items():
+        rows = [[name, *(_cell([some[c]], name, plain) for c in some)] for name in names]
+        parts.append(markdown([title, *some], rows))
     if len(names) > 1:
         parts.append(f"In brackets: the difference to {plain}, with its 95 % interval.")
     return "\n\n".join(parts)

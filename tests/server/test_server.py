@@ -177,6 +177,7 @@ SAID = {  # by workflows that say something about a run; a sweep shows one sheet
     "14_FLUX.1-dev_on_which_steps": "TACA acts on 3 of 30 steps.",
     "12_FLUX.1-dev_sweep": "",
     "13_FLUX.1-dev_sweep_with_CLIP_scores": "",
+    "25_FLUX.1-dev_sweep_with_Prompt_Check": "2 pictures, ",
 }
 FIRST = ROOT / "demo/workflows/01_With_and_without_TACA.json"
 GRAPHS = [path for path in [*USERS, FIRST] if not path.name.endswith(APP)]
@@ -230,12 +231,19 @@ def test_workflow_runs(path, server, object_info):
         assert len(compared["a_images"]) == len(compared["b_images"]) == len(plain)
 
 
-def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
+@pytest.mark.parametrize(
+    ("name", "judge", "shown"),
+    [
+        ("13_FLUX.1-dev_sweep_with_CLIP_scores", "TACAAlignmentScore", "CLIP {:.4f}"),
+        ("25_FLUX.1-dev_sweep_with_Prompt_Check", "TACAPromptCheck", "check {:.3f}"),
+    ],
+)
+def test_scores_stand_behind_the_labels_of_a_sweep(name, judge, shown, server, object_info):
     """The workflow's own, from Sweep to Score to the sheet: one for each picture, in its place."""
-    path = ROOT / "workflows/13_FLUX.1-dev_sweep_with_CLIP_scores.json"
+    path = ROOT / f"workflows/{name}.json"
     graph = on_the_demo_model(api_form(read(path), object_info), object_info)
     by_class = {content["class_type"]: node for node, content in graph.items()}
-    sheet, score = by_class["TACAContactSheet"], by_class["TACAAlignmentScore"]
+    sheet, score = by_class["TACAContactSheet"], by_class[judge]
     assert graph[sheet]["inputs"]["labels"] == [score, 1]
     for output in (0, 1):
         graph[f"see {output}"] = {"class_type": "PreviewAny", "inputs": {"source": [score, output]}}
@@ -243,7 +251,7 @@ def test_scores_stand_behind_the_labels_of_a_sweep(server, object_info):
     numbers, labels = (outputs[f"see {output}"]["text"] for output in (0, 1))
     assert len(numbers) == len(set(numbers)) == 2
     for number, label, gamma in zip(numbers, labels, ("1", "1.2"), strict=True):
-        assert re.fullmatch(rf"gamma {gamma}\b.*: CLIP {float(number):.4f}", label), label
+        assert re.fullmatch(rf"gamma {gamma}\b.*: {shown.format(float(number))}", label), label
     assert outputs[by_class["SaveImage"]]["images"]
 
 

@@ -9,11 +9,12 @@ import compbench.__main__ as compbench
 import psutil
 import pytest
 from compbench.plan import Plan
+from compbench.plan import write as put
 from compbench.workflow import Workflow
 from PIL import Image
 
 from support import ROOT
-from support.comfy_stand_in import colour_of, graph_of_the_demo
+from support.comfy_stand_in import changed, colour_of, graph_of_the_demo, png_of
 
 NO_WORKFLOW = Workflow({}, [], "", None, "")
 
@@ -87,3 +88,13 @@ def assert_complete(out):
             assert image.getpixel((3, 3)) == colour_of(unit.prompt, unit.seed, unit.gamma)
     others = files_under(out) - {unit.path for unit in units}
     assert {path for path in others if not path.endswith("/metadata.jsonl")} == {"run.json"}
+
+
+def picture_of(unit):
+    texts, seeds, gammas = {"text": unit.prompt}, {"seed": unit.seed}, {"gamma": unit.gamma}
+    return png_of(changed(positive=texts, sample=seeds, taca=gammas))
+
+
+def draw_all(out, plan):
+    for unit in plan.begin(out):
+        put(out, unit.path, picture_of(unit))

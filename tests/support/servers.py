@@ -29,9 +29,10 @@ def save_lora(path):
 
 
 def add_tiny_clip(base):
-    """A pack of its own, for a server that is not running yet."""
+    """Packs of their own, for a server that is not running yet."""
     (base / "custom_nodes").mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("tiny_clip.py"), base / "custom_nodes")
+    for pack in ("tiny_clip.py", "tiny_judge.py"):
+        shutil.copy(Path(__file__).with_name(pack), base / "custom_nodes")
 
 
 def save_uvit(path):
@@ -76,6 +77,8 @@ def on_the_demo_model(graph, object_info):
     stand_ins = STAND_INS
     if any(node["class_type"] == "TACATextEncode" for node in graph.values()):
         stand_ins = STAND_INS | {"CLIPLoader": ("TACADemoLoadCLIP", {})}
+    if any(node["class_type"] == "TACAPromptCheck" for node in graph.values()):
+        stand_ins = STAND_INS | {"CLIPLoader": ("TinyJudge", {})}
     for node in graph.values():
         kind, new = stand_ins.get(node["class_type"], (node["class_type"], {}))
         known = {name for group in object_info[kind]["input"].values() for name in group}

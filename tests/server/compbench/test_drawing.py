@@ -15,30 +15,21 @@ import compbench.__main__ as compbench
 import pytest
 from comfy_server import Server
 from compbench import draw
-from compbench.plan import write as put
 
 from support import ROOT
-from support.comfy_stand_in import StandIn, asked_for, changed, graph_of_the_demo, png_of
+from support.comfy_stand_in import StandIn, asked_for, changed, graph_of_the_demo
 from support.compbench import (
     api_form,
     assert_complete,
+    draw_all,
     drawn,
     files_under,
+    picture_of,
     posix,
     refuses,
     wait_until,
     write,
 )
-
-
-def picture_of(unit):
-    texts, seeds, gammas = {"text": unit.prompt}, {"seed": unit.seed}, {"gamma": unit.gamma}
-    return png_of(changed(positive=texts, sample=seeds, taca=gammas))
-
-
-def draw_all(out, plan):
-    for unit in plan.begin(out):
-        put(out, unit.path, picture_of(unit))
 
 
 @pytest.mark.parametrize("step", ["open", "half", "written", "placed"])

@@ -56,8 +56,8 @@ def test_protocols(color, geneval):
         ("color_val.txt", "ä" * 130, "too long"),
         ("color_val.txt", "\r\n\r\n", "no prompts"),
         ("geneval.txt", "a cup", "GenEval's own"),
-        ("objects.jsonl", '{"prompt": "a cup"}', "is not GenEval"),
-        ("objects.jsonl", "a cup", "is not GenEval"),
+        ("objects.jsonl", '{"prompt": "a cup"}', "is neither GenEval"),
+        ("objects.jsonl", "a cup", "is neither GenEval"),
     ],
 )
 def test_prompts_that_are_refused(tmp_path, name, content, why):

@@ -1,0 +1,295 @@
+"""Does a picture show a text? Asked of a vision language model that came as a text encoder.
+
+The answer is P(yes): of the first token of the model's answer, the probability that it says yes,
+among those that say yes or no (VQAScore, arXiv 2404.01291). Nothing is generated for it: the
+question goes through the model once.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.sd1_clip import SDClipModel, SDTokenizer
+from comfy.text_encoders import qwen_vl
+from torch import Tensor
+
+from .encoder_files import opened
+
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
+YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
+LARGEST = 1024 * 1024  # pixels; a larger picture is made smaller, as core's edit nodes do
+LONGEST = 256  # tokens of a list of phrases
+LOAD = (
+    "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion), Qwen2.5-VL 7B (type qwen_image) "
+    "or Gemma 3 with its vision model by Load CLIP, from a safetensors file with all weights."
+)
+REQUEST = """\
+A picture was drawn after the description below. List what can be checked in it, one short phrase \
+on a line: every object with its number and its colour or texture, and every relation between \
+two objects. Use the words of the description and write nothing else.
+
+Description: {}"""
+_MARK = re.compile(r"\s*(?:[-*\u2022]|\d+[.)])\s+")
+_QWEN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How encoders of a kind are talked to, as their own chat template has it."""
+
+    name: str
+    chat: str
+    picture: str  # what stands for a picture, one token of it
+    place: int  # the id of that token
+    start: tuple[int, ...] = ()
+    around: tuple[int, ...] = ()  # ids before and after that one
+    is_square: bool = False  # pictures are squeezed into a square of the model's own size
+    is_headless: bool = False
+    """Core reads no head of it, and would use the embeddings, which these weights do not share."""
+
+
+_GEMMA = Family(
+    "Gemma 3",
+    "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+    "\n\n<image_soft_token>\n\n",
+    262144,
+    start=(2,),
+    around=(255999, 256000),
+    is_square=True,
+)
+FAMILIES = {
+    "Qwen25_7BVLI": Family(
+        "Qwen2.5-VL",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _QWEN,
+        _QWEN_PICTURE,
+        151655,
+        is_headless=True,
+    ),
+    "Qwen3VL": Family("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
+    "Gemma3_4B_Vision": _GEMMA,
+    "Gemma3_12B": _GEMMA,
+}
+"""By the name of core's class of the model, or of one that it is made from."""
+
+
+class Judge:
+    """A CLIP of ComfyUI's that can be asked about pictures.
+
+    Raises ValueError, with what to load instead, for an encoder that sees no pictures, that lacks
+    the head which makes tokens of its output, or that this ComfyUI cannot run as a language model.
+    """
+
+    def __init__(self, clip: Any) -> None:
+        self.clip = clip
+        self.name, self.model, self.family = _seeing(clip)
+        within = vars(clip.tokenizer) | {"": clip.tokenizer}
+        tokenizers = {n: part for n, part in within.items() if isinstance(part, SDTokenizer)}
+        # Core calls Gemma's encoder by another name than its tokenizer.
+        self.tokenizer = tokenizers.get(self.name, next(iter(tokenizers.values()))).tokenizer
+        words = [[(word, self._single(word)) for word in some] for some in (YES, NO)]
+        self.words = [{word: i for word, i in some if i is not None} for some in words]
+        """The words for yes and for no that are one token, with its id."""
+        self.ids = [i for some in self.words for i in some.values()]
+        self.rows = self._rows_of_the_head()
+        self.is_shuffled = self.family.is_headless and shuffles()
+
+    def load(self) -> None:
+        """Have core load the encoder, which it frees when it wants the memory."""
+        # LTX-2's encoder estimates its memory from the tokens.
+        self.clip.load_model({self.name: [[(i, 1.0) for i in self.tokens("")]]})
+
+    def ask(
+        self, picture: Tensor, questions: Sequence[str], step: Callable[[], Any] = lambda: None
+    ) -> list[float]:
+        """P(yes) for each question about a picture, ``(1, H, W, 3)`` in 0..1.
+
+        What was computed of the picture serves all questions. ``step`` is called after each.
+        ``load`` comes first.
+        """
+        device = self.clip.patcher.load_device
+        answers = []
+        with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
+            side = self.model.image_size if self.family.is_square else None
+            shown = {"type": "image", "data": prepared(picture, side), "original_type": "image"}
+            seen, extra = self.model.preprocess_embed(shown, device=device)
+            if self.is_shuffled:
+                seen = seen[torch.argsort(self.model.visual.get_window_index(extra)[0])]
+            seen = seen.reshape(1, -1, seen.shape[-1]).float()
+            for question in questions:
+                logits = self._logits(seen, extra, question, device)
+                answers.append(torch.softmax(logits, -1)[: len(self.words[0])].sum().item())
+                step()
+        return answers
+
+    def _logits(self, seen: Tensor, extra: Any, question: str, device: Any) -> Tensor:
+        """Those of ``ids`` for the first token of the answer."""
+        tokens = self.tokens(question)
+        place = tokens.index(self.family.place)
+        embedding = self.model.get_input_embeddings()
+        before, after = (
+            embedding(torch.tensor([ids], device=device), out_dtype=torch.float32)
+            for ids in (tokens[:place], tokens[place + 1 :])
+        )
+        info = {"type": "image", "index": place, "size": seen.shape[1], "extra": extra}
+        embeds = torch.cat([before.float(), seen, after.float()], 1)
+        hidden = self.model(None, embeds=embeds, embeds_info=[info])[0][:, -1:]
+        if self.rows is not None:
+            return hidden[0, 0].float() @ self.rows.to(hidden.device).T
+        return self.model.logits(hidden)[0, -1].float()[self.ids]
+
+    def tokens(self, question: str) -> list[int]:
+        """A question about a picture, in the model's own chat format."""
+        text = self.family.chat.format(self.family.picture + question)
+        ids = [*self.family.start, *self.tokenizer(text)["input_ids"]]
+        if self.family.around:
+            place = ids.index(self.family.place)
+            ids[place + 1 : place + 1] = self.family.around[1:]
+            ids[place:place] = self.family.around[:1]
+        return ids
+
+    def phrases(self, text: str) -> list[str]:
+        """What of a text can be checked in a picture, listed by the encoder itself.
+
+        Raises ValueError if core does not generate with it, or nothing came of it.
+        """
+        if self.family.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
+            raise ValueError(
+                f"TACA Prompt Check: ComfyUI does not generate text with {self.family.name}, so it "
+                f"cannot list phrases. Write them yourself, or load Qwen3-VL."
+            )
+        request = self.family.chat.format(REQUEST.format(text))
+        tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
+        ids = self.clip.generate(tokens, do_sample=False, max_length=LONGEST)
+        lines = self.clip.decode(ids).splitlines()
+        if len(ids) >= LONGEST:
+            lines.pop()  # cut off
+        found = [_MARK.sub("", line, count=1).strip() for line in lines]
+        if not (found := list(dict.fromkeys(filter(None, found)))):
+            raise ValueError(
+                f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write them "
+                f"yourself, a line each."
+            )
+        return found
+
+    def _single(self, word: str) -> int | None:
+        ids = list(self.tokenizer(word)["input_ids"])
+        ids = ids[len(self.family.start) :] if ids[:-1] == [*self.family.start] else ids
+        return ids[0] if len(ids) == 1 else None
+
+    def _rows_of_the_head(self) -> Tensor | None:
+        """The head's rows for ``ids``, of a file whose head core does not read.
+
+        What a file lacks core leaves as the memory was: so the file is asked.
+        """
+        needs_head = self.family.is_headless or self.model.model.config.lm_head
+        lacks = "eyes (visual or vision_model)"
+        for file in opened(self.clip):
+            names = list(file.keys())
+            if not any(part in name for name in names for part in ("visual.", "vision_model.")):
+                continue
+            heads = [name for name in names if name.endswith("lm_head.weight")]
+            if heads and self.family.is_headless:
+                return _rows(file, heads[0], self.ids)
+            if heads or not needs_head:
+                return None  # core has read it, or the embeddings are the head
+            lacks = "head (lm_head.weight)"
+        raise ValueError(
+            f"TACA Prompt Check: this {self.family.name} has no {lacks} in its file, or its loader "
+            f"does not say which file it read, so it cannot answer. {LOAD}"
+        )
+
+
+def prepared(picture: Tensor, side: int | None = None) -> Tensor:
+    """A picture as encoders are shown it: three channels, no more than a megapixel, or a square.
+
+    Core would cut a picture to a square where transformers squeezes it into one.
+    """
+    picture = picture[..., :3]
+    if side:
+        channels = picture.movedim(-1, 1)
+        resized = torch.nn.functional.interpolate(
+            channels, (side, side), mode="bilinear", antialias=True
+        )
+        return resized.movedim(1, -1)
+    height, width = picture.shape[1:3]
+    if (scale := math.sqrt(LARGEST / (height * width))) >= 1:
+        return picture
+    size = round(width * scale), round(height * scale)
+    return comfy.utils.common_upscale(picture.movedim(-1, 1), *size, "area", "disabled").movedim(
+        1, -1
+    )
+
+
+def shuffles() -> bool:
+    """Whether core leaves what Qwen2.5-VL sees in the order of its windows, as 0.16.3 does.
+
+    Asked of a tower without blocks, in which no part of a picture sees another.
+    """
+    tower = qwen_vl.Qwen2VLVisionTransformer(
+        hidden_size=4,
+        output_hidden_size=4,
+        num_heads=1,
+        num_layers=0,
+        device="cpu",
+        dtype=torch.float32,
+        ops=comfy.ops.manual_cast,
+    )
+    for weight in tower.parameters():
+        weight.data.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+    grid = torch.tensor([[1, 4, 16]])  # two windows abreast
+    patches = torch.linspace(-1, 1, 64 * 3 * 2 * 14 * 14).view(64, -1).square()
+    return not torch.allclose(tower(patches, grid), tower.merger(tower.patch_embed(patches)))
+
+
+def geometric_mean(probabilities: Sequence[float]) -> float:
+    """One that is 0 makes it 0."""
+    return math.prod(probabilities) ** (1 / len(probabilities))
+
+
+def _seeing(clip: Any) -> tuple[str, Any, Family]:
+    """The encoder of a CLIP that sees pictures."""
+    named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
+    models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
+    for name, model in models.items():
+        for kind in type(model).__mro__:
+            if (family := FAMILIES.get(kind.__name__)) is None:
+                continue
+            if model.model.norm is None:
+                raise ValueError(
+                    f"TACA Prompt Check: this {family.name} is cut off below its last layers, and "
+                    f"has no answers. {LOAD}"
+                )
+            if not family.is_headless and not hasattr(model, "logits"):
+                raise ValueError(
+                    f"TACA Prompt Check: this ComfyUI does not generate text with {family.name}. "
+                    f"Update ComfyUI."
+                )
+            return name, model, family
+    kinds = ", ".join(sorted({type(model).__name__.strip("_") for model in models.values()}))
+    raise ValueError(
+        f"TACA Prompt Check cannot show a picture to this text encoder ({kinds or 'unknown'}). "
+        f"{LOAD}"
+    )
+
+
+def _rows(file: Any, key: str, ids: Sequence[int]) -> Tensor:
+    """Rows of a weight in a file, float32; in fp8 with the scale that is beside it."""
+    weight = file.get_slice(key)
+    rows = [weight[i : i + 1] for i in ids]
+    layer = key.removesuffix(".weight")
+    beside = (f"{layer}.scale_weight", f"{layer}.weight_scale")
+    scales = [file.get_tensor(name).float() for name in file.keys() if name in beside]  # noqa: SIM118
+    if not rows[0].is_floating_point() or any(scale.numel() > 1 for scale in scales):
+        raise ValueError(
+            f"TACA Prompt Check: the head of this file is quantised in a way that is not read "
+            f"({rows[0].dtype}). {LOAD}"
+        )
+    return math.prod(scales, start=torch.cat([row.float() for row in rows]))
