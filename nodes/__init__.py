@@ -1,5 +1,6 @@
 """What users can drag onto the canvas."""
 
+from .find import TACAFindSetting, TACATrial
 from .lora import LoadTACALoRA, TACATrainingWindow
 from .patch import TACAOptions, TACAPatchModel, TACAScheduleNode
 from .preview import TACASchedulePreview
@@ -22,6 +23,8 @@ NODES = [
     TACASweep,
     TACAContactSheet,
     TACAAlignmentScore,
+    TACATrial,
+    TACAFindSetting,
     LoadTACALoRA,
     TACATrainingWindow,
 ]
