@@ -18,8 +18,8 @@ from reporting import RESULTS, ROOT, SHARED, markdown, outcomes, store, write_be
 
 sys.path += SHARED
 
-from careless import SUPPRESSED  # noqa: E402
-from comfyui import parts  # noqa: E402
+from careless import SUPPRESSED
+from comfyui import parts
 
 (search_module,) = parts("search")
 RECORD = RESULTS / "search.json"
