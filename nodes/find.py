@@ -140,7 +140,7 @@ def checked(
     numbers = parsed(TRIAL, "seeds", ", ".join(seeds), int)
     lines = [line.strip() for line in "\n".join(prompts).splitlines() if line.strip()] or [""]
     for what, values in (("seed", numbers), ("prompt", lines)):
-        if len(set(values)) < len(values):  # type: ignore[arg-type]
+        if len(set(values)) < len(values):
             raise ValueError(f"{TRIAL} has the same {what} twice, which would count as two.")
     return labels, numbers, lines
 

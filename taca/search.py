@@ -145,9 +145,9 @@ class Search:
         sizes = np.abs(self._statistic([_shuffled(random, shuffled, b) for b in self._blocks])[0])
         limit = np.sort(sizes)[math.ceil(CONFIDENCE * (shuffled + 1)) - 1]
         told_apart = bool(abs(statistic) > limit)
-        half = limit * error
-        if not error:  # all differences are alike, and do not say how much others could differ
-            half = 0.0 if told_apart else math.inf
+        # Differences that are all alike do not say how much others could differ.
+        unknown = not error and not told_apart
+        half = math.inf if unknown else limit * error if error else 0.0
         return Finding(self.alive[1], mean, mean - half, mean + half, told_apart)
 
     def _statistic(self, blocks: Sequence[Scores]) -> tuple[Scores, Scores, Scores]:
@@ -156,12 +156,12 @@ class Search:
         mean, of_squares = (
             np.take_along_axis(each, order[:, :1], 1)[:, 0] / units for each in (total, square)
         )
-        variance = of_squares - mean**2
+        variance: Scores = of_squares - mean**2
         variance[variance < 1e-12 * of_squares] = 0  # what rounding leaves is no variance
-        error = np.sqrt(variance / (units - 1))
+        error: Scores = np.sqrt(variance / (units - 1))
         with np.errstate(divide="ignore", invalid="ignore"):
             statistic = np.where(mean == 0, 0.0, mean / error)
-        return np.round(statistic, 9), mean, error
+        return statistic.round(9), mean, error
 
     def _halved(self, blocks: Sequence[Scores]) -> tuple[NDArray[np.intp], Scores, Scores, int]:
         """The rounds of many searches at once.

@@ -80,4 +80,5 @@ def sheet(
         return pictures.stack([head, chart])
     for picture, _ in shown:
         picture.thumbnail((WIDTH // 3 - 8, WIDTH))
-    return pictures.stack([head, chart, pictures.sheet(*zip(*shown, strict=True), columns)])
+    images, labels = [picture for picture, _ in shown], [label for _, label in shown]
+    return pictures.stack([head, chart, pictures.sheet(images, labels, columns)])

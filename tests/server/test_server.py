@@ -177,6 +177,8 @@ SAID = {  # by workflows that say something about a run; a sweep shows one sheet
     "14_FLUX.1-dev_on_which_steps": "TACA acts on 3 of 30 steps.",
     "12_FLUX.1-dev_sweep": "",
     "13_FLUX.1-dev_sweep_with_CLIP_scores": "",
+    "25_FLUX.1-dev_evidence": '"winner"',
+    "26_SD3.5-Medium_evidence": '"winner"',
 }
 FIRST = ROOT / "demo/workflows/01_With_and_without_TACA.json"
 GRAPHS = [path for path in [*USERS, FIRST] if not path.name.endswith(APP)]
