@@ -154,6 +154,69 @@ class TACADemoDecode(io.ComfyNode):
         return io.NodeOutput(pictures)
 
 
+class TACADemoCheck(io.ComfyNode):
+    """Judge pictures of the demo's world."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="TACADemoCheck",
+            display_name="TACA Demo Check",
+            category="TACA/demo",
+            description="Whether a picture of the TACA demo shows all that its caption says: two "
+            "shapes, their colours, and where they are.",
+            search_aliases=["taca demo judge"],
+            inputs=[
+                io.Image.Input("image", tooltip="From TACA Demo Decode, at any upscale."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="a red circle left of a blue square",
+                    tooltip="The caption, or one a line for a batch.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("score", tooltip="The share of the pictures that are right."),
+                io.String.Output("label", tooltip="What is right in each."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, text: str) -> io.NodeOutput:
+        """Judge.
+
+        Parameters
+        ----------
+        image : torch.Tensor
+            Of shape ``(batch, 64 * n, 64 * n, 3)`` in [0, 1].
+        text : str
+            A caption, or as many as there are pictures, one a line.
+
+        Returns
+        -------
+        io.NodeOutput
+            Score and label.
+
+        Raises
+        ------
+        ValueError
+            If a caption is not of the demo's form, or there are not as many as pictures.
+        """
+        captions = text.strip().splitlines()
+        captions = captions * len(image) if len(captions) == 1 else captions
+        found = [
+            world.check(picture.cpu().numpy(), caption)
+            for picture, caption in zip(image, captions, strict=True)
+        ]
+        labels = [
+            "right" if one["everything"] else f"wrong {', '.join(k for k in one if not one[k])}"
+            for one in found
+        ]
+        score = sum(one["everything"] for one in found) / len(found)
+        return io.NodeOutput(score, "; ".join(labels))
+
+
 class TACADemoDataset(io.ComfyNode):
     """Draw pictures of the demo's world, to train on."""
 
@@ -213,7 +276,13 @@ class TACADemoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """List them."""
-        return [TACADemoTextEncode, TACADemoLoadCLIP, TACADemoDecode, TACADemoDataset]
+        return [
+            TACADemoTextEncode,
+            TACADemoLoadCLIP,
+            TACADemoDecode,
+            TACADemoCheck,
+            TACADemoDataset,
+        ]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -1,6 +1,7 @@
 """What users can drag onto the canvas."""
 
 from .check import TACAPromptCheck
+from .find import TACAFindSetting, TACATrial
 from .lora import LoadTACALoRA, TACATrainingWindow
 from .patch import TACAOptions, TACAPatchModel, TACAScheduleNode
 from .preview import TACASchedulePreview
@@ -24,6 +25,8 @@ NODES = [
     TACAContactSheet,
     TACAAlignmentScore,
     TACAPromptCheck,
+    TACATrial,
+    TACAFindSetting,
     LoadTACALoRA,
     TACATrainingWindow,
 ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import ui
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
@@ -12,15 +13,22 @@ from torch import Tensor
 from .pictures import to_tensor
 
 
+def node_in_page() -> str | None:
+    """The node that is running, or that it is a copy of, by its id in the page."""
+    context = get_executing_context()
+    if context is None:
+        return None
+    return get_progress_state().dynprompt.get_display_node_id(context.node_id)
+
+
 def show_text(text: str, node_id: str | None = None) -> None:
     """Show a text under a node, or the one that is running, which its ``ui`` alone does not do."""
-    context = get_executing_context()
-    if context:
+    if running := node_in_page():
         from server import PromptServer
 
         # The page folds spaces; those as wide as a digit keep columns apart.
         wide = re.sub(" {2,}", lambda spaces: "\u2007" * len(spaces[0]), text)
-        PromptServer.instance.send_progress_text(wide, node_id or context.node_id)
+        PromptServer.instance.send_progress_text(wide, node_id or running)
 
 
 class NodeText:
@@ -32,8 +40,7 @@ class NodeText:
     """
 
     def __init__(self, *warnings: str, plan: str = "", total: int | None = None) -> None:
-        context = get_executing_context()
-        self.node_id = context.node_id if context else None
+        self.node_id = node_in_page()
         self.warnings, self.added, self.prompt, self.total = warnings, list[str](), "", total
         if plan or warnings:
             show_text("\n".join([plan, *warnings]).strip())
@@ -46,7 +53,8 @@ class NodeText:
             self.added.append(line)
             last, count = self.added[-2:], len(self.added)
             if self.total:
-                last = [f"{count} of {self.total}: {line}"]
+                of = f" of {self.total}" if count <= self.total else ""  # a search takes more
+                last = [f"{count}{of}: {line}"]
             elif count > 1:
                 last = [f"Run {count - 1}: {last[0]}", f"Run {count}: {line}"]
             show_text("\n".join([*last, *self.warnings]), self.node_id)

@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import world
 from comfy_server import serving
 from PIL import Image
 
@@ -22,6 +23,8 @@ from support.workflow import (
     problems_of,
     read,
 )
+
+FEW = "\n".join(world.captions("held-out")[:6])  # of a search of minutes
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,7 +82,7 @@ def test_workflow_in_the_page(path, page, server, object_info):
         del node["_meta"]
     assert sent == api_form(workflow, object_info)
     if path in DEMO:
-        page.shorten({"TrainUViT": ("steps", 4)})
+        page.shorten({"TrainUViT": ("steps", 4), "TACATrial": ("prompts", FEW)})
         run = page.run()
         assert run["status"]["status_str"] == "success", run["status"]["messages"]
         page.wait_for(run["outputs"])

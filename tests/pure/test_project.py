@@ -14,7 +14,17 @@ PAGES = [
     *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("benchmarks/**/*.md")),
 ]
-DOCS = {"models", "exactness", "speed", "alignment", "uvit", "lora", "words", "development"}
+DOCS = {
+    "models",
+    "exactness",
+    "speed",
+    "alignment",
+    "uvit",
+    "lora",
+    "words",
+    "search",
+    "development",
+}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 

@@ -178,6 +178,8 @@ SAID = {  # by workflows that say something about a run; a sweep shows one sheet
     "12_FLUX.1-dev_sweep": "",
     "13_FLUX.1-dev_sweep_with_CLIP_scores": "",
     "25_FLUX.1-dev_sweep_with_Prompt_Check": "2 pictures, ",
+    "25_FLUX.1-dev_evidence": '"winner"',
+    "26_SD3.5-Medium_evidence": '"winner"',
 }
 FIRST = ROOT / "demo/workflows/01_With_and_without_TACA.json"
 GRAPHS = [path for path in [*USERS, FIRST] if not path.name.endswith(APP)]

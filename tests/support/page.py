@@ -153,7 +153,10 @@ class Page:
         )
 
     def run(self, limit=180):
-        """Press the Run button and wait; the run's entry in the history."""
+        """Press the Run button and wait; the run's entry in the history.
+
+        What a node put out that another expanded to is under that one, where the page shows it.
+        """
         before = self._server.get("/history").keys()
         refused = self._page.evaluate(
             "async () => { await app.queuePrompt(0, 1); return app.lastNodeErrors }"
@@ -165,7 +168,10 @@ class Page:
             if time.monotonic() > deadline:
                 raise self._server.failure("The run did not end")
             self._page.wait_for_timeout(200)
-        return self._server.get("/history")[new.pop()]
+        entry = self._server.get("/history")[new.pop()]
+        shown_in = {node: meta["display_node"] for node, meta in entry["meta"].items()}
+        entry["outputs"] = {shown_in.get(n, n): each for n, each in entry["outputs"].items()}
+        return entry
 
     def wait_for(self, outputs):
         """Wait until nodes show what they put out: node id -> ``images``, ``text``."""

@@ -49,6 +49,7 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
     "ModelSamplingFlux": ("ModelSamplingSD3", {"shift": 3.0}),
     "ModelSamplingAuraFlow": ("ModelSamplingSD3", {}),
     "TACASweep": ("TACASweep", {"gammas": "1, 1.2", "timestep_thresholds": "970"}),
+    "TACATrial": ("TACATrial", {"seeds": "1, 2", "prompts": "a red circle"}),
     "TACAAttentionReport": (
         "TACAAttentionReport",
         {"words": "red=1", "clip": None, "prompt": None, "vae": None},

@@ -182,7 +182,8 @@ def problems_of(workflow, object_info):
             continue
         if link not in (start["links"] or ()) or end["link"] != link:
             problems.append(f"link {link}: its ends do not know it")
-        if start["type"] != kind or end["type"] not in (kind, "*"):
+        # A socket that takes several kinds names them all.
+        if start["type"] != kind or not {kind, "*"} & {*end["type"].split(",")}:
             problems.append(f"link {link} joins {start['type']} and {end['type']}")
     for a, b in combinations(workflow["nodes"], 2):
         (ax, ay), (aw, ah), (bx, by), (bw, bh) = a["pos"], a["size"], b["pos"], b["size"]

@@ -1,0 +1,325 @@
+"""TACA Trial and TACA Find Setting: the best of several settings, by any number.
+
+Between the two lie the user's own nodes, from a sampler to a judge. TACA Find Setting expands to
+copies of them, one for each seed of each prompt, which draws it with the settings that are left:
+after each round of the search a copy of TACA Find Setting itself says which. So ComfyUI's own
+executor draws, shows progress, can be interrupted, and keeps what each copy gave in its cache: a
+search that was interrupted goes on there. All copies are made at once, for ComfyUI may drop what a
+run has not asked for yet.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.utils
+import numpy as np
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder
+
+from ..taca.search import Finding, Search, units_of
+from .copies import Link, between, copy
+from .sweep import parsed
+from .ui import pictures
+from .ui.finding import cost, intervals, sheet, verdict
+from .ui.schema import schema
+from .ui.text import show_text
+
+TRIAL, FIND = "TACA Trial", "TACA Find Setting"
+ROWS = 6
+"""Of pictures on the sheet; its columns are the baseline, the best and the one after it."""
+COLUMNS = 3
+Pair = tuple[int, int]
+"""A prompt and a seed, by their numbers."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a search compares, from TACA Trial."""
+
+    node: str
+    labels: tuple[str, ...]
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...]
+
+
+TACATrials = io.Custom("TACA_TRIALS")
+
+
+class TACATrial(io.ComfyNode):
+    """Settings, seeds and prompts -> one of each; TACA Find Setting asks for the others."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACATrial",
+            inputs=[
+                io.Model.Input("models", optional=True),
+                io.Conditioning.Input("conditionings", optional=True),
+                io.String.Input("labels", optional=True, force_input=True),
+                io.String.Input("seeds", default="1, 2, 3, 4, 5, 6, 7, 8"),
+                io.String.Input("prompts", default="", multiline=True),
+                io.Int.Input("setting", default=1, min=1, max=10_000),
+            ],
+            outputs=[
+                io.Model.Output("model", is_output_list=True),
+                io.Conditioning.Output("conditioning", is_output_list=True),
+                io.Int.Output("seed"),
+                io.String.Output("prompt"),
+                io.String.Output("label", is_output_list=True),
+                TACATrials.Output("trials"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            search_aliases=["taca", "search settings", "best gamma", "loop", "optimize"],
+            is_input_list=True,
+            accept_all_inputs=True,  # what TACA Find Setting asks a copy for, in "search"
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        seeds: list[str],
+        prompts: list[str],
+        setting: list[int],
+        models: list[Any] | None = None,
+        conditionings: list[Any] | None = None,
+        labels: list[str] | None = None,
+        search: list[dict[str, Any]] | None = None,
+        left: list[str] | None = None,
+        after: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        """The last three are TACA Find Setting's, in its copies of this node."""
+        lists = [each for each in (models, conditionings) if each is not None]
+        labels, numbers, lines = checked(lists, labels, seeds, prompts)
+        if search:
+            asked = search[0]
+            chosen = json.loads(left[0])["left"] if left else [*range(len(labels))]
+            prompt, seed = asked["pair"]
+            show_progress(asked["node"], asked["done"], asked["total"], len(chosen))
+        elif setting[0] > len(labels):
+            raise ValueError(
+                f"{TRIAL} has {len(labels)} settings, and none of number {setting[0]}."
+            )
+        else:
+            chosen, prompt, seed = [setting[0] - 1], 0, 0
+        drawn = [
+            [each[i if len(each) > 1 else 0] for i in chosen]
+            if each
+            else [ExecutionBlocker(f"{TRIAL} has no {name}: connect them.")]
+            for name, each in (("models", models), ("conditionings", conditionings))
+        ]
+        trials = Trials(cls.hidden.unique_id, tuple(labels), tuple(numbers), tuple(lines))
+        named = [labels[i] for i in chosen]
+        return io.NodeOutput(*drawn, numbers[seed], lines[prompt], named, trials)
+
+
+def checked(
+    lists: list[list[Any]], labels: list[str] | None, seeds: list[str], prompts: list[str]
+) -> tuple[list[str], list[int], list[str]]:
+    """The labels, seeds and prompts of TACA Trial.
+
+    Raises ValueError if they do not fit each other, or something would count twice.
+    """
+    if not lists:
+        raise ValueError(f"{TRIAL} has no settings: connect models, or conditionings.")
+    count = max(map(len, lists))
+    if any(len(each) not in (1, count) for each in lists):
+        raise ValueError(f"{TRIAL} needs as many conditionings as models, or one for all.")
+    if len({tuple(id(each[i % len(each)]) for each in lists) for i in range(count)}) < count:
+        raise ValueError(
+            f"{TRIAL} has the same setting more than once: leave the seeds and prompts of TACA "
+            f"Sweep empty, and write them here."
+        )
+    labels = labels or [f"setting {i + 1}" for i in range(count)]
+    if len(labels) != count:
+        raise ValueError(
+            f"{TRIAL} has {count} settings and {len(labels)} labels: connect both from the same "
+            f"sweep."
+        )
+    numbers = parsed(TRIAL, "seeds", ", ".join(seeds), int)
+    lines = [line.strip() for line in "\n".join(prompts).splitlines() if line.strip()] or [""]
+    for what, values in (("seed", numbers), ("prompt", lines)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{TRIAL} has the same {what} twice, which would count as two.")
+    return labels, numbers, lines
+
+
+def show_progress(node: str, done: int, total: int, left: int) -> None:
+    """Show in TACA Find Setting how far a search is."""
+    comfy.utils.ProgressBar(total, node_id=node).update_absolute(done)
+    show_text(f"{done} of {total} pictures; {left} settings left", node)
+
+
+class TACAFindSetting(io.ComfyNode):
+    """A number for each picture of TACA Trial -> the setting with the largest, if there is one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TACAFindSetting",
+            inputs=[
+                TACATrials.Input("trials"),
+                io.MultiType.Input(
+                    "score", [io.Float, io.Int, io.Boolean], lazy=True, raw_link=True
+                ),
+                io.Image.Input("image", lazy=True, raw_link=True, optional=True),
+            ],
+            outputs=[
+                io.Image.Output("sheet"),
+                io.Int.Output("setting"),
+                io.String.Output("label"),
+                io.String.Output("record"),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            search_aliases=[
+                "taca",
+                "best gamma",
+                "best setting",
+                "successive halving",
+                "parameter search",
+                "optimize",
+            ],
+            is_input_list=True,
+            is_output_node=True,
+            enable_expand=True,
+            accept_all_inputs=True,  # the scores of the rounds before, in the copies of itself
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        trials: list[Trials],
+        score: list[Link],
+        image: list[Link] | None = None,
+        before: list[str] | None = None,
+        **drawn: list[Any],
+    ) -> io.NodeOutput:
+        """``drawn`` is what came of a round, and ``before`` the record of the rounds before it."""
+        compared = trials[0]
+        units = units_of(len(compared.prompts), len(compared.seeds))
+        search = Search(len(compared.labels), len(units))
+        if not drawn:
+            ends = {"score": score[0]} | ({"image": image[0]} if image else {})
+            return expand(cls.hidden, compared, search, ends)
+        judged = dict[Pair, dict[int, float]]()
+        for *pair, setting, value in json.loads(before[0])["scores"] if before else ():
+            judged.setdefault((pair[0], pair[1]), {})[setting] = value
+        while search.todo:
+            new = [pair for unit in search.todo.units for pair in units[unit]]
+            if new[0] not in judged and socket("score", new[0]) not in drawn:
+                break
+            for pair in new:
+                if pair not in judged:
+                    given = as_numbers(drawn[socket("score", pair)], len(search.alive))
+                    judged[pair] = dict(zip(search.alive, given, strict=True))
+            by_pair = [[judged[pair][setting] for pair in new] for setting in search.alive]
+            shape = len(search.alive), len(search.todo.units), -1
+            search.add(np.reshape(by_pair, shape).mean(-1))
+        flat = [
+            [*pair, setting, value]
+            for pair, values in judged.items()
+            for setting, value in values.items()
+        ]
+        if search.todo:
+            return io.NodeOutput(
+                None, None, None, json.dumps({"left": search.alive, "scores": flat})
+            )
+        found = search.finding()
+        count, whole = (len(units[0]) * each for each in search.pictures())
+        text = f"{verdict(found, compared.labels)}\n{cost(count, whole)}"
+        unit = "prompts" if len(compared.prompts) == len(units) else "pictures"
+        chart = intervals(found, search, compared.labels, unit)
+        shown = shown_of(compared, search, judged, drawn)
+        page = pictures.to_tensor(sheet(text, chart, shown, min(COLUMNS, search.settings)))
+        show_text(text)
+        winner = found.winner or 0
+        record = json.dumps(record_of(compared, found) | {"scores": flat})
+        preview = ui.PreviewImage(page, cls=cls)
+        return io.NodeOutput(page, winner + 1, compared.labels[winner], record, ui=preview)
+
+
+def socket(name: str, pair: Pair) -> str:
+    """The input of TACA Find Setting for what came out of one prompt and seed."""
+    return f"{name}_{pair[0]}_{pair[1]}"
+
+
+def as_numbers(given: list[Any], count: int) -> list[float]:
+    """The judge's numbers for so many pictures; ValueError if they are not."""
+    if len(given) != count:
+        raise ValueError(
+            f"{FIND} got {len(given)} scores for {count} pictures: between {TRIAL} and the score "
+            f"there may be no node that makes one of several."
+        )
+    numbers = [float(each) for each in given]
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{FIND} got a score that is not a finite number: {numbers}.")
+    return numbers
+
+
+def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link]) -> io.NodeOutput:
+    """All copies that a search may need: of the user's nodes, and of itself for each round."""
+    node_of, own = hidden.dynprompt.get_node, hidden.unique_id
+    nodes = between(node_of, compared.node, ends.values())
+    if not nodes:
+        raise ValueError(
+            f"{FIND}: {' and '.join(ends)} must come from the pictures of the {TRIAL} that it is "
+            f"connected to."
+        )
+    units = units_of(len(compared.prompts), len(compared.seeds))
+    asked = {"node": own, "done": 0, "total": search.pictures()[0] * len(units[0])}
+    graph, change, images = GraphBuilder(), dict[str, Any](), dict[str, Link]()
+    inputs = node_of(own)["inputs"]
+    for number, each in enumerate(search.plan):
+        scores = dict[str, Link]()
+        for pair in (pair for unit in each.units for pair in units[unit]):
+            change["search"] = asked | {"pair": pair}
+            name = f"{pair[0]}_{pair[1]}"
+            moved = copy(graph, node_of, nodes, name, {compared.node: dict(change)})
+            # The next comes after this one, though it needs nothing of it: else ComfyUI might
+            # begin with all at once.
+            change["after"] = scores[socket("score", pair)] = moved(ends["score"])
+            if "image" in ends and not number and len(images) < ROWS:
+                images[socket("image", pair)] = moved(ends["image"])
+            asked["done"] += each.settings + 1
+        is_last = number == len(search.plan) - 1
+        judge = graph.node(
+            "TACAFindSetting", str(number), **inputs, **scores, **(images if is_last else {})
+        )
+        if number:
+            judge.set_input("before", change["left"])
+        change["left"] = judge.out(3)
+    return io.NodeOutput(*(judge.out(i) for i in range(4)), expand=graph.finalize())
+
+
+def shown_of(
+    compared: Trials, search: Search, scores: dict[Pair, dict[int, float]], drawn: dict[str, Any]
+) -> list[tuple[Any, str]]:
+    """The first pictures of the baseline and the best settings, with what is written above them."""
+    names = compared.labels
+    rank = sorted(search.differences, key=lambda i: search.differences[i][::-1], reverse=True)
+    shown = []
+    for pair, judged in list(scores.items())[:ROWS]:
+        images = drawn.get(socket("image", pair), [])
+        if len(images) != len(judged):
+            continue
+        by_setting = dict(zip(judged, images, strict=True))
+        for column, setting in enumerate([0, *rank][:COLUMNS]):
+            about = f"{names[setting]}: {judged[setting]:.3g}"
+            if not column:
+                about = f"{compared.prompts[pair[0]]} (seed {compared.seeds[pair[1]]}). {about}"
+            shown.append((pictures.to_picture(by_setting[setting][0]), about))
+    return shown
+
+
+def record_of(compared: Trials, found: Finding) -> dict[str, Any]:
+    """What was found, in numbers; settings by their places, counted from 0."""
+    return {
+        "settings": list(compared.labels),
+        "prompts": len(compared.prompts),
+        "seeds": list(compared.seeds),
+        "best": found.best,
+        "difference": found.difference,
+        "interval": [found.low, found.high] if math.isfinite(found.high) else None,
+        "winner": found.winner,
+    }

@@ -1,0 +1,190 @@
+"""The statistics of a search for the best setting: halved early, and honest about having chosen.
+
+A search compares settings with a first one, the baseline, on *units*: prompts or seeds that are
+judged alike for all settings, each unit by a number a setting, the larger the better. It goes on in
+rounds (successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943): after each round the
+better half of the settings stays, and the next round has as many units as all before it together.
+
+At the end there is one setting left to compare with the baseline. It was chosen because it looked
+best, so its difference is too large by chance, and the usual interval would be too narrow. Here the
+whole search is repeated on scores whose names are shuffled within each unit. If all settings are
+the same, those searches are as likely as the one that was made, halving included, so the chance to
+find a difference where there is none is 5 % whatever the scores are distributed like (a permutation
+test). The interval is the studentised difference, with the 95 % point of the shuffled searches.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.95
+SHUFFLED = 1999
+"""Searches on shuffled names: with the one that was made, 2,000."""
+FIRST_UNITS = 4
+"""No setting is dropped after fewer units."""
+UNITS_BY_PROMPT = 6
+"""With so many prompts the prompt is the unit: the fewest that can tell two settings apart."""
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Round:
+    """How many settings are in it besides the baseline, and which units are new to it."""
+
+    settings: int
+    units: range
+
+
+def rounds(settings: int, units: int) -> list[Round]:
+    """The rounds of a search among so many settings, not counting the baseline."""
+    halvings = math.ceil(math.log2(settings))
+    while halvings and units / 2**halvings < FIRST_UNITS:
+        halvings -= 1
+    ends = [0, *(math.ceil(units / 2 ** (halvings - i)) for i in range(halvings + 1))]
+    return [
+        Round(math.ceil(settings / 2**i), range(ends[i], ends[i + 1])) for i in range(halvings + 1)
+    ]
+
+
+def units_of(prompts: int, seeds: int) -> list[list[tuple[int, int]]]:
+    """The units of a search, each by the numbers of its prompt and its seeds.
+
+    With ``UNITS_BY_PROMPT`` prompts or more a unit is a prompt with all its seeds: pictures of one
+    prompt resemble each other. With fewer it is each prompt with each seed, and what is found
+    holds for these prompts.
+    """
+    if prompts >= UNITS_BY_PROMPT:
+        return [[(prompt, seed) for seed in range(seeds)] for prompt in range(prompts)]
+    return [[(prompt, seed)] for seed in range(seeds) for prompt in range(prompts)]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The setting that looked best, by its number, and its difference to the baseline.
+
+    ``told_apart`` is whether the interval leaves 0 out.
+    """
+
+    best: int
+    difference: float
+    low: float
+    high: float
+    told_apart: bool
+
+    @property
+    def winner(self) -> int | None:
+        """The setting that is better: the best, or the baseline; None where none is."""
+        if not self.told_apart:
+            return None
+        return self.best if self.difference > 0 else 0
+
+
+@dataclass
+class Search:
+    """A search among settings 0, the baseline, to ``settings`` - 1, on ``units`` units.
+
+    Raises ValueError if there is nothing to compare, or fewer than two units.
+    """
+
+    settings: int
+    units: int
+    plan: list[Round] = field(init=False)
+    alive: list[int] = field(init=False)
+    """The settings of the next round, the baseline first; at the end the best alone follows it."""
+    differences: dict[int, tuple[float, int]] = field(default_factory=dict, init=False)
+    """Of each setting: mean difference to the baseline, and over how many units."""
+
+    def __post_init__(self) -> None:
+        if self.settings < 2:
+            raise ValueError("a search needs two settings or more")
+        if self.units < 2:
+            raise ValueError("a search needs two units or more: more seeds, or more prompts")
+        self.plan = rounds(self.settings - 1, self.units)
+        self.alive = list(range(self.settings))
+        self._blocks: list[Scores] = []
+
+    @property
+    def todo(self) -> Round | None:
+        """The next round; None at the end."""
+        return self.plan[len(self._blocks)] if len(self._blocks) < len(self.plan) else None
+
+    def add(self, scores: ArrayLike) -> None:
+        """The scores of the next round, ``(settings alive, its units)``.
+
+        Raises ValueError if one of them is not a finite number.
+        """
+        block = np.asarray(scores, dtype=np.float64)
+        if self.todo is None or block.shape != (len(self.alive), len(self.todo.units)):
+            raise ValueError(f"scores of the wrong shape: {block.shape}")
+        if not np.isfinite(block).all():
+            raise ValueError("a score is not a finite number")
+        self._blocks.append(block)
+        order, total, _, units = self._halved([each[None] for each in self._blocks])
+        self.differences |= {
+            setting: (float(each) / units, units)
+            for setting, each in zip(self.alive[1:], total[0], strict=True)
+        }
+        stay = self.todo.settings if self.todo else 1
+        self.alive = [0, *(self.alive[1 + i] for i in order[0, :stay])]
+
+    def pictures(self) -> tuple[int, int]:
+        """How many scores the search takes, and how many all settings on all units would."""
+        taken = sum((each.settings + 1) * len(each.units) for each in self.plan)
+        return taken, self.settings * self.units
+
+    def finding(self, shuffled: int = SHUFFLED, seed: int = 0) -> Finding:
+        """What a search that is at its end has found."""
+        made = self._statistic([block[None] for block in self._blocks])
+        statistic, mean, error = (float(each[0]) for each in made)
+        random = np.random.default_rng(seed)
+        sizes = np.abs(self._statistic([_shuffled(random, shuffled, b) for b in self._blocks])[0])
+        limit = np.sort(sizes)[math.ceil(CONFIDENCE * (shuffled + 1)) - 1]
+        told_apart = bool(abs(statistic) > limit)
+        # Differences that are all alike do not say how much others could differ.
+        unknown = not error and not told_apart
+        half = math.inf if unknown else limit * error if error else 0.0
+        return Finding(self.alive[1], mean, mean - half, mean + half, told_apart)
+
+    def _statistic(self, blocks: Sequence[Scores]) -> tuple[Scores, Scores, Scores]:
+        """Of the setting that each search ends with: difference over its error, and the two."""
+        order, total, square, units = self._halved(blocks)
+        mean, of_squares = (
+            np.take_along_axis(each, order[:, :1], 1)[:, 0] / units for each in (total, square)
+        )
+        variance: Scores = of_squares - mean**2
+        variance[variance < 1e-12 * of_squares] = 0  # what rounding leaves is no variance
+        error: Scores = np.sqrt(variance / (units - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            statistic = np.where(mean == 0, 0.0, mean / error)
+        return statistic.round(9), mean, error
+
+    def _halved(self, blocks: Sequence[Scores]) -> tuple[NDArray[np.intp], Scores, Scores, int]:
+        """The rounds of many searches at once.
+
+        ``blocks`` are the scores of each round, ``(searches, settings, units)``: the baseline
+        first, then the settings in the order they had in the round before. Returns the order after
+        the last of them, best first, as rows of that round; the sums of the rows' differences to
+        the baseline, and of their squares; and over how many units.
+        """
+        total = square = np.zeros(())
+        units = 0
+        for block, following in zip_longest(blocks, self.plan[1 : len(blocks)]):
+            difference = block[:, 1:] - block[:, :1]
+            total, square = total + difference.sum(-1), square + (difference**2).sum(-1)
+            units += block.shape[-1]
+            order = np.argsort(-np.round(total, 9), axis=1, kind="stable")
+            if following:
+                stay = order[:, : following.settings]
+                total, square = (np.take_along_axis(each, stay, 1) for each in (total, square))
+        return order, total, square, units
+
+
+def _shuffled(random: np.random.Generator, searches: int, block: Scores) -> Scores:
+    """A round's scores with the settings' names in any order, another for each unit."""
+    order = random.random((searches, *block.shape), dtype=np.float32).argsort(axis=1)
+    return np.take_along_axis(block[None], order, 1)
