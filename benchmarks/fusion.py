@@ -192,7 +192,7 @@ def written(report: dict[str, Any]) -> str:
     )
     rows = []
     for setting, found in report["throughput"].items():
-        for fusion in (EARLY, *TIMED):
+        for fusion in found["precision"]:
             ratios = [*(found["fusion"][p].get(fusion) for p in PRECISIONS)]
             ratios += [found["precision"][fusion], found["both"].get(fusion)]
             cells = (timing.ranged(each) if each else "" for each in ratios)

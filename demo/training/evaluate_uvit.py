@@ -24,7 +24,7 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from train_uvit import CODEC, captions_of
+from train_uvit import CODEC, SHAPES, captions_of
 from trainer import pictures_of, tokens_of
 
 from uvit.files import read_config
@@ -95,7 +95,7 @@ def wrong(caption: str) -> list[str]:
         return str(world.Scene(next(items), scene.relation, next(items)))
 
     turned = str(scene._replace(relation=scene.mirrored().relation))
-    return [exchanged("colour", list(world.COLOURS)), exchanged("shape", world.SHAPES), turned]
+    return [exchanged("colour", list(world.COLOURS)), exchanged("shape", SHAPES), turned]
 
 
 @torch.no_grad()

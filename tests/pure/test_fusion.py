@@ -56,7 +56,7 @@ def test_score_pairs_networks_of_the_same_seed(train, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_uvit, "tells", partial(evaluate_uvit.tells, draws=1))
     files = [train(fusion, 3, seed=seed) for fusion in ("early", "cross") for seed in (0, 1)]
     out = tmp_path / "score.json"
-    asked = {"files": files, "noises": 1, "captions": None, "steps": 2, "cfg": 3.0, "out": out}
+    asked = {"files": files, "noises": 1, "captions": 8, "steps": 2, "cfg": 3.0, "out": out}
     evaluate_uvit.score(argparse.Namespace(**asked))
     report = json.loads(out.read_text())
     assert list(report["networks"]) == [file.stem for file in files]
@@ -93,9 +93,10 @@ def test_colour_fid_is_the_distance_of_two_gaussians():
 def test_wrong_captions_are_wrong():
     """Each in one thing, of a rendered picture; and never another way to say the same."""
     rng = np.random.default_rng(0)
-    for caption in evaluate_uvit.world.captions("held-out"):
+    for caption in evaluate_uvit.captions_of("held-out"):
         picture = evaluate_uvit.world.render(caption, rng)
         for wrong in evaluate_uvit.wrong(caption):
+            assert "triangle" not in wrong
             assert not evaluate_uvit.world.check(picture, wrong)["everything"]
 
 
