@@ -123,6 +123,8 @@ class Judge:
             if self.is_shuffled:
                 seen = seen[torch.argsort(self.model.visual.get_window_index(extra)[0])]
             seen = seen.reshape(1, -1, seen.shape[-1]).float()
+            if getattr(self.model.model, "normalize_in", False):
+                seen = seen * seen.shape[-1] ** -0.5  # 0.16.3 scales it as it does the words
             for question in questions:
                 logits = self._logits(seen, extra, question, device)
                 answers.append(torch.softmax(logits, -1)[: len(self.words[0])].sum().item())
