@@ -124,15 +124,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="of the results there are")
     options = parser.parse_args()
     if not options.table:
-        result: dict[str, Any] = {"count": options.count, "nothing": [], "covered": []}
+        result: dict[str, Any] = {"nothing": [], "covered": []}
         for name, settings, units in KINDS:
             share = nothing(options.count, settings, units, SCORES[name])
             about = {"scores": name, "settings": settings, "units": units, "share": share}
+            about["searches"] = options.count
             result["nothing"].append(about)
             print(about, flush=True)
         for effect in (0.0, 0.3, 0.6, 1.0):
             share = covered(options.others, 9, 48, effect)
-            result["covered"].append({"effect": effect, "share": share})
+            about = {"effect": effect, "share": share, "searches": options.others}
+            result["covered"].append(about)
             print(result["covered"][-1], flush=True)
         labels, scores = recorded()
         result["settings"] = labels
@@ -140,15 +142,20 @@ def main() -> None:
         store(RECORD, result)
     result = json.loads(RECORD.read_text("utf-8"))
     rows = [
-        (r["scores"], r["settings"], r["units"], f"{100 * r['share']:.1f} %")
+        (r["scores"], r["settings"], r["units"], r["searches"], f"{100 * r['share']:.1f} %")
         for r in result["nothing"]
     ]
-    first = markdown(("scores", "settings", "units", "a winner"), rows)
-    rows = [(f"{r['effect']:g}", f"{100 * r['share']:.1f} %") for r in result["covered"]]
-    second = markdown(("true difference, in spreads of a picture", "inside the interval"), rows)
+    first = markdown(("scores", "settings", "units", "searches", "a winner"), rows)
+    rows = [
+        (f"{r['effect']:g}", r["searches"], f"{100 * r['share']:.1f} %") for r in result["covered"]
+    ]
+    second = markdown(
+        ("true difference, in spreads of a picture", "searches", "inside the interval"), rows
+    )
     rows = [
         (
             r["units"],
+            r["searches"],
             r["pictures"],
             f"{r['grid']} ({100 * r['pictures'] / r['grid']:.0f} %)",
             f"{100 * r['same as grid']:.0f} %",
@@ -158,7 +165,7 @@ def main() -> None:
         )
         for r in result["replayed"]
     ]
-    head = ("captions", "pictures of a search", "of the whole grid", "the grid's best")
+    head = ("captions", "searches", "pictures of a search", "of the whole grid", "the grid's best")
     third = markdown((*head, "told apart", "points gained", "by the grid's best"), rows)
     for name, text in (("nothing", first), ("covered", second), ("replayed", third)):
         write_between(PAGE, name, f"\n{text}\n\n")

@@ -32,6 +32,8 @@ ROWS = 6
 COLUMNS = 3
 Pair = tuple[int, int]
 """A prompt and a seed, by their numbers."""
+APART = 1000
+"""Between the seeds of one prompt and of the next."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Trials:
     labels: tuple[str, ...]
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
+
+    def seed_of(self, pair: Pair) -> int:
+        """The sampler's: with the same noise for all prompts, what is found might be its doing."""
+        prompt, seed = pair
+        return self.seeds[seed] + APART * prompt
 
 
 TACATrials = io.Custom("TACA_TRIALS")
@@ -87,22 +94,18 @@ class TACATrial(io.ComfyNode):
         labels: list[str] | None = None,
         search: list[dict[str, Any]] | None = None,
         left: list[str] | None = None,
-        after: list[Any] | None = None,
     ) -> io.NodeOutput:
-        """The last three are TACA Find Setting's, in its copies of this node."""
+        """The last two are TACA Find Setting's, in its copies of this node."""
         lists = [each for each in (models, conditionings) if each is not None]
         labels, numbers, lines = checked(lists, labels, seeds, prompts)
         if search:
-            asked = search[0]
-            chosen = json.loads(left[0])["left"] if left else [*range(len(labels))]
-            prompt, seed = asked["pair"]
-            show_progress(asked["node"], asked["done"], asked["total"], len(chosen))
+            chosen, pair = settings_of(left, len(labels)), tuple(search[0]["pair"])
         elif setting[0] > len(labels):
             raise ValueError(
                 f"{TRIAL} has {len(labels)} settings, and none of number {setting[0]}."
             )
         else:
-            chosen, prompt, seed = [setting[0] - 1], 0, 0
+            chosen, pair = [setting[0] - 1], (0, 0)
         drawn = [
             [each[i if len(each) > 1 else 0] for i in chosen]
             if each
@@ -111,7 +114,7 @@ class TACATrial(io.ComfyNode):
         ]
         trials = Trials(cls.hidden.unique_id, tuple(labels), tuple(numbers), tuple(lines))
         named = [labels[i] for i in chosen]
-        return io.NodeOutput(*drawn, numbers[seed], lines[prompt], named, trials)
+        return io.NodeOutput(*drawn, trials.seed_of(pair), lines[pair[0]], named, trials)
 
 
 def checked(
@@ -145,10 +148,9 @@ def checked(
     return labels, numbers, lines
 
 
-def show_progress(node: str, done: int, total: int, left: int) -> None:
-    """Show in TACA Find Setting how far a search is."""
-    comfy.utils.ProgressBar(total, node_id=node).update_absolute(done)
-    show_text(f"{done} of {total} pictures; {left} settings left", node)
+def settings_of(left: list[str] | None, count: int) -> list[int]:
+    """The settings that the record of a round leaves for the next; all in the first."""
+    return json.loads(left[0])["left"] if left else [*range(count)]
 
 
 class TACAFindSetting(io.ComfyNode):
@@ -192,49 +194,52 @@ class TACAFindSetting(io.ComfyNode):
         trials: list[Trials],
         score: list[Link],
         image: list[Link] | None = None,
-        before: list[str] | None = None,
+        search: list[dict[str, Any]] | None = None,
+        given: list[Any] | None = None,
+        left: list[str] | None = None,
         **drawn: list[Any],
     ) -> io.NodeOutput:
-        """``drawn`` is what came of a round, and ``before`` the record of the rounds before it."""
+        """The graph's own node expands to copies, which have the last four inputs.
+
+        One takes the scores of a prompt and seed, ``given``; one the records of these in a round,
+        ``drawn``; ``left`` is the record of the round before.
+        """
         compared = trials[0]
+        if search and given:
+            return kept(given, search[0], settings_of(left, len(compared.labels)))
         units = units_of(len(compared.prompts), len(compared.seeds))
-        search = Search(len(compared.labels), len(units))
+        search_ = Search(len(compared.labels), len(units))
         if not drawn:
             ends = {"score": score[0]} | ({"image": image[0]} if image else {})
-            return expand(cls.hidden, compared, search, ends)
-        judged = dict[Pair, dict[int, float]]()
-        for *pair, setting, value in json.loads(before[0])["scores"] if before else ():
-            judged.setdefault((pair[0], pair[1]), {})[setting] = value
-        while search.todo:
-            new = [pair for unit in search.todo.units for pair in units[unit]]
-            if new[0] not in judged and socket("score", new[0]) not in drawn:
-                break
-            for pair in new:
-                if pair not in judged:
-                    given = as_numbers(drawn[socket("score", pair)], len(search.alive))
-                    judged[pair] = dict(zip(search.alive, given, strict=True))
-            by_pair = [[judged[pair][setting] for pair in new] for setting in search.alive]
-            shape = len(search.alive), len(search.todo.units), -1
-            search.add(np.reshape(by_pair, shape).mean(-1))
-        flat = [
-            [*pair, setting, value]
-            for pair, values in judged.items()
-            for setting, value in values.items()
+            return expand(cls.hidden, compared, search_, ends)
+        rows = json.loads(left[0])["scores"] if left else []
+        rows += [
+            row
+            for key, record in drawn.items()
+            if key[:5] == "score"
+            for row in json.loads(record[0])
         ]
-        if search.todo:
-            return io.NodeOutput(
-                None, None, None, json.dumps({"left": search.alive, "scores": flat})
-            )
-        found = search.finding()
-        count, whole = (len(units[0]) * each for each in search.pictures())
+        judged = dict[Pair, dict[int, float]]()
+        for prompt, seed, setting, value in rows:
+            judged.setdefault((prompt, seed), {})[setting] = value
+        while search_.todo:
+            new = [pair for unit in search_.todo.units for pair in units[unit]]
+            if new[0] not in judged:
+                record = json.dumps({"left": search_.alive, "scores": rows})
+                return io.NodeOutput(None, None, None, record)
+            by_pair = [[judged[pair][setting] for pair in new] for setting in search_.alive]
+            shape = len(search_.alive), len(search_.todo.units), -1
+            search_.add(np.reshape(by_pair, shape).mean(-1))
+        found = search_.finding()
+        count, whole = (len(units[0]) * each for each in search_.pictures())
         text = f"{verdict(found, compared.labels)}\n{cost(count, whole)}"
         unit = "prompts" if len(compared.prompts) == len(units) else "pictures"
-        chart = intervals(found, search, compared.labels, unit)
-        shown = shown_of(compared, search, judged, drawn)
-        page = pictures.to_tensor(sheet(text, chart, shown, min(COLUMNS, search.settings)))
+        chart = intervals(found, search_, compared.labels, unit)
+        shown = shown_of(compared, search_, judged, drawn)
+        page = pictures.to_tensor(sheet(text, chart, shown, min(COLUMNS, search_.settings)))
         show_text(text)
         winner = found.winner or 0
-        record = json.dumps(record_of(compared, found) | {"scores": flat})
+        record = json.dumps(record_of(compared, found) | {"scores": rows})
         preview = ui.PreviewImage(page, cls=cls)
         return io.NodeOutput(page, winner + 1, compared.labels[winner], record, ui=preview)
 
@@ -257,8 +262,18 @@ def as_numbers(given: list[Any], count: int) -> list[float]:
     return numbers
 
 
+def kept(given: list[Any], asked: dict[str, Any], settings: list[int]) -> io.NodeOutput:
+    """The record of one prompt and seed; shows in the user's node how far the search is."""
+    numbers = as_numbers(given, len(settings))
+    node, done, total = asked["node"], asked["done"], asked["total"]
+    comfy.utils.ProgressBar(total, node_id=node).update_absolute(done)
+    show_text(f"{done} of {total} pictures; {len(settings)} settings left", node)
+    rows = [[*asked["pair"], *each] for each in zip(settings, numbers, strict=True)]
+    return io.NodeOutput(None, None, None, json.dumps(rows))
+
+
 def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link]) -> io.NodeOutput:
-    """All copies that a search may need: of the user's nodes, and of itself for each round."""
+    """All copies that a search may need: of the user's nodes, and of itself."""
     node_of, own = hidden.dynprompt.get_node, hidden.unique_id
     nodes = between(node_of, compared.node, ends.values())
     if not nodes:
@@ -267,28 +282,24 @@ def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link])
             f"connected to."
         )
     units = units_of(len(compared.prompts), len(compared.seeds))
-    asked = {"node": own, "done": 0, "total": search.pictures()[0] * len(units[0])}
-    graph, change, images = GraphBuilder(), dict[str, Any](), dict[str, Link]()
-    inputs = node_of(own)["inputs"]
+    graph, images = GraphBuilder(), dict[str, Link]()
+    inputs, left = node_of(own)["inputs"], dict[str, Link]()
+    done, total = 0, search.pictures()[0] * len(units[0])
     for number, each in enumerate(search.plan):
         scores = dict[str, Link]()
         for pair in (pair for unit in each.units for pair in units[unit]):
-            change["search"] = asked | {"pair": pair}
-            name = f"{pair[0]}_{pair[1]}"
-            moved = copy(graph, node_of, nodes, name, {compared.node: dict(change)})
-            # The next comes after this one, though it needs nothing of it: else ComfyUI might
-            # begin with all at once.
-            change["after"] = scores[socket("score", pair)] = moved(ends["score"])
+            done += each.settings + 1
+            asked = {"node": own, "pair": pair, "done": done, "total": total}
+            name, mine = f"{pair[0]}_{pair[1]}", {"search": {"pair": pair}} | left
+            moved = copy(graph, node_of, nodes, name, {compared.node: mine})
+            given = {"search": asked, "given": moved(ends["score"])} | left
+            record = graph.node("TACAFindSetting", f"{name}.score", **inputs, **given)
+            scores[socket("score", pair)] = record.out(3)
             if "image" in ends and not number and len(images) < ROWS:
                 images[socket("image", pair)] = moved(ends["image"])
-            asked["done"] += each.settings + 1
-        is_last = number == len(search.plan) - 1
-        judge = graph.node(
-            "TACAFindSetting", str(number), **inputs, **scores, **(images if is_last else {})
-        )
-        if number:
-            judge.set_input("before", change["left"])
-        change["left"] = judge.out(3)
+        shown = images if number == len(search.plan) - 1 else {}
+        judge = graph.node("TACAFindSetting", str(number), **inputs, **scores, **shown, **left)
+        left = {"left": judge.out(3)}
     return io.NodeOutput(*(judge.out(i) for i in range(4)), expand=graph.finalize())
 
 
@@ -307,7 +318,7 @@ def shown_of(
         for column, setting in enumerate([0, *rank][:COLUMNS]):
             about = f"{names[setting]}: {judged[setting]:.3g}"
             if not column:
-                about = f"{compared.prompts[pair[0]]} (seed {compared.seeds[pair[1]]}). {about}"
+                about = f"{compared.prompts[pair[0]]} (seed {compared.seed_of(pair)}). {about}"
             shown.append((pictures.to_picture(by_setting[setting][0]), about))
     return shown
 
