@@ -4,8 +4,11 @@ ComfyUI's own FLUX with its 57 blocks, read by core's loader, but so narrow that
 the host's work. Calls are made by core's sampler with what the nodes install, a few of each kind
 in turns: plain, outside the window, inside, and inside with a LoRA on all 304 layers. A call inside
 also has operations to do that TACA adds; ``bare`` does these by hand, with as little Python as
-that takes, so the host's overhead is what a call takes more than ``bare``. Only the pack's public
-functions are used. ``README.md`` says how to read the result.
+that takes, so the host's overhead is what a call takes more than ``bare``. A machine is never as
+fast for two whole calls, so each part is timed where it is small: calls that leave the model out,
+and of a real call one block of each list, over and over with what each kind had put into it.
+``--before`` times another checkout of the pack in the same rounds. ``README.md`` says how to read
+the result.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import model as models
@@ -24,7 +29,7 @@ import numpy as np
 import timing
 import torch
 from reporting import markdown
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfy.patcher_extension import WrappersMP  # isort: skip
@@ -39,10 +44,15 @@ MODEL = replace(FLUX, sizes=FLUX.sizes | TINY, text=(TEXT, 64), pooled=32)
 CPU = torch.device("cpu")
 
 
-def bare_override(func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) -> Tensor:
-    """The operations of Eq. 10 where the text is known, and nothing else."""
+def bare_override(
+    gamma: Tensor, func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any
+) -> Tensor:
+    """The operations of Eq. 10 where the text is known, and nothing else.
+
+    Gamma is a tensor, for no graph of torch.compile may hold its value.
+    """
     scaled = k.clone()
-    scaled.narrow(2, 0, TEXT).mul_(1.2)
+    scaled.narrow(2, 0, TEXT).mul_(gamma)
     image = func(q.narrow(2, TEXT, q.shape[2] - TEXT), scaled, v, heads, **kwargs)
     text = func(q.narrow(2, 0, TEXT), k, v, heads, **kwargs)
     return torch.cat([text, image], 1)
@@ -55,7 +65,8 @@ def bare_lora(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
     def adding(forward: Callable[[Tensor], Tensor], up: Tensor, down: Tensor) -> Any:
         def run(x: Tensor) -> Tensor:
             y = forward(x)
-            y.view(-1, y.shape[-1]).addmm_(F.linear(x, down).flatten(0, -2), up)
+            low = F.linear(x, down).flatten(0, -2)
+            y.view(-1, y.shape[-1]).addmm_(low, up, alpha=models.STRENGTH)
             return y
 
         return run
@@ -72,112 +83,209 @@ def bare_lora(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-class Probe(list[float]):
-    """When a call of the model passes a wrapper of core's: on its way in and out."""
+@dataclass
+class Captured:
+    """One call: its output, what its blocks were called with, and the forwards put into them."""
 
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        self.append(timing.clock())
-        result = executor(*args, **kwargs)
-        self.append(timing.clock())
-        return result
+    output: Any = None
+    called: dict[nn.Module, Any] = field(default_factory=dict)
+    forwards: dict[nn.Module, Any] = field(default_factory=dict)
+
+    def seconds(self, block: nn.Module) -> float:
+        """Of the block once more, as it was called; blocks write into their inputs."""
+        args, kwargs = self.called[block]
+        args = [each.clone() if isinstance(each, Tensor) else each for each in args]
+        kwargs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kwargs.items()}
+        for module, forward in self.forwards.items():
+            module.__dict__["forward"] = forward
+        if torch.cuda.is_available():  # the host's own time is that of launching
+            torch.cuda.synchronize()
+        start = timing.clock()
+        block(*args, **kwargs)
+        end = timing.clock()
+        for module in self.forwards:
+            del module.__dict__["forward"]
+        return end - start
 
 
 class Host(models.Methods):
-    """FLUX.1-dev with every method, and probes before and behind what TACA wraps it in."""
+    """FLUX.1-dev with every method; ``before`` is another checkout of the pack, beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Path | None = None) -> None:
         made = models.load(MODEL, FLUX.depth, torch.float32, CPU).model.diffusion_model
         self.plain = plain = comfy.sd.load_diffusion_model_state_dict(made.state_dict())
-        self.blocks = len(made.double_blocks) + len(made.single_blocks)
-        self.state = models.random_lora(plain, RANK)
-        self.layers = len(self.state) // 2
-        self.outer, self.inner = Probe(), Probe()
+        self.device = plain.load_device
+        running = plain.model.diffusion_model
+        self.counts = {  # the first block of each list stands for all of it
+            running.double_blocks[0]: len(running.double_blocks),
+            running.single_blocks[0]: len(running.single_blocks),
+        }
+        state, dtype = models.random_lora(plain, RANK), plain.model.get_dtype_inference()
+        self.state = {name: each.to(self.device, dtype) for name, each in state.items()}
+        self.blocks = sum(self.counts.values())
+        self.layers, self.names = len(self.state) // 2, list(METHODS)
+        self.passed: list[float] = []  # when a call passed each wrapper
+        self.on_entry: Callable[..., Any] | None = None
         probed = plain.clone()
         probed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench_outer", self.outer)
-        super().__init__(probed, MODEL, 64, 1, {"bare": bare_override}, [RANK])
+        inputs = probed, MODEL, 64, 1
+        bare = partial(bare_override, torch.full((1,), models.blocks.GAMMA, device=self.device))
+        super().__init__(*inputs, {"bare": bare}, [RANK])
+        self.models["inside lora"] = self.models[f"lora {RANK}"]
+        if before:
+            pack = models.comfyui.load_pack(before, "taca_before").__name__
+            other = models.Methods(*inputs, {}, [RANK], f"{pack}.taca").models
+            self.models |= {"inside before": other["inside"]}
+            self.models |= {"inside lora before": other[f"lora {RANK}"]}
+            self.names += ["inside before", "inside lora before"]
         for patcher in {id(each): each for each in self.models.values()}.values():
             patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench_inner", self.inner)
-        self.models |= {
-            "bare lora": self.models["bare"],
-            "inside lora": self.models[f"lora {RANK}"],
-        }
+        self.models["bare lora"] = self.models["bare"]
 
-    def calls(self, method: str, count: int) -> tuple[Tensor, list[list[float]]]:
-        """One sampling run: its first call's output, and of ``count`` calls after it the times.
+    def outer(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """A wrapper around TACA's."""
+        start = timing.clock()
+        result = executor(*args, **kwargs)
+        self.passed.append(timing.clock() - start)
+        return result
 
-        Those are of the whole call, before the model, in the model, and after it.
-        """
+    def inner(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """A wrapper inside TACA's."""
+        return self.on_entry(executor, *args, **kwargs) if self.on_entry else args[0]
 
-        def timed(call: Callable[[], Tensor]) -> tuple[Tensor, list[list[float]]]:
-            output, rows = call().clone(), []  # the first call of a run looks things up
-            for _ in range(count):
-                self.outer.clear()
-                self.inner.clear()
-                start = timing.clock()
-                call()
-                whole = timing.clock() - start
-                (came, left), (entered, done) = self.outer, self.inner
-                rows.append([whole, entered - came, done - entered, left - done])
-            return output, rows
-
+    def run(self, method: str, around: Callable[..., Any], is_inside: bool | None = None) -> Any:
         by_hand = bare_lora(self.plain, self.state) if method == "bare lora" else nullcontext()
         with by_hand:
-            return self.run(method, timed, "inside" in method or "bare" in method)
+            is_inside = "inside" in method or "bare" in method
+            return super().run(method, around, is_inside)
 
-    def check(self) -> None:
-        """Raise ValueError if a method does not compute what its name says.
+    def capture(self, method: str) -> Captured:
+        """A call of the model, with what was installed while it ran."""
+        found = Captured()
 
-        Also if nothing has loaded torch's compiler, as ComfyUI does.
+        def grab(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found.called[module] = args, dict(kwargs)
+
+        def entered(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            for block in self.counts:
+                for module in block.modules():
+                    if "forward" in module.__dict__:
+                        found.forwards[module] = module.forward
+            return executor(*args, **kwargs)
+
+        self.on_entry = entered
+        hooks = [b.register_forward_pre_hook(grab, with_kwargs=True) for b in self.counts]
+        found.output = self.run(method, lambda call: call().clone())
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def around(self, method: str, count: int) -> float:
+        """Seconds of a call whose model is left out: deciding, installing, restoring."""
+
+        def timed(call: Callable[[], Tensor]) -> float:
+            self.on_entry = lambda executor, *args, **kwargs: executor(*args, **kwargs)
+            call()  # the first of a run looks things up, and is made sure of
+            self.on_entry = None
+            self.passed.clear()
+            for _ in range(count):
+                call()
+            return float(np.median(self.passed))
+
+        return self.run(method, timed)
+
+    def in_blocks(self, captured: Captured) -> float:
+        """Seconds in all blocks of a call."""
+        return sum(count * captured.seconds(block) for block, count in self.counts.items())
+
+    def check(self) -> dict[str, Captured]:
+        """A call of each method.
+
+        Raises ValueError if one does not compute what its name says, or if nothing has loaded
+        torch's compiler, as ComfyUI does.
         """
         if "torch._dynamo" not in sys.modules:
             raise ValueError("torch._dynamo is not loaded: in a ComfyUI it is")
-        found = {method: self.calls(method, 0)[0] for method in METHODS}
+        found = {method: self.capture(method) for method in self.names}
+
+        rtol = 1e-3 if self.plain.model.get_dtype_inference() == torch.float32 else 5e-2
 
         def alike(one: str, other: str) -> bool:  # a LoRA's bias of rounding aside
-            return torch.allclose(found[one], found[other], rtol=1e-3, atol=1e-4)
+            return torch.allclose(found[one].output, found[other].output, rtol, rtol / 10)
 
         for method in ("plain again", "outside", "outside lora"):
-            if not torch.equal(found[method], found["plain"]):
+            same = torch.equal(found[method].output, found["plain"].output)
+            if not same or found[method].forwards:
                 raise ValueError(f"{method}: not the plain model")
-        for one, other in (("inside", "bare"), ("inside lora", "bare lora")):
-            if not alike(one, other):
-                raise ValueError(f"{one} and {other} are not the same")
+        for name in self.names:
+            bare = name.removesuffix(" before").replace("inside", "bare")
+            if "inside" in name and not alike(name, bare):
+                raise ValueError(f"{name} and {bare} are not the same")
         if alike("inside", "inside lora"):
             raise ValueError("the LoRA does nothing")
+        return found
+
+    def measure(self, captured: dict[str, Captured], rounds: int, calls: int) -> dict[str, Any]:
+        """``summary`` of interleaved rounds."""
+        around = timing.interleaved(
+            lambda method: self.around(method, calls), self.names, rounds, "around", (), False
+        )
+        rounds = len(around["plain"])
+        blocks: dict[str, list[float]] = {name: [] for name in self.names}
+        for _ in range(rounds):
+            found = timing.interleaved(
+                lambda method: self.in_blocks(captured[method]), self.names, calls, "blocks"
+            )
+            for name in self.names:
+                blocks[name].append(found[name])
+        return {"rounds": rounds, "calls": calls, **summary(around, blocks, self)}
 
 
-def summary(times: dict[str, list[list[list[float]]]], host: Host) -> dict[str, Any]:
+def summary(
+    around: dict[str, list[float]], blocks: dict[str, list[list[float]]], host: Host
+) -> dict[str, Any]:
     """What TACA adds, whole and by part.
 
-    ``times`` are of each method, round by round, call by call, the four of ``Host.calls``.
+    ``around`` are ``Host.around`` of each method, one a round; ``blocks`` are ``Host.in_blocks``,
+    several a round, whose differences are taken one by one.
     """
-    # whole, before the model, in it, after it: medians of each round
-    parts = {method: np.median(found, axis=1).T for method, found in times.items()}
+
+    def installing(method: str, than: str = "plain") -> Any:
+        return np.subtract(around[method], around[than])
+
+    def running(method: str, than: str = "plain") -> Any:
+        pairs = zip(blocks[method], blocks[than], strict=True)
+        return np.array([np.median(np.subtract(*pair)) for pair in pairs])
 
     def more(method: str, than: str = "plain") -> Any:
-        """The whole call, what is around the model, and the model."""
-        whole, before, inside, after = parts[method] - parts[than]
-        return whole, before + after, inside
+        return installing(method, than) + running(method, than)
 
-    deciding, in_blocks = more("outside")[1], more("inside", "bare")[2]
-    in_both = more("inside lora", "bare lora")[2]
-    adds, lora = "the operations that", "**inside with a LoRA, the host's overhead**"
     rows = {
-        "plain again": ("plain against plain", more("plain again")[0]),
-        "outside": ("outside the window", more("outside")[0]),
-        "outside lora": ("outside the window, with the LoRA", more("outside lora")[0]),
-        "inside operations": (f"inside, {adds} Eq. 10 adds", more("bare")[0]),
-        "inside": ("**inside, the host's overhead**", more("inside", "bare")[0]),
-        "deciding": ("- deciding", deciding),
-        "installing": ("- installing and restoring forwards", more("inside")[1] - deciding),
-        "blocks": (f"- in the {host.blocks} blocks' forwards", in_blocks),
-        "lora operations": (f"with a LoRA, {adds} it adds", more("bare lora", "bare")[0]),
-        "inside lora": (lora, more("inside lora", "bare lora")[0]),
-        "lora installing": ("- deciding, installing and restoring", more("inside lora")[1]),
-        "lora layers": (f"- in the {host.layers} layers' forwards", in_both - in_blocks),
+        "plain again": ("plain against plain", more("plain again")),
+        "outside": ("outside the window", more("outside")),
+        "outside lora": ("outside the window, with the LoRA", more("outside lora")),
+        "inside operations": ("inside, the operations that Eq. 10 adds", running("bare")),
+        "lora operations": ("with a LoRA, the operations it adds", running("bare lora", "bare")),
     }
+    for when in [when for when in (" before", "") if f"inside{when}" in around]:
+        inside, lora = f"inside{when}", f"inside lora{when}"
+        layers = running(lora, "bare lora") - running(inside, "bare")
+        whole = installing(lora) + running(lora, "bare lora")
+        rows |= {
+            inside: (
+                f"**inside, the host's overhead{when}**",
+                installing(inside) + running(inside, "bare"),
+            ),
+            f"installing{when}": ("- deciding, installing and restoring", installing(inside)),
+            f"blocks{when}": (f"- in {host.blocks} blocks' forwards", running(inside, "bare")),
+            lora: (f"**inside with a LoRA, the host's overhead{when}**", whole),
+            f"lora installing{when}": ("- deciding, installing and restoring", installing(lora)),
+            f"lora layers{when}": (f"- in {host.layers} layers' forwards", layers),
+        }
     found: dict[str, Any] = {"blocks": host.blocks, "layers": host.layers, "rows": {}}
-    found["plain_ms"] = round(1e3 * float(np.median(parts["plain"][0])), 3)
+    found["plain_ms"] = round(
+        1e3 * float(np.median([each for one in blocks["plain"] for each in one])), 3
+    )
     for key, (label, values) in rows.items():
         us = {name: round(each, 1) for name, each in timing.spread(1e6 * values).items()}
         found["rows"][key] = {"label": label, "us": us["median"], **us}
@@ -192,8 +300,8 @@ def table(case: dict[str, Any]) -> str:
         rows.append([row["label"], us, f"{low} to {high}", f"{p10} to {p90}"])
     head = ["", "median", "its 95 % interval", "10-90 % of rounds"]
     return (
-        f"Microseconds of a call, beside the plain call's {case['plain_ms']} ms: of the medians of "
-        f"{case['calls']} calls of each kind in {case['rounds']} rounds.\n\n"
+        f"Microseconds of a call, beside {case['plain_ms']} ms in the plain call's blocks: "
+        f"{case['calls']} calls of each part and kind in each of {case['rounds']} rounds.\n\n"
         f"{markdown(head, rows)}"
     )
 
@@ -201,21 +309,19 @@ def table(case: dict[str, Any]) -> str:
 @torch.inference_mode()  # as ComfyUI runs its nodes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=5, help="of each kind, in a round")
+    parser.add_argument("--calls", type=int, default=20, help="of each kind, in a round")
+    parser.add_argument("--before", type=Path, help="another checkout of the pack, timed beside")
     parser.add_argument("--name", default="now", help="of the result; one of that name is replaced")
-    options = timing.parse(parser, "100", "cpu")
-    rounds = options.rounds or 100
+    options = timing.parse(parser, "30", "cpu")
+    rounds, count = options.rounds or 30, options.calls
     torch.set_num_threads(1)
     results = timing.Results("host", options.out, CPU)
     logging.getLogger("taca").setLevel(logging.ERROR)
-    host = Host()
-    host.check()
+    host = Host(options.before)
+    captured = host.check()
     gc.collect()
     gc.freeze()  # what was there before is not looked through again while calls are timed
-    times = timing.interleaved(
-        lambda method: host.calls(method, options.calls)[1], METHODS, rounds, "host", (), False
-    )
-    case = {"rounds": rounds, "calls": options.calls, **summary(times, host)}
+    case = host.measure(captured, rounds, count)
     results.add(options.name, case | {"environment": timing.environment(CPU, options.clock)})
     print(f"\n\n{table(case)}")
     results.report("The host's work for one call", table)

@@ -8,9 +8,11 @@ paper's ways, by core's override of attention. ``README.md`` says how to read th
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import logging
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +35,9 @@ import comfy.sample
 import comfy.samplers
 import comfy.supported_models
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 RANKS = (16, 64)
+STRENGTH = 0.8  # of a LoRA
 PAPER = {"two full": blocks.Joint.two_full, "dense": blocks.Joint.dense}
 METHODS = {
     "plain": "plain",
@@ -158,19 +160,26 @@ class Methods:
     """A model, compiled or not, with every method on it, and seeded inputs.
 
     ``overrides`` are those of attention, by name: none on a compiled model, where core freezes an
-    override at its first call.
+    override at its first call. ``pack`` is the package to measure, by default this checkout's.
     """
 
     def __init__(
-        self, plain: Any, model: Model, size: int, batch: int, overrides: Any, ranks: Any
+        self,
+        plain: Any,
+        model: Model,
+        size: int,
+        batch: int,
+        overrides: Any,
+        ranks: Any,
+        pack: str = "taca",
     ) -> None:
-        patch, schedule, lora, *of_words = comfyui.parts(
-            "patch", "schedule", "lora_file", "conditioning", "words", "prompt_tokens"
-        )
+        names = "patch", "schedule", "lora_file", "conditioning", "words", "prompt_tokens"
+        parts = (importlib.import_module(f"{pack}.{name}") for name in names)
+        patch, schedule, lora, *of_words = parts
         taca = patch.patch_model(plain, schedule.Schedule())
         self.models = {"plain": plain, "plain again": plain, "outside": taca, "inside": taca}
         for rank in ranks:
-            fitted = lora.fit_lora(random_lora(plain, rank), plain.model, f"r = {rank}", 1.0)
+            fitted = lora.fit_lora(random_lora(plain, rank), plain.model, f"r = {rank}", STRENGTH)
             self.models[f"lora {rank}"] = patch.patch_lora(taca, fitted)
         self.models["outside lora"] = self.models[f"lora {ranks[-1]}"]
         for name, override in overrides.items():
@@ -254,6 +263,20 @@ def check(methods: Methods, names: list[str], uncompiled: dict[str, Tensor]) -> 
     return found
 
 
+def without_options(entries: Any) -> list[bool]:
+    """The guards that core's node for torch.compile keeps; it needs packages that are not here."""
+    return ["transformer_options" not in entry.name for entry in entries]
+
+
+def compile_seconds(methods: Methods, method: str) -> float:
+    """Seconds of a first call, when nothing is compiled and nothing kept."""
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        start = time.perf_counter()
+        methods.output(method, True)
+        return time.perf_counter() - start
+
+
 def heading(case: dict[str, Any]) -> str:
     kinds = {"depth": "double", "depth_single_blocks": "single"}
     kinds |= {"num_blocks": "joint", "num_layers": "joint"}
@@ -280,17 +303,27 @@ def table(case: dict[str, Any], methods: dict[str, str] = METHODS) -> str:
             rows.append([label, timing.cell(row), f"{row['median_s']:.4g}", *pictures, peak])
     head = ["", "one step", "seconds", "30 steps", "30 steps, outside as measured", "peak MiB"]
     notes = [f"TACA says: {note}" for note in case["notes"]]
+    if "compiling" in case:
+        ratio = timing.cell(case["compiling"]["inside"])
+        notes.append(f"Compiling a call inside the window takes {ratio} of plain's time.")
     return "\n\n".join([markdown(head, rows), *notes])
 
 
 def measure(
-    plain: Any, name: str, size: int, batch: int, options: Any, device: torch.device
+    plain: Any,
+    name: str,
+    model: Model,
+    size: int,
+    batch: int,
+    options: Any,
+    device: torch.device,
+    ranks: tuple[int, ...] = RANKS,
 ) -> dict[str, Any]:
-    """One model at one size and batch.
+    """One model at one size and batch; compiled, also how long compiling takes.
 
     Raises SystemExit if core says that another attention runs than the one that was asked for.
     """
-    model, uncompiled = MODELS[name], {}
+    uncompiled: dict[str, Tensor] = {}
     names = ["plain", *(options.methods or list(WEIGHED if options.words else METHODS)[1:])]
     overrides, said = {}, BufferingHandler(10**6)
     said.addFilter(lambda record: "attention" in record.getMessage().lower())
@@ -299,15 +332,20 @@ def measure(
     try:
         if options.compile:
             names = [name for name in names if name not in PAPER]
-            uncompiled = check(Methods(plain, model, size, batch, {}, RANKS), names, {})
+            uncompiled = check(Methods(plain, model, size, batch, {}, ranks), names, {})
             torch.compiler.reset()
             plain = plain.clone()
-            filtered = {"guard_filter_fn": skip_torch_compile_dict}  # as core's own node
+            filtered = {"guard_filter_fn": without_options}
             set_torch_compile_wrapper(plain, backend="inductor", options=filtered)
         else:
             sizes = model.text[0], model.text[0] + (size // 16) ** 2
             overrides = {name: partial(paper, way, sizes) for name, way in PAPER.items()}
-        methods = Methods(plain, model, size, batch, overrides, RANKS)
+        methods = Methods(plain, model, size, batch, overrides, ranks)
+        compiling = {}
+        if options.compile:
+            measured = partial(compile_seconds, methods)
+            times = timing.interleaved(measured, ("plain", "inside"), 3, "compiling", (), False)
+            compiling = {"compiling": timing.summaries(times)}
         check(methods, names, uncompiled)
         seconds, peak = (partial(f, device=device) for f in (timing.seconds, timing.peak_mib))
         label, warm_up = f"{name} {size}² batch {batch}", device.type == "cuda"
@@ -315,7 +353,7 @@ def measure(
             lambda name: methods.run(name, seconds), names, options.rounds, label, (), warm_up
         )
         peaks = {each: methods.run(each, peak) for each in names}
-        found = {"step": timing.summaries(times), "peak_mib": peaks}
+        found = {"step": timing.summaries(times), "peak_mib": peaks, **compiling}
     finally:
         logging.getLogger().removeHandler(said)
     notes, others = ([], [])
@@ -358,7 +396,7 @@ def main() -> None:
             case |= {"compiled": options.compile, "attention": attention, "mask": model.mask}
             case |= {"text_tokens": model.text[0]}
             case["environment"] = timing.environment(device, options.clock)
-            case |= measure(plain, name, size, batch, options, device)
+            case |= measure(plain, name, model, size, batch, options, device)
             results.add(heading(case), case)
             print(f"\n### {heading(case)}\n\n{table_of(case)}", flush=True)
         comfy.model_management.unload_all_models()

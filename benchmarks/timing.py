@@ -28,6 +28,8 @@ SLOW_ROUNDS = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """On a CPU that is shared with other work, the process's own time says more: ``--clock cpu``."""
 clock = CLOCKS["wall"]
+deadline = float("inf")
+"""By ``time.monotonic``: rounds that would begin later are left out, but for the first."""
 
 # Measuring
 
@@ -81,6 +83,8 @@ def interleaved(
     for name in names if warm_up else ():
         measure(name)
     for index in range(rounds):
+        if index and time.monotonic() > deadline:
+            break
         print(f"\r{label}: round {index + 1}/{rounds} ", end="", file=sys.stderr, flush=True)
         for name in shuffle.permutation(names).tolist():
             if name not in slow or index < SLOW_ROUNDS:
@@ -233,8 +237,11 @@ class Results:
 
     def plot(self, labels: dict[str, str]) -> None:
         """Draw the ratios of each case's steps and calls; ``labels`` has the methods' order."""
-        figure, axes = subplots(len(self.cases), 1, 8, 4)
-        for axis, (name, case) in zip(axes.flat, self.cases.items(), strict=True):
+        timed = {name: case for name, case in self.cases.items() if {"step", "call"} & set(case)}
+        if not timed:
+            return
+        figure, axes = subplots(len(timed), 1, 8, 4)
+        for axis, (name, case) in zip(axes.flat, timed.items(), strict=True):
             for kind in [kind for kind in ("step", "call") if kind in case]:
                 rows = {labels[m].strip("*"): row for m, row in case[kind].items() if m in labels}
                 errorbar(axis, list(rows), list(rows.values()), "x", label=f"one {kind}")

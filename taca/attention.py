@@ -77,22 +77,26 @@ def temperature_adjusted_attention(
 
 def scale_text_keys(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tensor:
     """A copy of k with its text keys multiplied by gamma; arguments and errors as above."""
-    num_text = 0
+    # 1.2 is 1.203 in bfloat16. Since gamma has axes, torch multiplies in float32 and rounds once.
+    adjusted, start, done = k.clone(), 0, 0
+    if gamma.shape != (1,):  # else it broadcasts as it is
+        gamma = _along(k, gamma, layout, dim)
+    is_each = gamma.ndim > 1 and gamma.shape[dim] != 1
     for kind, length, _ in layout:
-        num_text += length if kind == "text" else 0
+        if kind == "text":
+            factor = gamma.narrow(dim, done, length) if is_each else gamma
+            adjusted.narrow(dim, start, length).mul_(factor)
+            done += length
+        start += length
+    return adjusted
+
+
+def _along(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tensor:
+    """Gamma with the axes of k, its text tokens on ``dim``; errors as above."""
+    num_text = sum(length for kind, length, _ in layout if kind == "text")
     if gamma.shape[0] not in (1, k.shape[0]) or gamma.shape[1:] not in ((), (num_text,)):
         raise ValueError(
             f"TACA has gamma of shape {tuple(gamma.shape)} for an attention of {k.shape[0]} rows "
             f"and {num_text} text tokens."
         )
-    # 1.2 is 1.203 in bfloat16. Since gamma has axes, torch multiplies in float32 and rounds once.
-    gamma = gamma.view(gamma.shape[0], *(1,) * (dim - 1), -1, 1)
-    adjusted = k.clone()
-    start = done = 0
-    for kind, length, _ in layout:
-        if kind == "text":
-            factor = gamma if gamma.shape[dim] == 1 else gamma.narrow(dim, done, length)
-            adjusted.narrow(dim, start, length).mul_(factor)
-            done += length
-        start += length
-    return adjusted
+    return gamma.view(gamma.shape[0], *(1,) * (dim - 1), -1, 1)

@@ -93,7 +93,8 @@ def taca_override(
     Raises ValueError if the attention kernel does not return one row for each query.
     """
     backend = func if other is None else partial(other, func)
-    kwargs.update(zip(AFTER_HEADS, args, strict=False))
+    if args:
+        kwargs.update(zip(AFTER_HEADS, args, strict=False))
     mask = kwargs.pop("mask", None)
     dim = 2 if kwargs.get("skip_reshape") else 1
     out_dim = 2 if kwargs.get("skip_output_reshape") else 1

@@ -61,11 +61,11 @@ class LoRADelta(nn.Module):
                 self._scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
 
     def cast(self, dtype: torch.dtype) -> None:
-        """To the dtype that a model computes in, so that no call does it; never to a larger one.
+        """To the dtype that a model computes in, so that no call does it; core counts its bytes.
 
         An adapter computes in the file's own.
         """
-        if self._scale is not None and 1 < dtype.itemsize <= next(self.parameters()).itemsize:
+        if self._scale is not None and dtype.itemsize > 1:
             self.to(dtype)
 
     def value(self, device: torch.device) -> Value:
@@ -93,8 +93,8 @@ class LoRADelta(nn.Module):
         y = y if rows is None else y.narrow(-1, *rows[1:])
         if self._scale is not None and inside is None:
             # Without a copy of y's size, and without an adapter: a model has hundreds of layers.
-            factors: Any = self._parameters.values()
-            up, down = factors
+            up: Any = self._parameters["tensor0"]
+            down: Any = self._parameters["tensor1"]
             if up.dtype != x.dtype or up.device != x.device:  # see ``cast``; not loaded
                 up, down = up.to(x), down.to(x)
             low = F.linear(x, down).flatten(0, -2)

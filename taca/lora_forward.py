@@ -26,21 +26,18 @@ def lora_swaps(
             if others := [delta for delta in own if not delta.additive]:
                 wrap = partial(reparametrized_forward, module=module, name=name, deltas=others)
                 yield module, partial(wrap, inside=inside)
-            if additive := [delta for delta in own if delta.additive]:
-                yield module, partial(additive_forward, deltas=additive, inside=inside)
+            for delta in [delta for delta in own if delta.additive]:
+                yield module, partial(additive_forward, delta=delta, inside=inside)
 
 
-def additive_forward(forward: Forward, deltas: list[LoRADelta], inside: Tensor | None) -> Forward:
-    """A linear layer's output, and what the deltas add to it."""
+def additive_forward(forward: Forward, delta: LoRADelta, inside: Tensor | None) -> Forward:
+    """A linear layer's output, and what a delta adds to it."""
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
-        if not y.numel():  # an expert that was asked about no token
-            return y
-        rows = None if inside is None else _rows(inside, x)
-        for delta in deltas:
-            delta.add_to(y, x, rows)
+        if y.numel():  # not an expert that was asked about no token
+            delta.add_to(y, x, None if inside is None else _rows(inside, x))
         return y
 
     return lora_forward

@@ -14,7 +14,7 @@ Wrap = Callable[[Forward], Forward]
 """A module's forward -> what runs in its place."""
 
 
-looks_like = partial(wraps, updated=())
+looks_like = partial(wraps, assigned=("__name__", "__qualname__"), updated=())
 """Decorator: name and signature of another forward, which other packs inspect.
 
 Its attributes stay with it, since torch.compile keeps its own there.

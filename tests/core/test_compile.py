@@ -67,11 +67,13 @@ SIZES = [(8, 8), (8, 12), (12, 16)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd3"])
-def test_twice_the_plain_models_graphs(folder, apply_taca, kind):
-    """Inside the window as many as outside, over sizes and batches; none for gamma or a prompt."""
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_twice_the_plain_models_graphs(folder, apply_taca, kind, whole):
+    """Inside the window as many as outside, over sizes and batches, and about as many guards; not
+    one more frame is compiled for gamma or a prompt."""
     ramp = schedule.Schedule(1.3, schedule.TimestepWindow(500.0, "linear"))
-    counts = []
+    counts, guards = [], []
 
     def graphs(model, seed=1):
         for batch in (1, 2):
@@ -80,14 +82,20 @@ def test_twice_the_plain_models_graphs(folder, apply_taca, kind):
                 settings = {"steps": 4, "size": size, "batch": batch, "text": (7, 7), "cfg": 1.0}
                 sample(model, kind, positive=positive, **settings)
         assert not counters["graph_break"]
-        return counters["stats"]["unique_graphs"]
+        return counters["stats"]["unique_graphs"], counters["frames"]["total"]
 
     for with_taca in (False, True):
         torch._dynamo.reset()
         counters.clear()
-        fast = compiled(tiny.load(folder, kind), whole=True)
-        counts.append(graphs(apply_taca(fast, schedule=ramp) if with_taca else fast))
-    assert counts[1] == 2 * counts[0]
+        torch._dynamo.utils.clear_compilation_metrics()
+        fast = compiled(load(folder, kind, whole), whole)
+        if with_taca:
+            graphs(apply_taca(fast, schedule=ramp))
+        counts.append(graphs(fast))
+        found = torch._dynamo.utils.get_compilation_metrics()
+        guards.append(max(each.guard_count for each in found))
+    assert counts[1] == tuple(2 * count for count in counts[0])
+    assert guards[1] <= 1.15 * guards[0]
     assert graphs(apply_taca(fast, 1.1)) == counts[1]
     assert graphs(apply_taca(fast, schedule=ramp), seed=5) == counts[1]
 

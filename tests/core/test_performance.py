@@ -110,7 +110,7 @@ def waits(model, kind, **settings):
 def with_lora(folder, load_lora):
     """``model -> model`` with a LoRA of rank 2 on every linear layer of the blocks."""
 
-    def add(model):
+    def add(model, dtype=torch.float32):
         generator, state = torch.manual_seed(0), {}
         for name, module in model.model.named_modules():
             if "blocks" in name and hasattr(module, "in_features"):
@@ -119,7 +119,7 @@ def with_lora(folder, load_lora):
                     ("down", (2, module.in_features)),
                 ):
                     weight = torch.randn(shape, generator=generator) * 0.1
-                    state[f"{name}.lora_{part}.weight"] = weight
+                    state[f"{name}.lora_{part}.weight"] = weight.to(dtype)
         return load_lora(model, state)
 
     return add
@@ -178,13 +178,15 @@ def test_a_lora_adds_two_products_a_layer_and_no_copy(folder, apply_taca, with_l
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_call_casts_a_lora(folder, apply_taca, with_lora, kind):
-    """A file in float32 is cast once, to what a node has set the model to compute in."""
-    model = apply_taca(tiny.load(folder, kind))
-    model.set_model_compute_dtype(torch.bfloat16)
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_no_call_casts_a_lora(folder, apply_taca, with_lora, kind, dtypes):
+    """A file of any dtype is cast once, to what a node has set the model to compute in."""
+    file, compute = (getattr(torch, name) for name in dtypes)
+    model = apply_taca(tiny.load(folder, kind, dtype=torch.bfloat16))
+    model.set_model_compute_dtype(compute)
     casts = [
         Counter(shapes for name, shapes in recorded(each, kind)[0].operations if "_to_copy" in name)
-        for each in (model, with_lora(model))
+        for each in (model, with_lora(model, file))
     ]
     assert casts[0] == casts[1]
     assert casts[0]
