@@ -35,9 +35,9 @@ from support.workflow import MODELS, api_form, read
 POSTED = RESULTS / "evidence"
 PAGE = ROOT / "docs" / "evidence.md"
 TEMPLATES = {
-    "FLUX.1-dev": ROOT / "workflows/25_FLUX.1-dev_evidence.json",
-    "SD3.5-Medium": ROOT / "workflows/26_SD3.5-Medium_evidence.json",
-    "demo": ROOT / "demo/workflows/10_Find_the_best_setting.json",
+    "FLUX.1-dev": ROOT / "workflows/24_FLUX.1-dev_evidence.json",
+    "SD3.5-Medium": ROOT / "workflows/25_SD3.5-Medium_evidence.json",
+    "demo": ROOT / "demo/workflows/09_Find_the_best_setting.json",
 }
 PROMPTS, SEEDS = 24, "1, 2, 3, 4"
 GAMMA, THRESHOLD = "1, 1.2", "970"

@@ -239,7 +239,7 @@ def cases(options: Any, device: torch.device) -> Iterator[tuple[str, str, Callab
         yield joint(name, size)
     for name in NAMES:
         yield step(name, large)
-    setting = "small", "concatenation", 4, "training", True, 10
+    setting = "small", 4, "training", 10
     yield "fusion, training", "fusion", partial(not_dry, dry, partial(fusion.throughput, *setting))
     label, kind, run = step("flux", small, compiled=True)
     yield label, kind, partial(not_dry, dry, run)

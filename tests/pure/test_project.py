@@ -23,6 +23,7 @@ DOCS = {
     "lora",
     "words",
     "search",
+    "evidence",
     "development",
 }
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

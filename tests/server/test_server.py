@@ -177,9 +177,9 @@ SAID = {  # by workflows that say something about a run; a sweep shows one sheet
     "14_FLUX.1-dev_on_which_steps": "TACA acts on 3 of 30 steps.",
     "12_FLUX.1-dev_sweep": "",
     "13_FLUX.1-dev_sweep_with_CLIP_scores": "",
-    "25_FLUX.1-dev_sweep_with_Prompt_Check": "2 pictures, ",
-    "25_FLUX.1-dev_evidence": '"winner"',
-    "26_SD3.5-Medium_evidence": '"winner"',
+    "23_FLUX.1-dev_sweep_with_Prompt_Check": "2 pictures, ",
+    "24_FLUX.1-dev_evidence": '"winner"',
+    "25_SD3.5-Medium_evidence": '"winner"',
 }
 FIRST = ROOT / "demo/workflows/01_With_and_without_TACA.json"
 GRAPHS = [path for path in [*USERS, FIRST] if not path.name.endswith(APP)]
@@ -213,10 +213,10 @@ def test_workflow_runs(path, server, object_info):
         assert pictures
         assert all(SAID[path.stem] in text for text in texts)
         assert bool(texts) == bool(SAID[path.stem])
-    elif path.stem == "24_U-ViT_training":
+    elif path.stem == "27_U-ViT_training":
         assert pictures, "a plot of the loss"
         assert any(name.startswith("uvit_0") for name in server.get("/models/diffusion_models"))
-    elif path.stem == "23_U-ViT_sampling":
+    elif path.stem == "26_U-ViT_sampling":
         assert pictures
     elif "train" in path.stem:
         assert any(name.startswith("taca_flux1") for name in server.get("/models/loras"))
@@ -237,7 +237,7 @@ def test_workflow_runs(path, server, object_info):
     ("name", "judge", "shown"),
     [
         ("13_FLUX.1-dev_sweep_with_CLIP_scores", "TACAAlignmentScore", "CLIP {:.4f}"),
-        ("25_FLUX.1-dev_sweep_with_Prompt_Check", "TACAPromptCheck", "check {:.3f}"),
+        ("23_FLUX.1-dev_sweep_with_Prompt_Check", "TACAPromptCheck", "check {:.3f}"),
     ],
 )
 def test_scores_stand_behind_the_labels_of_a_sweep(name, judge, shown, server, object_info):

@@ -23,7 +23,7 @@ def test_the_demo_learns_to_draw_its_prompts(tmp_path):
         mock.patch.dict(os.environ, ONE_THREAD),
         serving(tmp_path / "base", tmp_path / "log") as server,
     ):
-        graph = api_form(read(ROOT / "demo/workflows/09_U-ViT.json"), server.get("/object_info"))
+        graph = api_form(read(ROOT / "demo/workflows/10_U-ViT.json"), server.get("/object_info"))
         ids = {node["class_type"]: key for key, node in graph.items()}
         [prompt] = [n["inputs"] for n in graph.values() if n["inputs"].get("text")]
         first = pictures_of(server, server.run(graph)[ids["SaveImage"]])
