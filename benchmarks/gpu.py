@@ -184,13 +184,7 @@ def whole_step(
         if need > torch.cuda.mem_get_info()[0]:
             options.methods.remove("dense")
             notes = [f"the dense matrix is left out: {need / 2**30:.0f} GiB do not fit"]
-    try:
-        found = model.measure(plain, name, kind, size, 1, options, device, RANKS)
-    finally:
-        del plain
-        comfy.model_management.unload_all_models()
-        gc.collect()
-        comfy.model_management.soft_empty_cache()
+    found = model.measure(plain, name, kind, size, 1, options, device, RANKS)
     case = {"model": name, "dtype": dtype, "size": size, "batch": 1, "depth": options.depth}
     case |= {"compiled": options.compile, "attention": model.comfyui.asked, "mask": kind.mask}
     return case | {"text_tokens": kind.text[0]} | found | {"notes": found["notes"] + notes}
@@ -300,7 +294,6 @@ def main() -> int:
     if device.type != "cuda" and not options.dry:
         parser.error("torch finds no GPU: --dry tries the command out.")
     warnings.filterwarnings("ignore", message=".*flex_attention")
-    logging.getLogger("taca").setLevel(logging.ERROR)
     results, end = timing.Results("gpu", options.out, device), begun + 60 * options.minutes
     results.cases.clear()  # a table is of one run
     wrong, todo = False, list(cases(options, device))
@@ -318,6 +311,9 @@ def main() -> int:
             found = "Wrong" if isinstance(error, ValueError) else "Left out"
             case["left out"] = f"{found}: {reason(error)}"
             wrong |= found == "Wrong"
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
         case["seconds"] = round(time.monotonic() - end + left, 1)
         results.add(label, case)
         print(f"\n### {label}\n\n{table(case)}\n", flush=True)
@@ -328,4 +324,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("taca").setLevel(logging.ERROR)
     sys.exit(main())
