@@ -13,7 +13,7 @@ import world
 from comfy_server import Failed, serving
 from PIL import Image
 
-from support.workflow import DEMO, ONE_THREAD, api_form, read
+from support.workflow import ONE_THREAD
 
 search = importlib.import_module("taca_pack.taca.search")
 CAPTIONS = world.captions("held-out")[::24][:8]
@@ -192,18 +192,3 @@ def test_what_cannot_be_searched_is_refused(problem, server):
     graph["other"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 1.0}}
     with pytest.raises(Failed, match=problem):
         server.run(graph)
-
-
-@pytest.mark.slow
-def test_the_demo_finds_what_the_whole_grid_finds(server):
-    """Of gamma 1.2 and 1.5 in three windows: the two that are best over 612 pictures each
-    (benchmarks/results/suppression.json), from less than half of the grid's pictures.
-    """
-    [path] = [path for path in DEMO if "best_setting" in path.name]
-    graph = api_form(read(path), server.get("/object_info"))
-    [find] = [node for node, each in graph.items() if each["class_type"] == "TACAFindSetting"]
-    graph["record"] = {"class_type": "PreviewAny", "inputs": {"source": [find, 3]}}
-    record = record_of(server.run(graph))
-    found = record["settings"][record["winner"]]
-    assert found in ("gamma 1.2, t >= 970", "gamma 1.2, t >= 802")
-    assert len(record["scores"]) <= len(record["settings"]) * record["prompts"] / 2
