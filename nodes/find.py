@@ -40,7 +40,6 @@ APART = 1000
 class Trials:
     """What a search compares, from TACA Trial."""
 
-    node: str
     labels: tuple[str, ...]
     seeds: tuple[int, ...]
     prompts: tuple[str, ...]
@@ -77,7 +76,6 @@ class TACATrial(io.ComfyNode):
                 io.String.Output("label", is_output_list=True),
                 TACATrials.Output("trials"),
             ],
-            hidden=[io.Hidden.unique_id],
             search_aliases=["taca", "search settings", "best gamma", "loop", "optimize"],
             is_input_list=True,
             accept_all_inputs=True,  # what TACA Find Setting asks a copy for, in "search"
@@ -112,7 +110,7 @@ class TACATrial(io.ComfyNode):
             else [ExecutionBlocker(f"{TRIAL} has no {name}: connect them.")]
             for name, each in (("models", models), ("conditionings", conditionings))
         ]
-        trials = Trials(cls.hidden.unique_id, tuple(labels), tuple(numbers), tuple(lines))
+        trials = Trials(tuple(labels), tuple(numbers), tuple(lines))
         named = [labels[i] for i in chosen]
         return io.NodeOutput(*drawn, trials.seed_of(pair), lines[pair[0]], named, trials)
 
@@ -275,8 +273,9 @@ def kept(given: list[Any], asked: dict[str, Any], settings: list[int]) -> io.Nod
 def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link]) -> io.NodeOutput:
     """All copies that a search may need: of the user's nodes, and of itself."""
     node_of, own = hidden.dynprompt.get_node, hidden.unique_id
-    nodes = between(node_of, compared.node, ends.values())
-    if not nodes:
+    trial = node_of(own)["inputs"]["trials"][0]
+    nodes = between(node_of, trial, ends.values())
+    if not nodes or node_of(trial)["class_type"] != "TACATrial":
         raise ValueError(
             f"{FIND}: {' and '.join(ends)} must come from the pictures of the {TRIAL} that it is "
             f"connected to."
@@ -291,7 +290,7 @@ def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link])
             done += each.settings + 1
             asked = {"node": own, "pair": pair, "done": done, "total": total}
             name, mine = f"{pair[0]}_{pair[1]}", {"search": {"pair": pair}} | left
-            moved = copy(graph, node_of, nodes, name, {compared.node: mine})
+            moved = copy(graph, node_of, nodes, name, {trial: mine})
             given = {"search": asked, "given": moved(ends["score"])} | left
             record = graph.node("TACAFindSetting", f"{name}.score", **inputs, **given)
             scores[socket("score", pair)] = record.out(3)

@@ -29,6 +29,7 @@ class LoadTACALoRA(io.ComfyNode):
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             search_aliases=["taca", "taca lora", "lora loader", "lora schedule", "lora timestep"],
+            not_idempotent=True,  # see NodeText
         )
 
     @classmethod

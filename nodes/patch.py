@@ -46,6 +46,7 @@ class TACAPatchModel(io.ComfyNode):
                 "gamma",
                 "提示词",
             ],
+            not_idempotent=True,  # see NodeText
         )
 
     @classmethod

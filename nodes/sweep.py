@@ -38,6 +38,7 @@ class TACASweep(io.ComfyNode):
                 io.String.Output("prompts", is_output_list=True),
             ],
             search_aliases=["taca", "compare gamma", "xy plot", "grid", "parameter sweep"],
+            not_idempotent=True,  # see NodeText
         )
 
     @classmethod

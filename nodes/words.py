@@ -55,6 +55,7 @@ class TACATextEncode(io.ComfyNode):
                 "negative prompt cfg 1",
                 "clip text encode",
             ],
+            not_idempotent=True,  # see NodeText
         )
 
     @classmethod
@@ -87,6 +88,7 @@ class TACAWeighWords(io.ComfyNode):
             ],
             outputs=[io.Conditioning.Output()],
             search_aliases=["taca", "prompt weights", "word weights", "emphasis"],
+            not_idempotent=True,  # see NodeText
         )
 
     @classmethod
@@ -122,6 +124,7 @@ class TACAWordSweep(io.ComfyNode):
                 io.String.Output("labels", is_output_list=True),
             ],
             search_aliases=["taca", "word weights", "xy plot", "grid", "parameter sweep"],
+            not_idempotent=True,  # see NodeText
         )
 
     @classmethod

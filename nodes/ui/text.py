@@ -36,7 +36,8 @@ class NodeText:
 
     Before the first run it is ``plan`` and the warnings. Runs come first, since the page shows no
     more than some three lines: two of a prompt (a first pass and an upscale), or the last of
-    ``total``.
+    ``total``. Its node has to be ``not_idempotent``, or ComfyUI would hand what it made, with this
+    text, to another node of the same inputs.
     """
 
     def __init__(self, *warnings: str, plan: str = "", total: int | None = None) -> None:

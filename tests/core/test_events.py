@@ -1,5 +1,6 @@
 """What happened in a run, counted at its calls, and whose rows they were."""
 
+import asyncio
 import gc
 import sys
 import weakref
@@ -10,11 +11,14 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy_execution.caching import CacheKeySetInputSignature
+from comfy_execution.graph import DynamicPrompt
 from comfy_execution.utils import CurrentNodeContext
 from comfy_extras import nodes_custom_sampler as custom_sampler
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
+import nodes as core_nodes
 from support import tiny
 from support.loras import random_lora
 from support.reports import report_on
@@ -420,6 +424,22 @@ def test_a_loras_node_is_told_too(folder, apply_taca, load_lora, sent):
         sample(model, "flux", steps=8)
     assert [node for _, node in sent] == ["6", "5"]
     assert {text for text, _ in sent} == {"gamma 1.2 at t >= 750 acted on 5 of 8 steps."}
+
+
+def test_equal_nodes_have_texts_of_their_own(pack, monkeypatch):
+    """ComfyUI's cache does not hand what one node made to another with the same inputs."""
+    monkeypatch.setattr(core_nodes, "NODE_CLASS_MAPPINGS", pack)
+    says = ("TACAPatchModel", "LoadTACALoRA", "TACASweep", "TACATextEncode", "TACAWeighWords")
+    kinds = enumerate((*says, "TACAWordSweep") * 2)
+    graph = {str(node): {"class_type": kind, "inputs": {}} for node, kind in kinds}
+
+    async def keys():
+        unchanged = type("Unchanged", (), {"get": lambda _, node: asyncio.sleep(0, False)})()
+        found = CacheKeySetInputSignature(DynamicPrompt(graph), list(graph), unchanged)
+        await found.add_keys(list(graph))
+        return {node: found.get_data_key(node) for node in graph}
+
+    assert len(set(asyncio.run(keys()).values())) == len(graph)
 
 
 def test_what_a_run_did_is_told(folder, apply_taca, pack):

@@ -132,11 +132,9 @@ def test_its_pictures_are_the_sweeps(server):
 
 
 @pytest.mark.parametrize("at", [10, 26], ids=["first round", "second round"])
-@pytest.mark.parametrize("previews", [False, True], ids=["alone", "with previews"])
-def test_an_interrupted_search_goes_on_where_it_was(server, at, previews):
-    """What was drawn is not drawn again; other output nodes do not change that."""
-    changes = {"look": {"class_type": "PreviewImage", "images": ["decode", 0]}} if previews else {}
-    graph = graph_of(300 + 10 * at + previews, **changes)
+def test_an_interrupted_search_goes_on_where_it_was(server, at):
+    """What was drawn is not drawn again."""
+    graph = graph_of(300 + 10 * at)
     first, second = Watched((server.address, at)), Watched()
     with pytest.raises(Failed, match="interrupted"):
         server.run(graph, first)
