@@ -41,9 +41,8 @@ class TACAPromptCheck(io.ComfyNode):
             search_aliases=[
                 "taca",
                 "vqascore",
-                "prompt following",
-                "prompt adherence",
                 "vlm judge",
+                "vision language model",
                 "image text score",
             ],
             is_input_list=True,

@@ -156,6 +156,7 @@ class Page:
         """Press the Run button and wait; the run's entry in the history.
 
         What a node put out that another expanded to is under that one, where the page shows it.
+        What came from the cache may have been made under another workflow's id.
         """
         before = self._server.get("/history").keys()
         refused = self._page.evaluate(
@@ -169,7 +170,8 @@ class Page:
                 raise self._server.failure("The run did not end")
             self._page.wait_for_timeout(200)
         entry = self._server.get("/history")[new.pop()]
-        shown_in = {node: meta["display_node"] for node, meta in entry["meta"].items()}
+        meta, graph = entry["meta"], entry["prompt"][2]
+        shown_in = {node: meta[node]["display_node"] for node in meta.keys() - graph.keys()}
         entry["outputs"] = {shown_in.get(n, n): each for n, each in entry["outputs"].items()}
         return entry
 
