@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 from functools import partial
@@ -31,6 +30,7 @@ from reporting import (
     judge_missing,
     markdown,
     outcomes,
+    sha256,
     store,
     subplots,
 )
@@ -66,11 +66,6 @@ class Setting:
         [schedule] = parts("schedule")
         fitted = round(schedule.FittedWindow.threshold(tokens))
         return {"paper": 970.0, "snr": fitted, "all": 0.0}[self.window]
-
-
-def sha256(path: Path) -> str:
-    """What tells a file from another."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Pictures(Subject):

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from reporting import RESULTS, ROOT, SHARED, markdown, store, write_between
+from reporting import RESULTS, ROOT, SHARED, markdown, sha256, store, write_between
 
 sys.path += [*SHARED, str(ROOT / "tests")]
 
@@ -44,7 +44,6 @@ GAMMA, THRESHOLD = "1, 1.2", "970"
 VERSIONS = ("comfyui", "pytorch", "taca")
 KEYS = {"schema", "model", "judge", "versions", "weights", "sampler", "prompts", "record"}
 RECORD = {"settings", "prompts", "seeds", "best", "difference", "interval", "winner", "scores"}
-CHECK = "TACAPromptCheck"
 
 
 def one_of(graph: dict[str, Any], kind: str) -> str:
@@ -72,16 +71,15 @@ def graph_of(
     return graph
 
 
-def judged_by(graph: dict[str, Any], info: dict[str, Any], encoder: str, kind: str) -> None:
+def judged_by(graph: dict[str, Any], encoder: str, kind: str) -> None:
     """Put TACA Prompt Check, with this text encoder, in the place of the workflow's judge."""
-    if CHECK not in info:
-        sys.exit("This version of the pack has no TACA Prompt Check: leave --encoder out.")
     find = graph[one_of(graph, "TACAFindSetting")]["inputs"]
     old = graph[find["score"][0]]["inputs"]
     loader = {"clip_name": encoder, "type": kind, "device": "default"}
     graph["encoder"] = {"class_type": "CLIPLoader", "inputs": loader}
     judge = {"image": old["image"], "text": old["text"], "clip": ["encoder", 0]}
-    graph["judge"] = {"class_type": CHECK, "inputs": judge}
+    judge |= {"phrases": "", "find_phrases": False}
+    graph["judge"] = {"class_type": "TACAPromptCheck", "inputs": judge}
     find["score"] = ["judge", 0]
 
 
@@ -95,15 +93,6 @@ def needed(graph: dict[str, Any], node: str) -> dict[str, Any]:
             links = (each for each in graph[one]["inputs"].values() if isinstance(each, list))
             todo += [each[0] for each in links]
     return found
-
-
-def sha256(path: Path) -> str:
-    """Of a file that may be larger than memory."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def hashes(graph: dict[str, Any], folders: Iterable[Path]) -> dict[str, str]:
@@ -246,7 +235,7 @@ def main() -> None:
         info = server.get("/object_info")
         graph = graph_of(options.model, info)
         if options.encoder:
-            judged_by(graph, info, options.encoder, options.encoder_type)
+            judged_by(graph, options.encoder, options.encoder_type)
         path = draw(server, graph, options.model, folders, options.out)
     print(f"sheet: {path.with_suffix('.png')}\nto post: {path}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,15 @@ DEMO = ROOT / "demo"
 SHARED = [str(ROOT / folder) for folder in ("hosting", "demo", "demo/training")]
 JUDGED = ("everything", "colour", "shape", "relation")
 Judge = Callable[[], dict[str, str]]
+
+
+def sha256(path: Path) -> str:
+    """Of a file that may be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def digits(judged: Sequence[dict[str, bool]]) -> dict[str, str]:

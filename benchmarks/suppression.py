@@ -31,6 +31,7 @@ from reporting import (
     judge_missing,
     markdown,
     outcomes,
+    sha256,
     store,
     subplots,
     write_between,
@@ -63,7 +64,7 @@ def measure(model: Trained, result: dict[str, Any], options: argparse.Namespace)
     subject = Pictures(*model.files, torch.float32)
     captions = world.captions("held-out")[: 2 if options.try_out else None]
     taca_lora = lora if ALONE in name else None
-    weights = alignment.sha256(lora or subject.path)
+    weights = sha256(lora or subject.path)
     known = next((each for each in result["models"] if each["name"] == name), None)
     if known and known["weights"] != weights:
         sys.exit(f"{RECORD.name} has {name} with other weights: train it anew under another name.")

@@ -1,4 +1,4 @@
-"""TACA Trial and TACA Find Setting: the best of several settings, by any number.
+"""TACA Find Setting: the best of TACA Trial's settings, by any number.
 
 Between the two lie the user's own nodes, from a sampler to a judge. TACA Find Setting expands to
 copies of them, one for each seed of each prompt, which draws it with the settings that are left:
@@ -10,145 +10,25 @@ run has not asked for yet.
 
 import json
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.utils
 import numpy as np
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder
+from comfy_execution.graph_utils import GraphBuilder
 
 from ..taca.search import Finding, Search, units_of
 from .copies import Link, between, copy
-from .sweep import parsed
+from .trial import TRIAL, Pair, TACATrials, Trials, settings_of
 from .ui import pictures
 from .ui.finding import cost, intervals, sheet, verdict
 from .ui.schema import schema
 from .ui.text import show_text
 
-TRIAL, FIND = "TACA Trial", "TACA Find Setting"
+FIND = "TACA Find Setting"
 ROWS = 6
 """Of pictures on the sheet; its columns are the baseline, the best and the one after it."""
 COLUMNS = 3
-Pair = tuple[int, int]
-"""A prompt and a seed, by their numbers."""
-APART = 1000
-"""Between the seeds of one prompt and of the next."""
-
-
-@dataclass(frozen=True)
-class Trials:
-    """What a search compares, from TACA Trial."""
-
-    labels: tuple[str, ...]
-    seeds: tuple[int, ...]
-    prompts: tuple[str, ...]
-
-    def seed_of(self, pair: Pair) -> int:
-        """The sampler's: with the same noise for all prompts, what is found might be its doing."""
-        prompt, seed = pair
-        return self.seeds[seed] + APART * prompt
-
-
-TACATrials = io.Custom("TACA_TRIALS")
-
-
-class TACATrial(io.ComfyNode):
-    """Settings, seeds and prompts -> one of each; TACA Find Setting asks for the others."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            "TACATrial",
-            inputs=[
-                io.Model.Input("models", optional=True),
-                io.Conditioning.Input("conditionings", optional=True),
-                io.String.Input("labels", optional=True, force_input=True),
-                io.String.Input("seeds", default="1, 2, 3, 4, 5, 6, 7, 8"),
-                io.String.Input("prompts", default="", multiline=True),
-                io.Int.Input("setting", default=1, min=1, max=10_000),
-            ],
-            outputs=[
-                io.Model.Output("model", is_output_list=True),
-                io.Conditioning.Output("conditioning", is_output_list=True),
-                io.Int.Output("seed"),
-                io.String.Output("prompt"),
-                io.String.Output("label", is_output_list=True),
-                TACATrials.Output("trials"),
-            ],
-            search_aliases=["taca", "search settings", "best gamma", "loop", "optimize"],
-            is_input_list=True,
-            accept_all_inputs=True,  # what TACA Find Setting asks a copy for, in "search"
-        )
-
-    @classmethod
-    def execute(
-        cls,
-        seeds: list[str],
-        prompts: list[str],
-        setting: list[int],
-        models: list[Any] | None = None,
-        conditionings: list[Any] | None = None,
-        labels: list[str] | None = None,
-        search: list[dict[str, Any]] | None = None,
-        left: list[str] | None = None,
-    ) -> io.NodeOutput:
-        """The last two are TACA Find Setting's, in its copies of this node."""
-        lists = [each for each in (models, conditionings) if each is not None]
-        labels, numbers, lines = checked(lists, labels, seeds, prompts)
-        if search:
-            chosen, pair = settings_of(left, len(labels)), tuple(search[0]["pair"])
-        elif setting[0] > len(labels):
-            raise ValueError(
-                f"{TRIAL} has {len(labels)} settings, and none of number {setting[0]}."
-            )
-        else:
-            chosen, pair = [setting[0] - 1], (0, 0)
-        drawn = [
-            [each[i if len(each) > 1 else 0] for i in chosen]
-            if each
-            else [ExecutionBlocker(f"{TRIAL} has no {name}: connect them.")]
-            for name, each in (("models", models), ("conditionings", conditionings))
-        ]
-        trials = Trials(tuple(labels), tuple(numbers), tuple(lines))
-        named = [labels[i] for i in chosen]
-        return io.NodeOutput(*drawn, trials.seed_of(pair), lines[pair[0]], named, trials)
-
-
-def checked(
-    lists: list[list[Any]], labels: list[str] | None, seeds: list[str], prompts: list[str]
-) -> tuple[list[str], list[int], list[str]]:
-    """The labels, seeds and prompts of TACA Trial.
-
-    Raises ValueError if they do not fit each other, or something would count twice.
-    """
-    if not lists:
-        raise ValueError(f"{TRIAL} has no settings: connect models, or conditionings.")
-    count = max(map(len, lists))
-    if any(len(each) not in (1, count) for each in lists):
-        raise ValueError(f"{TRIAL} needs as many conditionings as models, or one for all.")
-    if len({tuple(id(each[i % len(each)]) for each in lists) for i in range(count)}) < count:
-        raise ValueError(
-            f"{TRIAL} has the same setting more than once: leave the seeds and prompts of TACA "
-            f"Sweep empty, and write them here."
-        )
-    labels = labels or [f"setting {i + 1}" for i in range(count)]
-    if len(labels) != count:
-        raise ValueError(
-            f"{TRIAL} has {count} settings and {len(labels)} labels: connect both from the same "
-            f"sweep."
-        )
-    numbers = parsed(TRIAL, "seeds", ", ".join(seeds), int)
-    lines = [line.strip() for line in "\n".join(prompts).splitlines() if line.strip()] or [""]
-    for what, values in (("seed", numbers), ("prompt", lines)):
-        if len(set(values)) < len(values):
-            raise ValueError(f"{TRIAL} has the same {what} twice, which would count as two.")
-    return labels, numbers, lines
-
-
-def settings_of(left: list[str] | None, count: int) -> list[int]:
-    """The settings that the record of a round leaves for the next; all in the first."""
-    return json.loads(left[0])["left"] if left else [*range(count)]
 
 
 class TACAFindSetting(io.ComfyNode):

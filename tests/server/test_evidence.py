@@ -11,6 +11,7 @@ import pytest
 from comfy_server import serving
 from PIL import Image
 
+from support.servers import add_tiny_clip
 from support.workflow import ONE_THREAD, ROOT
 
 MODELS = ROOT / "demo/models"
@@ -39,6 +40,26 @@ def test_dry_run_on_the_demo(written):
     weights = (MODELS / "taca_demo_suppressed_mmdit.safetensors").read_bytes()
     assert posted["weights"] == {"UNETLoader.unet_name": hashlib.sha256(weights).hexdigest()}
     assert Image.open(written.with_suffix(".png")).width == 1200
+
+
+def test_prompt_check_as_the_judge(tmp_path):
+    """In the place of the workflow's judge, with a text encoder that sees pictures."""
+    base = tmp_path / "base"
+    add_tiny_clip(base)
+    with (
+        mock.patch.dict(os.environ, ONE_THREAD),
+        serving(base, tmp_path / "log") as server,
+    ):
+        graph = evidence.graph_of("demo", server.get("/object_info"), prompts=2, steps=1)
+        evidence.judged_by(graph, "encoder.safetensors", "qwen_image")
+        graph["encoder"] = {"class_type": "TinyJudge", "inputs": {}}
+        path = evidence.draw(server, graph, "demo", [MODELS], tmp_path)
+    posted = json.loads(path.read_text("utf-8"))
+    assert posted["judge"] == "TACAPromptCheck"
+    scores = [row[3] for row in posted["record"]["scores"]]
+    assert len(scores) == 2 * 2 * 4
+    assert all(0 < score < 1 for score in scores)
+    assert len(set(scores)) > 2, "each of its own picture"
 
 
 def test_nothing_private_is_written(written):

@@ -147,6 +147,14 @@ def test_an_interrupted_search_goes_on_where_it_was(server, at):
     assert len(record_of(outputs)["scores"]) == 32
 
 
+def test_another_workflow_with_the_same_search(server):
+    """Its Trial comes from ComfyUI's cache, where it was made under another id."""
+    graph = graph_of(600)
+    first = record_of(server.run(graph))
+    renamed = json.loads(json.dumps(graph).replace('"trial"', '"another"'))
+    assert record_of(server.run(renamed)) == first
+
+
 def test_words_and_seeds(server):
     """Conditionings of a word sweep through one model, on three seeds: each a unit of its own."""
     graph = graph_of(
