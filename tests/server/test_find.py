@@ -19,10 +19,29 @@ search = importlib.import_module("taca_pack.taca.search")
 CAPTIONS = world.captions("held-out")[::24][:8]
 MODEL = "taca_demo_suppressed_mmdit.safetensors"
 
+JUDGES = """
+class Mean:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("FLOAT",), "judge", "TACA tests"
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",), "times": ("FLOAT", {"default": 1.0})}}
+    def judge(self, image, times):
+        return (float(image.mean()) * float(times),)
+
+class MeanOfAll(Mean):
+    INPUT_IS_LIST = True
+    def judge(self, image, times):
+        return (sum(float(each.mean()) for each in image),)
+
+NODE_CLASS_MAPPINGS = {"Mean": Mean, "MeanOfAll": MeanOfAll}
+"""
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
+    (folder / "base/custom_nodes").mkdir(parents=True)
+    (folder / "base/custom_nodes/judges.py").write_text(JUDGES)
     with (
         mock.patch.dict(os.environ, ONE_THREAD),
         serving(folder / "base", folder / "log") as running,
@@ -87,6 +106,12 @@ class Watched:
             self.samplers.append(node)
 
 
+def judged_by(graph, kind, times=1.0):
+    """The graph with another judge, whose number every picture changes."""
+    judge = {"class_type": kind, "inputs": {"image": ["decode", 0], "times": times}}
+    return graph | {"check": judge}
+
+
 def record_of(outputs):
     return json.loads(outputs["record"]["text"][0])
 
@@ -117,18 +142,18 @@ def test_search_draws_as_its_plan_says(server):
 
 def test_its_pictures_are_the_sweeps(server):
     """The scores of one prompt and seed are those of the same graph with TACA Sweep alone."""
-    record = record_of(server.run(graph_of(200)))
-    graph = graph_of(200)
+    graph = judged_by(graph_of(200), "Mean")
+    record = record_of(server.run(graph))
     for node in ("trial", "find", "record", "sheet"):
         del graph[node]
     # The second prompt's noise is its own.
     graph["sample"]["inputs"] |= {"model": ["sweep", 0], "seed": 1200}
-    for node in ("positive", "check"):
-        graph[node]["inputs"]["text"] = CAPTIONS[1]
+    graph["positive"]["inputs"]["text"] = CAPTIONS[1]
     graph["see"] = {"class_type": "PreviewAny", "inputs": {"source": ["check", 0]}}
     alone = [float(text) for text in server.run(graph)["see"]["text"]]
     own = {setting: score for prompt, _, setting, score in record["scores"] if prompt == 1}
     assert [own[i] for i in range(5)] == alone
+    assert len(set(alone)) == 5
 
 
 @pytest.mark.parametrize("at", [10, 26], ids=["first round", "second round"])
@@ -149,10 +174,9 @@ def test_an_interrupted_search_goes_on_where_it_was(server, at):
 
 def test_another_workflow_with_the_same_search(server):
     """Its Trial comes from ComfyUI's cache, where it was made under another id."""
-    graph = graph_of(600)
-    first = record_of(server.run(graph))
-    renamed = json.loads(json.dumps(graph).replace('"trial"', '"another"'))
-    assert record_of(server.run(renamed)) == first
+    server.run(graph_of(600))
+    renamed = json.dumps(graph_of(600, steps=3)).replace('"trial"', '"another"')
+    assert len(record_of(server.run(json.loads(renamed)))["scores"]) == 32
 
 
 def test_words_and_seeds(server):
@@ -198,3 +222,15 @@ def test_what_cannot_be_searched_is_refused(problem, server):
     graph["other"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 1.0}}
     with pytest.raises(Failed, match=problem):
         server.run(graph)
+
+
+@pytest.mark.parametrize(
+    ("kind", "times", "problem"),
+    [
+        ("MeanOfAll", 1.0, "got 1 scores for 5 pictures"),
+        ("Mean", 1e400, "not a finite number"),
+    ],
+)
+def test_scores_that_say_nothing_are_refused(kind, times, problem, server):
+    with pytest.raises(Failed, match=problem):
+        server.run(judged_by(graph_of(700), kind, times))
