@@ -90,6 +90,8 @@ def sheet(server: Server, outputs: dict, titles: dict[str, str]) -> Image.Image:
         row = []
         for image in outputs[node].get("images", ()):
             picture = Image.open(io.BytesIO(server.picture(image))).convert("RGB")
+            # The top of a long sheet, which would be too small to read.
+            picture = picture.crop((0, 0, picture.width, min(picture.height, picture.width)))
             if picture.tobytes() not in seen and len(row) < 3:
                 row.append((picture, "" if row else titles[node]))
             seen.add(picture.tobytes())

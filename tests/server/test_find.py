@@ -228,7 +228,7 @@ def test_what_cannot_be_searched_is_refused(problem, server):
     ("kind", "times", "problem"),
     [
         ("MeanOfAll", 1.0, "got 1 scores for 5 pictures"),
-        ("Mean", 1e400, "not a finite number"),
+        ("Mean", 1e400, "got a score that is not a finite number"),
     ],
 )
 def test_scores_that_say_nothing_are_refused(kind, times, problem, server):
