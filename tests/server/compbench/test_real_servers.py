@@ -123,7 +123,7 @@ def test_the_packs_own_workflows(tmp_path, start):
                 read_workflow(file)
             continue
         found = read_workflow(file)
-        [output] = [n for n, i in saving.items() if i["filename_prefix"].endswith("_plain")]
+        [output] = [n for n, i in saving.items() if i["filename_prefix"].endswith("_without_TACA")]
         plain = read_workflow(file, output=output, is_plain=True)
         kinds = [{c["class_type"] for c in some.graph.values()} for some in (found, plain)]
         assert "TACAPatchModel" in kinds[0]
