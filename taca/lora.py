@@ -150,15 +150,22 @@ def loras_of(patcher: ModelPatcher) -> list[LoRA]:
 
 
 def patcher_of(lora: LoRA) -> ModelPatcher:
-    """A patcher of its own for the LoRA: loaded, counted and freed beside the model's."""
+    """A patcher of its own for the LoRA: loaded, counted and freed beside the model's.
+
+    Of core's own kind: where one model of a run has no dynamic VRAM, ComfyUI unloads all others.
+    """
+    return _patcher_of(lora, comfy.model_patcher.CoreModelPatcher)
+
+
+def _patcher_of(lora: LoRA, kind: type[ModelPatcher]) -> ModelPatcher:
     management = comfy.model_management
-    patcher = comfy.model_patcher.ModelPatcher(
-        lora, management.get_torch_device(), management.unet_offload_device()
-    )
-    # From this core makes the copy for a further device.
+    patcher = kind(lora, management.get_torch_device(), management.unet_offload_device())
+    # From this core makes the copy for a further device, or without dynamic VRAM.
     patcher.cached_patcher_init = (_fresh_patcher_of, (lora,))
     return patcher
 
 
 def _fresh_patcher_of(lora: LoRA, disable_dynamic: bool = False) -> ModelPatcher:
-    return patcher_of(copy.deepcopy(lora))
+    patcher = comfy.model_patcher
+    kind = patcher.ModelPatcher if disable_dynamic else patcher.CoreModelPatcher
+    return _patcher_of(copy.deepcopy(lora), kind)
