@@ -35,7 +35,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     t = timesteps(base_model.model_sampling, call.t)
     inside = [bool(schedule.contains(each)) for each in t]
     told = call.transformer_options.get("uuids", ())
-    is_first = run.schedule is not None and run.events.begin_call(told)
+    is_first = run.schedule is not None and run.events.begin_call(told, t)
     model = base_model.diffusion_model
     words = run.words.of_call(call, t, model) if run.words is not None else None
     if not any(inside) and words is None:

@@ -40,14 +40,16 @@ class Events:
 
     steps: list[float] = field(default_factory=list)  # t at which each step begins
     called: set[Any] = field(default_factory=set)  # the conditionings of the calls until now
+    called_at: list[float] = field(default_factory=list)  # t of each row of these calls
     ended: list[None] = field(default_factory=list)  # steps whose callback came
     # For each call that acted how many steps had ended, and the step of its t.
     acted: list[tuple[int, int]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
-    def begin_call(self, conditionings: Iterable[Any]) -> bool:
+    def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
         """Whether this is the first call of these, in the first step: no cache can answer it."""
+        self.called_at.extend(t)
         key = tuple(conditionings)
         is_first = key not in self.called and not self.ended
         self.called.add(key)
@@ -101,7 +103,7 @@ class Events:
         # that tells the model another sigma than its own is still in its own step.
         return len({min(before, step) for before, step in self.acted}), total
 
-    def report(self, what: str, where: str, lowest: float, highest: float) -> str:
+    def report(self, what: str, where: str) -> str:
         """Log at the end of a run what happened; what of it to say under a node.
 
         Raises RuntimeError if TACA was bypassed in every call inside the window.
@@ -121,10 +123,14 @@ class Events:
             log.warning("TACA: %s", bypass)
         advice = f" A cache answered {len(self.cached)} calls in the window." if self.cached else ""
         if not count and not advice:
-            advice = (
-                f" No step was inside the window: this run went from t = {highest:.0f} to "
-                f"{lowest:.0f}. Lower the threshold, or use more steps."
-            )
+            # Some samplers tell the model another t than that of their steps.
+            advice = " The model was not called."
+            if self.called_at:
+                at = f"{max(self.called_at):.0f} to {min(self.called_at):.0f}"
+                advice = (
+                    f" No step was inside the window: the model was called at t = {at}. Lower the "
+                    f"threshold, or use more steps."
+                )
         level = logging.INFO if count else logging.WARNING
         log.log(level, "TACA: %s acted on %d of %d steps, %s.%s", what, count, total, where, advice)
         said = f"{what} acted on {count} of {total} steps.{advice}"

@@ -149,7 +149,7 @@ def watch_run(
         warn_of_lost_vram(patcher)
     t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
-    run.word_events.ended = run.events.ended
+    run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
     callback = run.events.counted(given.get("callback"))
     if len(args) >= len(RUN):
         args = (*args[: len(RUN) - 1], callback, *args[len(RUN) :])
@@ -161,11 +161,11 @@ def watch_run(
         # Else the guider, and its models, would live until they are collected.
         run.prompts = run.words = None
     if config is not None:
-        said = run.events.report(what, where, min(t), max(t))
+        said = run.events.report(what, where)
         for say in (config.say, *(lora.say for lora in loras_of(patcher))):
             say(said)
     if words is not None:
-        said = run.word_events.report(f"weights of {words}", where, min(t), max(t))
+        said = run.word_events.report(f"weights of {words}", where)
         for each in words.schedules:
             each.say(said)
     return result

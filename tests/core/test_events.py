@@ -456,7 +456,18 @@ def test_what_a_run_did_is_told(folder, apply_taca, pack):
     guider.set_conds(*conds("positive", "negative"))
     run(guider, sigmas=torch.tensor([0.64, 0.3, 0.0]))
     assert said[1].startswith("gamma 1.2 at t >= 750 acted on 0 of 2 steps. No step was inside")
-    assert "from t = 640 to 0. Lower the threshold" in said[1]
+    assert "the model was called at t = 640 to 300. Lower the threshold" in said[1]
+
+    def lowering(model, x, sigmas, extra_args, **kwargs):  # tells the model another sigma
+        return model(x, 0.7 * sigmas[:1], **extra_args)
+
+    def idle(model, x, *args, **kwargs):
+        return x
+
+    for sampler in (lowering, idle):
+        run(guider, sampler=comfy.samplers.KSAMPLER(sampler), sigmas=torch.tensor([1.0, 0.0]))
+    assert "the model was called at t = 700 to 700." in said[2]
+    assert said[3].endswith("0 of 1 steps. The model was not called.")
 
 
 def test_text_under_a_node(sent):

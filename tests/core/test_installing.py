@@ -385,13 +385,13 @@ def test_no_call_is_lost_between_threads(caplog):
     events, times = module("events").Events(), 4000
     ran = {acted: module("block").Seen(None, True, True, acted) for acted in (True, False)}
     start = threading.Barrier(8)
-    events.begin_call([0])
+    events.begin_call([0], [0.0])
 
     def work():
         start.wait()
         for i in range(times):
             seen = [[ran[True]], [ran[False]], [module("block").Seen(None)]][i % 3]
-            events.end_call(seen, 0.0, events.begin_call([0]), torch.nn.Identity())
+            events.end_call(seen, 0.0, events.begin_call([0], [0.0]), torch.nn.Identity())
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
