@@ -7,7 +7,6 @@ never reached TACA.
 
 import inspect
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +28,11 @@ def silent(text: str) -> None:
 
 def step_at(steps: list[float], t: float) -> int:
     """The step, from 0, to which a timestep belongs; ``steps`` has the t at which each begins."""
-    signs = -1 if steps and steps[0] >= steps[-1] else 1
-    begins = [signs * each for each in steps]
-    return max(0, bisect_left(begins, signs * t + 1e-6 * abs(t) + 1e-9) - 1)
+    sign = -1 if steps and steps[0] >= steps[-1] else 1
+    bound = sign * t + 1e-6 * abs(t) + 1e-9
+    # A restart comes by a noise twice: the step that begins nearest, and the last of equal ones.
+    begun = ((sign * each, i) for i, each in enumerate(steps) if sign * each < bound)
+    return max(begun, default=(0.0, 0))[1]
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Events:
     called: set[Any] = field(default_factory=set)  # the conditionings of the calls until now
     called_at: list[float] = field(default_factory=list)  # t of each row of these calls
     ended: list[None] = field(default_factory=list)  # steps whose callback came
-    # For each call that acted how many steps had ended, and the step of its t.
-    acted: list[tuple[int, int]] = field(default_factory=list)
+    # For each call that acted how many steps had ended, and its t.
+    acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
@@ -77,7 +78,7 @@ class Events:
         elif no_block_ran:
             self.cached.append(None)
         else:
-            self.acted.append((len(self.ended), step_at(self.steps, t)))
+            self.acted.append((len(self.ended), t))
         if is_first and missed:
             blocks, count, who = self.elsewhere[-1]
             raise RuntimeError(
@@ -95,13 +96,13 @@ class Events:
         """Steps in which a call acted, and steps of the run."""
         ended, total = len(self.ended), len(self.steps)
         if not ended:  # a sampler that tells of no step
-            return len({step for _, step in self.acted}), total
+            return len({step_at(self.steps, t) for _, t in self.acted}), total
         if ended != total:  # one that chooses its own, as dpm_fast and dpm_adaptive do
             own = {min(before, ended - 1) for before, _ in self.acted}
             return len(own), ended
         # A sampler that calls the model again in a step does so after the step's callback; one
         # that tells the model another sigma than its own is still in its own step.
-        return len({min(before, step) for before, step in self.acted}), total
+        return len({step_at(self.steps[: before + 1], t) for before, t in self.acted}), total
 
     def report(self, what: str, where: str) -> str:
         """Log at the end of a run what happened; what of it to say under a node.

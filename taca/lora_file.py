@@ -136,7 +136,8 @@ def _flat(value: Any) -> Any:
     """An adapter of a linear layer as ``h(x)`` takes it: with matrices.
 
     Files of convolutions have more axes, and a LoRA of theirs a tensor between its two. Of a LoKr
-    whose factors are both decomposed core's merge and ``h(x)`` take another one's rank.
+    whose factors are both decomposed core's merge and ``h(x)`` take another one's rank. One whose
+    factors are both whole has no rank, and its alpha does not count; ``h(x)`` divides by it.
     """
     if isinstance(value, LoRAAdapter):
         up, down, alpha, mid, *more = value.weights
@@ -146,6 +147,8 @@ def _flat(value: Any) -> Any:
     elif isinstance(value, LoKrAdapter) and value.weights[0] is None is value.weights[1]:
         _, w2, alpha, w1_a, w1_b, *more = value.weights
         parts = (w1_a.float() @ w1_b.float(), w2, alpha, None, None, *more)
+    elif isinstance(value, LoKrAdapter) and value.weights[0] is not None is not value.weights[1]:
+        parts = (*value.weights[:2], None, *value.weights[3:])
     else:
         return value
     flat = copy.copy(value)

@@ -170,16 +170,19 @@ class FirstStepsWindow(Window):
                 "choose the window 'timestep' or 'percent' in TACA Schedule."
             )
         t = sampling.steps.tolist()
-        last = len(t) - 1
-        begin, end = t[0], t[min(self.steps, last)]
-        low, high = -math.inf, math.inf
+        first, later = t[: self.steps], t[self.steps : -1]
+        low, high, end = -math.inf, math.inf, t[-1]
         # Every call of a step is on the near side of where the next step begins, so that samplers
-        # with several calls a step stay right.
-        if self.steps < last and begin > end:
-            low = end + 3000 * ROUNDING
-        elif self.steps < last:
+        # with several calls a step stay right. A later step that has as much noise as the first
+        # ones cannot be told from them: a sigma that comes again, a restart.
+        if t[0] > t[-1]:
+            if past := [each for each in later if each < min(first)]:
+                end = max(past)
+                low = end + 3000 * ROUNDING
+        elif past := [each for each in later if each > max(first)]:
+            end = min(past)
             high = end - 3000 * ROUNDING
-        return low, high, falling(self.shape, begin, end)
+        return low, high, falling(self.shape, t[0], end)
 
     def __str__(self) -> str:
         return f"the first {self.steps} steps"
@@ -202,7 +205,7 @@ class FittedWindow(Window):
                 "'timestep' or 'percent' in TACA Schedule."
             )
         low = self.threshold(sampling.num_image) * (1 - ROUNDING)
-        low = min(low, float(sampling.steps.max()))
+        low = min(low, max(sampling.steps[:-1].tolist(), default=low))
         return low, math.inf, falling(self.shape, 1000.0, low)
 
     @staticmethod

@@ -269,6 +269,15 @@ def test_a_sampler_that_chooses_its_own_steps(folder, apply_taca, gammas, caplog
     assert all(steps) == (threshold == 0)
 
 
+def test_a_restart_is_another_step(folder, apply_taca, caplog):
+    """Noise that a run comes by twice: both of its steps count."""
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, 850.0))
+    guider.set_conds(*conds("positive", "negative"))
+    run(guider, sigmas=torch.tensor([1, 0.8, 0.6, 0.9, 0.5, 0]))
+    assert "acted on 2 of 5 steps" in caplog.records[-1].message
+
+
 def test_a_sampler_that_tells_of_no_step(folder, apply_taca, caplog):
     caplog.set_level("INFO", logger="taca")
 

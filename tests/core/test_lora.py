@@ -214,6 +214,7 @@ def test_no_window_no_cost(published, apply_taca, load_lora, loras):
         ("1 x 1", "kohya"),
         ("tucker", "generic"),
         ("LoKr, both", "generic"),
+        ("LoKr, whole", "generic"),
     ],
 )
 def test_formats(folder, apply_taca, load_lora, kind, algorithm, naming):

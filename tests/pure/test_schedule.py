@@ -211,6 +211,26 @@ def test_first_steps_are_the_authors(steps, first, kind):
         assert plan.contains(timestep(model_sampling, calls)).tolist() == [i < first] * 2
 
 
+@pytest.mark.parametrize(
+    ("sigmas", "first", "inside"),
+    [
+        ([1, 1, 0.8, 0.5, 0], 1, 2),
+        ([1, 0.8, 0.8, 0.8, 0.5, 0], 2, 4),
+        ([0, 0, 0.3, 0.6, 1], 1, 2),
+        ([0, 0.3, 0.3, 0.6, 1], 2, 3),
+        ([0.5, 0.5, 0.5], 1, 2),
+        ([1, 0.8, 0.6, 0.9, 0.5, 0], 3, 4),  # a restart
+        ([1, 0.8, 1, 0.5, 0], 2, 3),
+    ],
+)
+def test_first_steps_of_sigmas_that_come_again(sigmas, first, inside):
+    """All of the first steps, and of the later ones those that have as much noise."""
+    model_sampling, sigmas = sampling("flux"), torch.tensor(sigmas, dtype=torch.float32)
+    plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
+    steps = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
+    assert steps == [i < inside for i in range(len(steps))]
+
+
 def test_first_steps_need_a_run():
     with pytest.raises(ValueError, match="training has none"):
         resolve(Schedule(1.2, schedule.FirstStepsWindow(3)), sampling("flux"))
@@ -285,6 +305,14 @@ def test_never_less_than_one_step(begin):
     sigmas = torch.tensor([begin, begin - 0.2, 0.0])
     plan = resolve(Schedule(1.2, schedule.FittedWindow()), sampling("sd3"), sigmas, 4096.0)
     assert plan.contains(1000 * sigmas).tolist() == [True, False, False]
+
+
+def test_never_less_than_one_step_of_unsampling():
+    """The end of the last step is no step."""
+    sigmas = torch.tensor([0, 0.3, 0.6, 0.8, 1.0])
+    plan = resolve(Schedule(1.2, schedule.FittedWindow()), sampling("flux"), sigmas, 4096.0)
+    t = timestep(sampling("flux"), sigmas[:-1])
+    assert plan.contains(t).tolist() == [False, False, False, True]
 
 
 def test_without_a_run_no_size_is_known():

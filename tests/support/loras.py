@@ -64,6 +64,10 @@ def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, se
                     state[f"{key}.lokr_w2_a"] = random(inner[0], rank, scale=0.2)
                     state[f"{key}.lokr_w2_b"] = random(rank, inner[1], scale=0.2)
                 state[f"{key}.alpha"] = torch.tensor(2.0)
+            elif algorithm == "LoKr, whole":  # as LyCORIS writes it, but for the alpha of 0
+                state[f"{key}.lokr_w1"] = random(1, 1, scale=0.6)
+                state[f"{key}.lokr_w2"] = random(*weight.shape, scale=0.2)
+                state[f"{key}.alpha"] = torch.tensor(0.0)
             elif algorithm == "full":
                 state[f"{key}.diff"] = random(*weight.shape, scale=0.02)
             elif algorithm.startswith("GLoRA"):
