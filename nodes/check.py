@@ -67,7 +67,7 @@ class TACAPromptCheck(io.ComfyNode):
         judge = Judge(clip[0])
         found = {each: judge.phrases(each) if find_phrases[0] else [] for each in {*texts}}
         atoms = [
-            tuple(dict.fromkeys([each, *lines(some), *found[each]]))
+            tuple(dict.fromkeys([each.strip(), *lines(some), *found[each]]))
             for each, some in zip(texts, own, strict=True)
         ]
         judge.load()

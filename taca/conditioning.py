@@ -212,6 +212,8 @@ def attach(
         if more:
             log.info("TACA takes %d tokens before those of the text for pictures'.", more)
         carrying.append([text, {**extras, KEY: words.behind(more)}])
+        if KEY in (waiting := extras.get("model_conds", {})):  # for the words that it had before
+            carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != KEY}
     if not words.weigh:
         return carrying
     if not any_model:

@@ -252,8 +252,8 @@ def shuffles() -> bool:
 
 
 def geometric_mean(probabilities: Sequence[float]) -> float:
-    """One that is 0 makes it 0."""
-    return math.prod(probabilities) ** (1 / len(probabilities))
+    """One that is 0 makes it 0. A root of each: the product of many would round to 0."""
+    return math.prod(each ** (1 / len(probabilities)) for each in probabilities)
 
 
 def _seeing(clip: Any) -> tuple[str, Any, Family]:

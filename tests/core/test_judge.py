@@ -192,6 +192,18 @@ def test_a_sheet(pair, check, monkeypatch):
     assert table.shape[-1] == 3
 
 
+def test_many_phrases_and_small_numbers():
+    """Their product is smaller than any float."""
+    assert judge_of.geometric_mean([1e-3, 1e-5] * 100) == pytest.approx(1e-4)
+    assert judge_of.geometric_mean([0.5, 0.0]) == 0
+
+
+def test_white_space_around_the_text(check, qwen3):
+    picture = pictures(64, 64)
+    alone = check(picture, ATOMS[1], qwen3)[0]
+    assert check(picture, f"\n{ATOMS[1]} \n", qwen3, ATOMS[1])[0] == alone
+
+
 def test_is_freed(check, tmp_path):
     clip = made("qwen3" if judges.exists("qwen3") else "qwen25", tmp_path)[1]
     alive = weakref.ref(clip.cond_stage_model)

@@ -166,6 +166,18 @@ def test_what_to_avoid_is_behind_the_prompt(pack):
     assert "hooks" not in pack["TACATextEncode"].execute(clip, PLAIN).result[0][0][1]
 
 
+def test_words_that_weigh_no_more_need_no_taca(pack):
+    """TACA Weigh Words takes the place of what any_model had put there."""
+    clip, weigh = clip_named("FLUX.1"), pack["TACAWeighWords"].execute
+    (waiting,) = pack["TACATextEncode"].execute(clip, TEXT, any_model=False).result
+    assert KEY in waiting[0][1]["model_conds"]
+    for text in (PLAIN, TEXT):
+        ((_, extras),) = weigh(waiting, clip, text).result[0]
+        assert KEY not in extras["model_conds"]
+        assert ("hooks" in extras) == (text == TEXT)
+    assert KEY in weigh(waiting, clip, TEXT, any_model=False).result[0][0][1]["model_conds"]
+
+
 def test_words_of_what_is_beside_the_text():
     """Llama's tokens of HiDream-I1."""
     clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
