@@ -1,8 +1,8 @@
 """One server through a long day: prompts in random order, then workflows that are broken anyhow.
 
-``TACA_FUZZ=10000`` sets how many broken workflows are sent (300 otherwise), and then 200 prompts
-are run instead of 40, each equal to what a fresh server of its own draws. What was counted is
-logged: ``-o log_cli=true --log-cli-level=INFO``.
+``TACA_PROMPTS=1000`` sets how many prompts are run (40 otherwise), and then each is also equal to
+what a fresh server of its own draws. ``TACA_FUZZ=10000`` sets how many broken workflows are sent
+(300 otherwise). What was counted is logged: ``-o log_cli=true --log-cli-level=INFO``.
 """
 
 import copy
@@ -26,15 +26,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import theilslopes
 
 from support.fuzz import many
-from support.servers import DEMO_MODEL, LORA, add_tiny_clip, on_the_demo_model, save_lora
+from support.servers import (
+    DEMO_MODEL,
+    LORA,
+    U_VIT,
+    add_tiny_clip,
+    on_the_demo_model,
+    save_lora,
+    save_uvit,
+)
 from support.workflow import DEMO, ONE_THREAD, USERS, WIDGETS, api_form, read
 
 log = logging.getLogger(__name__)
 FUZZ = int(os.environ.get("TACA_FUZZ", "0"))
-PROMPTS = 200 if FUZZ else 40
-GROWTH = 24  # MiB a server may hold more at the end than after a quarter of its prompts
+LONG = "TACA_PROMPTS" in os.environ
+PROMPTS = int(os.environ.get("TACA_PROMPTS", "40"))
+SETTLED = min(100, PROMPTS * 3 // 5)  # prompts after which a server holds what it needs
+GROWTH = 24  # MiB a server may hold more at the end than then
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +54,13 @@ def serving(tmp_path_factory):
 
     def serve():
         folder = tmp_path_factory.mktemp("server")
-        loras = folder / "base/output/loras"
-        loras.mkdir(parents=True)
-        save_lora(loras / LORA)
+        output = folder / "base/output"
+        for kind, name, save in (
+            ("loras", LORA, save_lora),
+            ("diffusion_models", U_VIT, save_uvit),
+        ):
+            (output / kind).mkdir(parents=True)
+            save(output / kind / name)
         add_tiny_clip(folder / "base")
         return comfy_server.serving(folder / "base", folder / "log")
 
@@ -59,96 +74,177 @@ def server(serving):
         yield running
 
 
+MODELS = (DEMO_MODEL, "taca_demo_suppressed_mmdit.safetensors")
+OTHER_LORA = "taca_demo_lora.safetensors"
+
+
 def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
 
 
-def prompt(kind, seed, width):
-    """One of five workflows: the model through other nodes each time."""
+def prompt(kind, file, seed, width):
+    """A workflow: a model through other nodes for each kind."""
+    text = "a red circle left of a blue square"
+    width = 128 if kind == "U-ViT" else width  # the one that it knows
+    sampler, steps, cfg = "euler", 5, 3.0
     graph = {
-        "file": node("UNETLoader", unet_name=DEMO_MODEL, weight_dtype="default"),
-        "taca": node("TACAPatchModel", model=["file", 0], gamma=1.5, timestep_threshold=900.0),
+        "plain": node("UNETLoader", unet_name=file, weight_dtype="default"),
+        "taca": node("TACAPatchModel", model=["plain", 0], gamma=1.5, timestep_threshold=900.0),
         "schedule": node(
             "TACASchedule",
             gamma=1.8,
             window="percent",
             **{"window.start_percent": 0.0, "window.end_percent": 0.5, "window.shape": "cosine"},
         ),
-        "options": node("TACAOptions", positive_only=True, blocks="joint 0-2"),
-        "limited": node(
+        "limits": node("TACAOptions", positive_only=True, blocks="joint 0-2"),
+        "options": node(
             "TACAPatchModel",
-            model=["file", 0],
+            model=["plain", 0],
             gamma=1.5,
             timestep_threshold=900.0,
             schedule=["schedule", 0],
-            options=["options", 0],
+            options=["limits", 0],
         ),
         "lora": node("LoadTACALoRA", model=["taca", 0], lora_name=LORA, strength=1.0),
-        "sweep": node("TACASweep", model=["file", 0], gammas="1, 1.5", timestep_thresholds="900"),
+        "two LoRAs": node(
+            "LoraLoaderModelOnly", model=["lora", 0], lora_name=OTHER_LORA, strength_model=1.0
+        ),
+        "sweep": node("TACASweep", model=["plain", 0], gammas="1, 1.5", timestep_thresholds="900"),
+        "U-ViT": node("LoadUViT", unet_name=U_VIT),
     }
-    model = {"plain": "file", "options": "limited"}.get(kind, kind)
+    model = [kind if kind in graph else "taca", 0]
     graph |= {
-        "positive": node("TACADemoTextEncode", text="a red circle left of a blue square"),
+        "positive": node("TACADemoTextEncode", text=text),
         "negative": node("TACADemoTextEncode", text=""),
         "latent": node("EmptySD3LatentImage", width=width, height=128, batch_size=1),
-        "sample": node(
-            "KSampler",
-            model=[model, 0],
-            seed=seed,
-            steps=5,
-            cfg=3.0,
-            denoise=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["latent", 0],
-        ),
         "decode": node("TACADemoDecode", upscale=1, samples=["sample", 0]),
         "show": node("PreviewImage", images=["decode", 0]),
     }
+    if kind == "words":
+        graph |= {
+            "clip": node("TACADemoLoadCLIP"),
+            "positive": node(
+                "TACATextEncode",
+                clip=["clip", 0],
+                text="a (red:0) circle left of a (blue:1.5) square",
+                avoid="a yellow circle",
+            ),
+        }
+    conds = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    if kind == "report":
+        graph |= {
+            "guider": node("CFGGuider", model=model, cfg=cfg, **conds),
+            "noise": node("RandomNoise", noise_seed=seed),
+            "sampler": node("KSamplerSelect", sampler_name=sampler),
+            "sigmas": node(
+                "BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0
+            ),
+            "sample": node(
+                "TACAAttentionReport",
+                **{name: [name, 0] for name in ("guider", "noise", "sampler", "sigmas")},
+                latent_image=["latent", 0],
+                words="red=1, square=7",
+            ),
+        }
+    else:
+        graph["sample"] = node(
+            "KSampler",
+            model=model,
+            seed=seed,
+            steps=steps,
+            cfg=1.0 if kind == "CFG 1" else cfg,
+            denoise=1.0,
+            sampler_name="dpmpp_2s_ancestral" if kind == "ancestral" else sampler,
+            scheduler="simple",
+            latent_image=["latent", 0],
+            **conds,
+        )
     return graph
 
 
+KINDS = (
+    *("plain", "taca", "lora", "options", "sweep"),
+    *("two LoRAs", "words", "report", "CFG 1", "ancestral", "U-ViT"),
+)
 DISTINCT = [
-    (kind, seed, width)
+    (kind, MODELS[(i + seed) % 2], seed, width)
     for seed, width in ((1, 128), (2, 96))
-    for kind in ("plain", "taca", "lora", "options", "sweep")
+    for i, kind in enumerate(KINDS)
 ]
 
 
 def drawn(server, *which):
     """A digest of the pictures of a prompt."""
-    images = server.run(prompt(*which))["show"]["images"]
+    outputs = server.run(prompt(*which)).values()
+    images = [image for output in outputs for image in output.get("images", ())]
     pixels = [np.asarray(Image.open(io.BytesIO(server.picture(image)))) for image in images]
+    assert pixels
     assert all(picture.std() > 10 for picture in pixels)
     return hashlib.sha256(b"".join(picture.tobytes() for picture in pixels)).hexdigest()
 
 
-def memory_of(server):
-    """MiB that a server's process holds."""
+def fail(server, *which):
+    """The same, with a text of another width that ends the first call of the model."""
+    graph = prompt(*which) | {
+        "tiny": node("TinyCLIP"),
+        "positive": node("CLIPTextEncode", clip=["tiny", 0], text="a red circle"),
+    }
+    with pytest.raises(comfy_server.Failed, match=r"shape|reads prompts"):
+        server.run(graph)
+
+
+def process_of(server):
     port = server.address.rpartition(":")[2]
     [process] = [p for p in psutil.Process().children() if port in p.cmdline()]
-    return process.memory_info().rss / 2**20
+    return process
+
+
+def cpu_seconds(process):
+    return sum(process.cpu_times()[:2])
+
+
+def forget(server):
+    """Have ComfyUI drop what it keeps of its last 10,000 prompts, some 25 KiB for each."""
+    body = json.dumps({"clear": True}).encode()
+    server._opener.open(urllib.request.Request(f"{server.address}/history", body)).close()  # noqa: S310
+
+
+def log_slope(what, values, at):
+    slope, _, low, high = theilslopes(values, np.asarray(at) / 100)
+    log.info("%s in 100 prompts: %+.2f, 95 %% from %+.2f to %+.2f", what, slope, low, high)
 
 
 def test_many_prompts(server, serving):
-    """Five workflows with two seeds and sizes in random order: each as the first time, and none
-    that changes what another draws; memory is flat."""
+    """Workflows with two models, seeds and sizes in random order, some after one that fails: each
+    as the first time, and none that changes what another draws; memory is flat.
+
+    No workflow comes twice in a row: ComfyUI would not run the second.
+    """
     order = random.Random(0)  # noqa: S311
     expected = {which: drawn(server, *which) for which in DISTINCT}
     assert len(set(expected.values())) == len(DISTINCT)
-    held = {}
-    for i in range(len(DISTINCT), PROMPTS):
-        which = order.choice(DISTINCT)
+    process, which = process_of(server), DISTINCT[-1]
+    held, seconds = {}, {}
+    for i in range(len(DISTINCT) + 1, PROMPTS + 1):
+        which = order.choice([other for other in DISTINCT if other != which])
+        if i % 5 == 0:
+            fail(server, *which)
+        start = cpu_seconds(process)
         assert drawn(server, *which) == expected[which], f"{which}, prompt {i}"
-        held[i + 1] = memory_of(server)
-    log.info("MiB after prompts: %s", {i: round(m) for i, m in held.items() if i % 10 == 0})
-    assert held[PROMPTS] - held[PROMPTS // 2 if PROMPTS < 100 else PROMPTS // 4] < GROWTH
-    if FUZZ:
+        seconds[i] = which, cpu_seconds(process) - start
+        forget(server)
+        held[i] = process.memory_info().rss / 2**20
+    log.info("MiB after prompts: %s", {i: round(held[i]) for i in held if i % (PROMPTS // 20) == 0})
+    if LONG:
+        late = range(SETTLED, PROMPTS + 1)
+        log_slope("MiB", [held[i] for i in late], late)
+        usual = {d: np.median([t for which, t in seconds.values() if which == d]) for d in DISTINCT}
+        percent = [100 * seconds[i][1] / usual[seconds[i][0]] for i in late]
+        log_slope("% of a kind's CPU time", percent, late)
         for which in DISTINCT:
             with serving() as fresh:
                 assert drawn(fresh, *which) == expected[which]
+    assert held[PROMPTS] - held[SETTLED] < GROWTH
 
 
 ODD = [
