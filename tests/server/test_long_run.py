@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 FUZZ = int(os.environ.get("TACA_FUZZ", "0"))
 LONG = "TACA_PROMPTS" in os.environ
 PROMPTS = int(os.environ.get("TACA_PROMPTS", "40"))
-SETTLED = min(100, PROMPTS * 3 // 5)  # prompts after which a server holds what it needs
-GROWTH = 24  # MiB a server may hold more at the end than then
+SETTLED = min(100, PROMPTS * 3 // 5)  # prompts; at 100 a server holds what it needs
+GROWTH = 24 if LONG else 96  # MiB a server may hold more at the end than then
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +241,10 @@ def test_many_prompts(server, serving):
         usual = {d: np.median([t for which, t in seconds.values() if which == d]) for d in DISTINCT}
         percent = [100 * seconds[i][1] / usual[seconds[i][0]] for i in late]
         log_slope("% of a kind's CPU time", percent, late)
-        for which in DISTINCT:
-            with serving() as fresh:
-                assert drawn(fresh, *which) == expected[which]
     assert held[PROMPTS] - held[SETTLED] < GROWTH
+    for which in DISTINCT if LONG else ():
+        with serving() as fresh:
+            assert drawn(fresh, *which) == expected[which]
 
 
 ODD = [
