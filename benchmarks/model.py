@@ -116,13 +116,13 @@ def load(model: Model, depth: dict[str, Any], dtype: torch.dtype, device: torch.
     config.set_inference_dtype(dtype, torch.bfloat16 if fp8 else None)
     loaded = config.get_model({}, "", device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, weight in loaded.diffusion_model.named_parameters():
+    for name, weight in loaded.diffusion_model.state_dict().items():  # SD3 has a buffer in it
         value = torch.empty(weight.shape, device=device, dtype=torch.bfloat16 if fp8 else dtype)
         if weight.ndim < 2:
             value.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             value.normal_(0, weight[0].numel() ** -0.5, generator=generator)
-        weight.data = value.to(weight.dtype)
+        weight.copy_(value)
     offload = comfy.model_management.unet_offload_device()
     return comfy.model_patcher.ModelPatcher(loaded, load_device=device, offload_device=offload)
 

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("scipy")
 import attention
 import gpu
+import model
 
 
 def dry(monkeypatch, folder, *options):
@@ -45,6 +46,18 @@ def test_a_dry_run(monkeypatch, tmp_path):
     assert set(cases["K in place"]["ways"]) == {"plain", "inside", "in place"}
     assert cases["the host's work"]["blocks"] == 57
     assert next(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("name", gpu.NAMES)
+def test_every_number_of_a_model_is_seeded(name):
+    """Buffers too: what memory held before may be NaN, and then nothing equals the plain model."""
+    one = gpu.tiny(attention.SHAPES, model.MODELS)[1][name]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty give NaN
+    try:
+        loaded = model.load(one, one.reduced, torch.float32, torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in loaded.model.diffusion_model.state_dict().values())
 
 
 def test_without_time_everything_is_named(monkeypatch, tmp_path):
