@@ -160,7 +160,9 @@ def test_scales_of_peft(tmp_path, apply_taca, load_lora, loras, kind, settings):
     kind, model, file, merged = publish(kind, tmp_path, **settings)
     ours = load_lora(apply_taca(model, 1.0, 0.0), copy_to(loras, file))
     expected = sample(merged, kind, steps=3)
-    torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=1e-4, rtol=1e-4)
+    # Deltas of that scale drive pictures far from 1, where float32 rounds more coarsely.
+    atol = 2e-5 * float(expected.abs().max())
+    torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=atol, rtol=1e-4)
 
 
 def test_confined_to_the_window(published, apply_taca, load_lora, loras):
