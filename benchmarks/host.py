@@ -6,7 +6,8 @@ in turns: plain, outside the window, inside, and inside with a LoRA on all 304 l
 also has operations to do that TACA adds; ``bare`` does these by hand, with as little Python as
 that takes, so the host's overhead is what a call takes more than ``bare``. A machine is never as
 fast for two whole calls, so each part is timed where it is small: calls that leave the model out,
-and of a real call one block of each list, over and over with what each kind had put into it.
+and one block of each list, over and over with what each kind had put into it, which does nothing
+but its attention and the layers that the LoRA changes, on what they had in a real call.
 ``--before`` times another checkout of the pack in the same rounds. ``README.md`` says how to read
 the result.
 """
@@ -17,7 +18,7 @@ import argparse
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,13 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comfy.patcher_extension import WrappersMP  # isort: skip
+from comfy.ldm.modules.attention import optimized_attention  # isort: skip
 import comfy.sd  # isort: skip
 
 METHODS = ["plain", "plain again", "outside", "outside lora", "bare", "inside", "bare lora"]
 METHODS += ["inside lora"]
 FLUX = models.MODELS["flux"]
 TINY = {"hidden_size": 128, "num_heads": 1, "context_in_dim": 64, "vec_in_dim": 32}
-TEXT, RANK = 16, 4
+TEXT, RANK, SIZE, IN_A_ROW = 8, 4, 32, 5
 MODEL = replace(FLUX, sizes=FLUX.sizes | TINY, text=(TEXT, 64), pooled=32)
 CPU = torch.device("cpu")
 
@@ -58,6 +60,23 @@ def bare_override(
     return torch.cat([text, image], 1)
 
 
+def layers_of(state: dict[str, Tensor]) -> list[str]:
+    """The names of a LoRA's layers."""
+    return [key.removesuffix(".lora_up.weight") for key in state if "lora_up" in key]
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], before: Any, after: Any = None) -> Iterator[None]:
+    """Modules that tell of their calls."""
+    hooks = [each.register_forward_pre_hook(before, with_kwargs=True) for each in modules]
+    hooks += [each.register_forward_hook(after) for each in modules] if after else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @contextmanager
 def bare_lora(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
     """A LoRA's operations in the forward of its modules, and nothing else."""
@@ -71,8 +90,7 @@ def bare_lora(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
 
         return run
 
-    names = [key.removesuffix(".lora_up.weight") for key in state if "lora_up" in key]
-    modules = {name: model.model.get_submodule(name) for name in names}
+    modules = {name: model.model.get_submodule(name) for name in layers_of(state)}
     for name, module in modules.items():
         up, down = (state[f"{name}.lora_{part}.weight"] for part in ("up", "down"))
         module.__dict__["forward"] = adding(module.forward, up.T, down)
@@ -83,29 +101,46 @@ def bare_lora(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
+Recorded = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def replaying(
+    layers: list[tuple[nn.Module, Recorded]], attention: list[Recorded], output: Any
+) -> Callable[..., Any]:
+    """A block's forward that runs some layers and the attention on what they were called with."""
+
+    def replay(*args: Any, transformer_options: dict[str, Any], **kwargs: Any) -> Any:
+        for layer, (inputs, named) in layers:
+            layer(*inputs, **named)
+        for inputs, named in attention:
+            optimized_attention(*inputs, **named, transformer_options=transformer_options)
+        return output
+
+    return replay
+
+
 @dataclass
 class Captured:
     """One call: its output, what its blocks were called with, and the forwards put into them."""
 
     output: Any = None
-    called: dict[nn.Module, Any] = field(default_factory=dict)
+    called: dict[nn.Module, Recorded] = field(default_factory=dict)
     forwards: dict[nn.Module, Any] = field(default_factory=dict)
 
     def seconds(self, block: nn.Module) -> float:
-        """Of the block once more, as it was called; blocks write into their inputs."""
-        args, kwargs = self.called[block]
-        args = [each.clone() if isinstance(each, Tensor) else each for each in args]
-        kwargs = {n: x.clone() if isinstance(x, Tensor) else x for n, x in kwargs.items()}
+        """Of the block, called as it was: the best of some in a row, as a model's blocks are."""
+        (args, kwargs), times = self.called[block], []
         for module, forward in self.forwards.items():
             module.__dict__["forward"] = forward
-        if torch.cuda.is_available():  # the host's own time is that of launching
-            torch.cuda.synchronize()
-        start = timing.clock()
-        block(*args, **kwargs)
-        end = timing.clock()
+        for _ in range(IN_A_ROW):
+            if torch.cuda.is_available():  # the host's own time is that of launching
+                torch.cuda.synchronize()
+            start = timing.clock()
+            block(*args, **kwargs)
+            times.append(timing.clock() - start)
         for module in self.forwards:
             del module.__dict__["forward"]
-        return end - start
+        return min(times)
 
 
 class Host(models.Methods):
@@ -128,7 +163,7 @@ class Host(models.Methods):
         self.on_entry: Callable[..., Any] | None = None
         probed = plain.clone()
         probed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench_outer", self.outer)
-        inputs = probed, MODEL, 64, 1
+        inputs = probed, MODEL, SIZE, 1
         bare = partial(bare_override, torch.full((1,), models.blocks.GAMMA, device=self.device))
         super().__init__(*inputs, {"bare": bare}, [RANK])
         self.models["inside lora"] = self.models[f"lora {RANK}"]
@@ -174,10 +209,48 @@ class Host(models.Methods):
             return executor(*args, **kwargs)
 
         self.on_entry = entered
-        hooks = [b.register_forward_pre_hook(grab, with_kwargs=True) for b in self.counts]
-        found.output = self.run(method, lambda call: call().clone())
-        for hook in hooks:
-            hook.remove()
+        with hooked(self.counts, before=grab):
+            found.output = self.run(method, lambda call: call().clone())
+        return found
+
+    def replays(self) -> dict[nn.Module, Callable[..., Any]]:
+        """For the first block of each list what does only its attention and its LoRA's layers."""
+        layers: dict[nn.Module, Recorded] = {}
+        attention: list[Recorded] = []
+        parts: dict[nn.Module, tuple[list[Recorded], Any]] = {}
+
+        def attended(func: Any, *args: Any, **kwargs: Any) -> Any:
+            passed_on = {"transformer_options", "_inside_attn_wrapper"}  # by core, in each call
+            known = {n: x for n, x in kwargs.items() if n not in passed_on}
+            attention.append((tuple(map(kept, args)), known))
+            return func(*args, **kwargs)
+
+        def kept(x: Any) -> Any:
+            return x.clone() if isinstance(x, Tensor) else x
+
+        def begun(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if module in self.counts:
+                attention.clear()
+            else:
+                layers[module] = tuple(map(kept, args)), kwargs
+
+        def ended(module: nn.Module, args: Any, output: Any) -> None:
+            if module in self.counts:
+                output = tuple(map(kept, output)) if isinstance(output, tuple) else kept(output)
+                parts[module] = list(attention), output
+
+        changed = [self.plain.model.get_submodule(name) for name in layers_of(self.state)]
+        own = [module for block in self.counts for module in block.modules() if module in changed]
+        probed = self.plain.clone()
+        options = probed.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = attended
+        self.models["recorded"] = probed
+        with hooked([*self.counts, *own], begun, ended):
+            self.run("recorded", lambda call: call().clone(), True)
+        found = {}
+        for block, (calls, output) in parts.items():
+            inside = [(each, layers[each]) for each in block.modules() if each in layers]
+            found[block] = replaying(inside, calls, output)
         return found
 
     def around(self, method: str, count: int) -> float:
@@ -199,7 +272,7 @@ class Host(models.Methods):
         return sum(count * captured.seconds(block) for block, count in self.counts.items())
 
     def check(self) -> dict[str, Captured]:
-        """A call of each method.
+        """A call of each method, whose blocks do no more than attend and run the LoRA's layers.
 
         Raises ValueError if one does not compute what its name says, or if nothing has loaded
         torch's compiler, as ComfyUI does.
@@ -223,6 +296,12 @@ class Host(models.Methods):
                 raise ValueError(f"{name} and {bare} are not the same")
         if alike("inside", "inside lora"):
             raise ValueError("the LoRA does nothing")
+        replays = self.replays()
+        for block, replay in replays.items():
+            block.__dict__["forward"] = replay
+        found = {method: self.capture(method) for method in self.names}
+        for block in replays:
+            del block.__dict__["forward"]
         return found
 
     def measure(self, captured: dict[str, Captured], rounds: int, calls: int) -> dict[str, Any]:
@@ -300,8 +379,8 @@ def table(case: dict[str, Any]) -> str:
         rows.append([row["label"], us, f"{low} to {high}", f"{p10} to {p90}"])
     head = ["", "median", "its 95 % interval", "10-90 % of rounds"]
     return (
-        f"Microseconds of a call, beside {case['plain_ms']} ms in the plain call's blocks: "
-        f"{case['calls']} calls of each part and kind in each of {case['rounds']} rounds.\n\n"
+        f"Microseconds of a call, beside {case['plain_ms']} ms of a plain call's attention and "
+        f"layers: {case['calls']} calls of each part and kind, {case['rounds']} rounds.\n\n"
         f"{markdown(head, rows)}"
     )
 
