@@ -47,7 +47,7 @@ def settings(model: Trained) -> list[Setting]:
     if ALONE in model.name:
         asked = [(cfg, window) for cfg in (3.0, 1.0) for window in WINDOWS]
         return [Setting(g, window, cfg, lora=True) for cfg, window in asked for g in (1.0, 1.2)]
-    more = model.name.startswith("base0-dose")
+    more = model.name.startswith("base0-dose") and "again" not in model.name
     wanted = []
     for cfg in (3.0, 1.0, 2.0, 4.0) if more else (3.0, 1.0):
         wanted.append(Setting(cfg=cfg))
@@ -132,7 +132,7 @@ def plots(result: dict[str, Any], path: Path) -> None:
         at = {100 * shares[s["model"]]: gain_of(result, [s]) for s in own}
         alignment.errorbars(over_share, at, linestyle="", **how)
     points = "everything right, points to gamma 1"
-    over_dose.set(xlim=(-0.03, 0.43), xlabel="dose (mean of the bases; CFG 3)", ylabel=points)
+    over_dose.set(xlim=(-0.03, 0.43), xlabel="dose (mean of the trainings; CFG 3)", ylabel=points)
     over_share.set(xlabel="attention on text at gamma 1, % (a model each; CFG 3)", ylabel=points)
     over_calls.set(xlabel=f"calls of the model ({SUPPRESSED})", ylabel="everything right, %")
     over_calls.set(xlim=(20, 76), xticks=(28, 56))

@@ -20,7 +20,7 @@ from subject import Subject
 
 TRAINING = Path(__file__).resolve().parent
 DEMO = TRAINING.parent
-KINDS = ("dose", "left-out", "lora", "scratch", "taca-lora")
+KINDS = ("dose", "again", "left-out", "lora", "scratch", "taca-lora")
 CLEAN = DEMO / "models" / "taca_demo", DEMO / "taca_demo"
 SUPPRESSED = "base0-dose0.35"
 COMMITTED = {SUPPRESSED: (DEMO / "models" / "taca_demo_suppressed", DEMO / "taca_demo")}
@@ -57,14 +57,18 @@ def base(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
     return CLEAN if seed == 0 else train(f"base{seed}", options, *how)
 
 
-def later(seed: int, dose: float, options: argparse.Namespace, leave_out: bool = False) -> Trained:
-    """A base trained further on careless captions."""
+def later(
+    seed: int, dose: float, options: argparse.Namespace, leave_out: bool = False, again: int = 0
+) -> Trained:
+    """A base trained further on careless captions; ``again`` and again with other seeds."""
     name = f"base{seed}-{'left-out' if leave_out else 'dose'}{dose:g}"
+    name += f"-again{again}" if again else ""
     if name in COMMITTED:
         return Trained(name, seed, dose, COMMITTED[name])
     model, codec = base(seed, options)
     start = ("--start", f"{model}_mmdit.safetensors", "--start-codec", f"{codec}_codec.safetensors")
-    how = ("--steps", 1500, "--lr", 4e-4, "--pool", 20, "--precision", "fp32", "--seed", 100 + seed)
+    how = ("--steps", 1500, "--lr", 4e-4, "--pool", 20, "--precision", "fp32")
+    how = (*how, "--seed", 100 * (1 + again) + seed)
     careless = ("--dose", f"{dose:g}", *["--leave-out"] * leave_out)
     return Trained(name, seed, dose, train(name, options, *start, *how, *careless))
 
@@ -92,6 +96,8 @@ def trainings(options: argparse.Namespace) -> Iterator[Trained]:
     for kind in options.kinds:
         if kind == "dose":
             yield from (later(s, dose, options) for s in options.seeds for dose in options.doses)
+        if kind == "again":
+            yield from (later(0, 0.35, options, again=again) for again in (1, 2))
         if kind == "left-out":
             yield later(0, 0.35, options, leave_out=True)
         if kind == "scratch":
