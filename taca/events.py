@@ -66,7 +66,7 @@ class Events:
         return taca_callback
 
     def end_call(self, seen: list[Seen], t: float, is_first: bool, model: nn.Module) -> None:
-        """Note what a call inside the window did; without blocks, a LoRA alone acted.
+        """Note what a call inside the window did; where gamma is 1, the layers of its LoRAs.
 
         Raises RuntimeError if TACA was bypassed in the first call.
         """
@@ -87,8 +87,9 @@ class Events:
                 f"there, or the TACA node."
             )
         if is_first and no_block_ran:
+            part = "block" if seen[0].forward else "layer of the TACA LoRA"
             raise RuntimeError(
-                f"TACA was bypassed: no block of {type(model).__name__} ran inside the window. "
+                f"TACA was bypassed: no {part} of {type(model).__name__} ran inside the window. "
                 f"{_replacement(model)} Take out the node that did this, or the TACA node."
             )
 
@@ -138,7 +139,7 @@ class Events:
         return f"{said}\nWarning: {bypass}" if bypass else said
 
 
-def _origin(forward: Callable[..., Any]) -> str:
+def _origin(forward: Any) -> str:
     """Name and module of a function, without what merely wraps it."""
     function = inspect.unwrap(getattr(forward, "func", forward))
     function = getattr(function, "__func__", function)

@@ -168,6 +168,17 @@ def test_a_cache_and_words(folder, name):
     assert not installed_on(model)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 1.4])
+def test_a_lora_acts_in_no_call_that_a_cache_answers(folder, apply_taca, load_lora, caplog, gamma):
+    """Also where it acts alone."""
+    caplog.set_level("INFO", logger="taca")
+    model = tiny.load(folder, "flux")
+    model = load_lora(apply_taca(model, gamma, 0.0), random_lora(model, only="blocks"))
+    sample(skips(model), "flux", steps=6, text=(TEXT, TEXT))
+    assert "acted on 3 of 6 steps" in caplog.records[-1].message
+    assert "A cache answered 3 calls" in caplog.records[-1].message
+
+
 def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
     """A first-block cache and TACA Options' blocks: an error, not another choice of blocks."""
     model = tiny.load(folder, "flux")

@@ -127,6 +127,67 @@ def test_rows_in_another_order(folder, pack, gammas):
     ] in [rows for _, rows in gammas]
 
 
+def of(c, rows):
+    """A call's arguments for these of its rows."""
+    count = len(c["c_crossattn"])
+    is_batch = {k: isinstance(v, torch.Tensor) and len(v) == count for k, v in c.items()}
+    return {k: v[rows] if is_batch[k] else v for k, v in c.items()}
+
+
+def turned_round(apply_model, given):
+    x, t, c = given["input"], given["timestep"], given["c"]
+    rows = list(range(len(x)))[::-1]
+    return apply_model(x[rows], t[rows], **of(c, rows))[rows]
+
+
+def tiles_of_one_latent(apply_model, given, together=True):
+    """Two tiles of each latent, as many rows as ComfyUI's batch has."""
+    x, t, c = given["input"], given["timestep"], given["c"]
+    result = torch.empty_like(x)
+    for i in range(len(x) // 2):
+        rows = [i, i + len(x) // 2]
+        tiles = x[rows].chunk(2, -1)
+        if together:
+            both = apply_model(torch.cat(tiles), t[rows * 2], **of(c, rows * 2)).chunk(2)
+        else:
+            both = [apply_model(tile, t[rows], **of(c, rows)) for tile in tiles]
+        result[rows] = torch.cat(both, -1)
+    return result
+
+
+@pytest.mark.parametrize("wrapper", [turned_round, tiles_of_one_latent])
+def test_as_many_rows_of_others(folder, pack, wrapper):
+    """What ComfyUI says of the batch is then of other rows: their text tells."""
+    plain = {tiles_of_one_latent: lambda *args: tiles_of_one_latent(*args, together=False)}
+    results = []
+    for each in (plain.get(wrapper), wrapper):
+        model = limited(pack, tiny.load(folder, "flux"))
+        if each is not None:
+            model.set_model_unet_function_wrapper(each)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5))
+        guider.set_cfg(3.0)
+        results.append(run(guider, batch=2))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_the_positive_prompt_twice(folder, pack, gammas):
+    """In place of the negative one, as a guidance that perturbs one of both."""
+
+    def twice(apply_model, given):
+        rows = [given["cond_or_uncond"].index(0)] * 2
+        x, t, c = given["input"], given["timestep"], given["c"]
+        return apply_model(x[rows], t[rows], **of(c, rows))
+
+    model = limited(pack, tiny.load(folder, "flux"))
+    model.set_model_unet_function_wrapper(twice)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5))
+    guider.set_cfg(3.0)
+    run(guider)
+    assert {tuple(rows) for _, rows in gammas} == {(True, True)}
+
+
 def test_rows_that_nobody_knows_are_an_error(folder, pack):
     """A pack that mixes the texts of both prompts in each row."""
 
