@@ -68,6 +68,7 @@ class Run:
     # Whether each attention kernel takes masks, by name.
     takes_masks: dict[str, bool] = field(default_factory=dict)
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
+    caches_lora: bool = False  # whether ComfyUI's caches may hold what a LoRA made
 
     def __post_init__(self) -> None:
         self.fallback = Fallback(self.config.untraceable)
