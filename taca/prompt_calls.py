@@ -162,4 +162,5 @@ def _has_text(row: Tensor | None, entry: Entry) -> bool:
     text = entry["model_conds"].get("c_crossattn")
     if row is None or text is None:
         return row is text
-    return any(torch.equal(row[: one.shape[0]], one) for one in text.cond.to(row))
+    repeats = row.shape[0] // max(1, text.cond.shape[1])
+    return any(torch.equal(row, one.repeat(repeats, 1)) for one in text.cond.to(row))
