@@ -7,6 +7,7 @@ never reached TACA.
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,9 @@ class Events:
     steps: list[float] = field(default_factory=list)  # t at which each step begins
     called: set[Any] = field(default_factory=set)  # the conditionings of the calls until now
     called_at: list[float] = field(default_factory=list)  # t of each row of these calls
-    ended: list[None] = field(default_factory=list)  # steps whose callback came
+    last_t: float = math.nan  # the highest of the last call
+    # Steps whose callback came: t of the call before it.
+    ended: list[float] = field(default_factory=list)
     # For each call that acted how many steps had ended, and its t.
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
@@ -51,6 +54,7 @@ class Events:
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
         """Whether this is the first call of these, in the first step: no cache can answer it."""
         self.called_at.extend(t)
+        self.last_t = max(t)
         key = tuple(conditionings)
         is_first = key not in self.called and not self.ended
         self.called.add(key)
@@ -60,7 +64,7 @@ class Events:
         """A sampler's callback, which also counts the steps that ended."""
 
         def taca_callback(*args: Any, **kwargs: Any) -> Any:
-            self.ended.append(None)
+            self.ended.append(self.last_t)
             return callback(*args, **kwargs) if callback else None
 
         return taca_callback
@@ -102,8 +106,14 @@ class Events:
             own = {min(before, ended - 1) for before, _ in self.acted}
             return len(own), ended
         # A sampler that calls the model again in a step does so after the step's callback; one
-        # that tells the model another sigma than its own is still in its own step.
-        return len({step_at(self.steps[: before + 1], t) for before, t in self.acted}), total
+        # that tells the model another sigma than its own is still in its own step, which its last
+        # call before a callback begins.
+        begun = set(enumerate(self.ended))
+        own = {
+            before if (before, t) in begun else step_at(self.steps[: before + 1], t)
+            for before, t in self.acted
+        }
+        return len(own), total
 
     def report(self, what: str, where: str) -> str:
         """Log at the end of a run what happened; what of it to say under a node.

@@ -311,6 +311,29 @@ def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
     assert "acted on 3 of 10 steps" in caplog.records[-1].message
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("threshold", [700.0, 850.0])
+def test_a_sampler_that_adds_noise_before_its_steps(
+    folder, apply_taca, gammas, caplog, name, threshold
+):
+    """It tells the model more sigma than its steps begin with."""
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, threshold))
+    guider.set_conds(*conds("positive", "negative"))
+    acted, before = [], [0]
+
+    def callback(*_):
+        acted.append(len(gammas) > before[-1])
+        before.append(len(gammas))
+
+    sampler = comfy.samplers.ksampler(name, {"s_churn": 4.0})
+    noise = torch.randn(1, 16, 8, 8, generator=torch.manual_seed(3))
+    sigmas = torch.linspace(1, 0, 11)
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, seed=1)
+    assert sum(acted) > sum(1000 * sigmas >= threshold)
+    assert f"acted on {sum(acted)} of 10 steps" in caplog.records[-1].message
+
+
 @pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
 @pytest.mark.parametrize("threshold", [0.0, 860.0])
 def test_a_sampler_that_chooses_its_own_steps(folder, apply_taca, gammas, caplog, name, threshold):
