@@ -44,7 +44,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     sites, seen = run.sites_of(base_model), list[Seen]()
     swaps = block_swaps(run, base_model, call, gamma, words, seen)
     if not swaps:  # a LoRA alone acts
-        sites.lora_ran.called = False
+        sites.lora_ran.called = sites.lora_ran.attended = False
         seen.append(sites.lora_ran)
     if all(inside):
         swaps += sites.lora_swaps

@@ -1,8 +1,8 @@
 """What happened in a run, counted at its calls.
 
-A call inside the window *acted* if each block with text that ran was attended by TACA. It was
-*answered by a cache* if no block ran, and *attended elsewhere* if the attention of a block that ran
-never reached TACA.
+A call inside the window *acted* if each block with text that ran was attended by TACA, and one did.
+It was *answered by a cache* if no block ran, and *attended elsewhere* if the attention of a block
+that ran never reached TACA.
 """
 
 import inspect
@@ -49,6 +49,7 @@ class Events:
     # For each call that acted how many steps had ended, and its t.
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
+    idle: list[None] = field(default_factory=list)  # calls in which no block met text
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
@@ -81,8 +82,10 @@ class Events:
             self.elsewhere.append((len(missed), count, _origin(missed[0].forward)))
         elif no_block_ran:
             self.cached.append(None)
-        else:
+        elif any(block.attended for block in seen):
             self.acted.append((len(self.ended), t))
+        else:
+            self.idle.append(None)
         if is_first and missed:
             blocks, count, who = self.elsewhere[-1]
             raise RuntimeError(
@@ -134,6 +137,11 @@ class Events:
             )
             log.warning("TACA: %s", bypass)
         advice = f" A cache answered {len(self.cached)} calls in the window." if self.cached else ""
+        if not count and self.idle:
+            advice += (
+                f" In {len(self.idle)} calls in the window no block that gets TACA ran with text: "
+                f"TACA Options may choose blocks that another node leaves out."
+            )
         if not count and not advice:
             # Some samplers tell the model another t than that of their steps.
             advice = " The model was not called."

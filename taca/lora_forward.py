@@ -42,7 +42,7 @@ def additive_forward(
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ran.called = True
+        ran.called = ran.attended = True
         y = forward(x, *args, **kwargs)
         y = y.contiguous() if is_own else y.clone(memory_format=torch.contiguous_format)
         if y.numel():  # not an expert that was asked about no token
@@ -69,7 +69,7 @@ def reparametrized_forward(
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ran.called = True
+        ran.called = ran.attended = True
         used = set()
 
         def adjust(parameter: str, weight: Tensor) -> Tensor:

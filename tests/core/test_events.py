@@ -403,6 +403,20 @@ def test_the_first_call_in_which_taca_acts(folder, pack, order):
         run(guider)
 
 
+def test_chosen_blocks_that_another_node_leaves_out(folder, pack, caplog):
+    """The others run, without TACA: no call of them acted."""
+    caplog.set_level("INFO", logger="taca")
+    options = pack["TACAOptions"].execute(False, "joint 1").result[0]
+    plain = tiny.load(folder, "sd3")
+    plain.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)
+    model = pack["TACAPatchModel"].execute(plain, 1.4, 0.0, None, options).result[0]
+    assert torch.equal(sample(model, "sd3", steps=4), sample(plain, "sd3", steps=4))
+    said = caplog.records[-1].message
+    assert "acted on 0 of 4 steps" in said
+    assert "no block that gets TACA ran with text" in said
+    assert caplog.records[-1].levelname == "WARNING"
+
+
 def test_a_model_that_never_calls_its_blocks(folder, apply_taca):
     """A pack's own forward, which does what the blocks do by itself."""
 
