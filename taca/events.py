@@ -100,23 +100,24 @@ class Events:
                 f"{_replacement(model)} Take out the node that did this, or the TACA node."
             )
 
-    def counts(self) -> tuple[int, int]:
-        """Steps in which a call acted, and steps of the run."""
-        ended, total = len(self.ended), len(self.steps)
+    def step_of(self, before: int, t: float) -> int:
+        """The step, from 0, of a call at t, before which so many steps had ended."""
+        ended = len(self.ended)
         if not ended:  # a sampler that tells of no step
-            return len({step_at(self.steps, t) for _, t in self.acted}), total
-        if ended != total:  # one that chooses its own, as dpm_fast and dpm_adaptive do
-            own = {min(before, ended - 1) for before, _ in self.acted}
-            return len(own), ended
+            return step_at(self.steps, t)
+        if ended != len(self.steps):  # one that chooses its own, as dpm_fast and dpm_adaptive do
+            return min(before, ended - 1)
         # A sampler that calls the model again in a step does so after the step's callback; one
         # that tells the model another sigma than its own is still in its own step, which its last
         # call before a callback begins.
-        begun = set(enumerate(self.ended))
-        own = {
-            before if (before, t) in begun else step_at(self.steps[: before + 1], t)
-            for before, t in self.acted
-        }
-        return len(own), total
+        if self.ended[before : before + 1] == [t]:
+            return before
+        return step_at(self.steps[: before + 1], t)
+
+    def counts(self) -> tuple[int, int]:
+        """Steps in which a call acted, and steps of the run."""
+        acted = {self.step_of(*each) for each in self.acted}
+        return len(acted), len(self.ended) or len(self.steps)
 
     def report(self, what: str, where: str) -> str:
         """Log at the end of a run what happened; what of it to say under a node.

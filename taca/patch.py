@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from .arguments import RUN, run_arguments
+from .arguments import run_arguments, with_callback
 from .call import adjust_call
 from .compiler import check_compiler
 from .events import Say, silent
@@ -154,11 +154,7 @@ def watch_run(
     t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
     run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
-    callback = run.events.counted(given.get("callback"))
-    if len(args) >= len(RUN):
-        args = (*args[: len(RUN) - 1], callback, *args[len(RUN) :])
-    else:
-        kwargs["callback"] = callback
+    args, kwargs = with_callback(args, kwargs, run.events.counted(given.get("callback")))
     try:
         result = executor(*args, **kwargs)
     finally:
