@@ -18,6 +18,16 @@ def run_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return {**given, "latent_shapes": given.get("latent_shapes") or [given["noise"].shape]}
 
 
+def with_callback(
+    args: tuple[Any, ...], kwargs: dict[str, Any], callback: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a run with another callback."""
+    place = RUN.index("callback")
+    if len(args) > place:
+        return (*args[:place], callback, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "callback": callback}
+
+
 class CallArguments(NamedTuple):
     """The arguments of ``BaseModel.apply_model``, in core's order and with core's names."""
 

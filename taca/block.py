@@ -25,7 +25,7 @@ AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 class Seen:
     """What one block did in one call. Fields are only ever set, which torch.compile needs."""
 
-    forward: Forward  # what ran as the block's forward
+    forward: Forward | None = None  # what ran as the block's forward; None for layers of LoRAs
     called: bool = False
     ran: bool = False  # with text to attend to
     attended: bool = False  # by the override

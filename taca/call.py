@@ -43,11 +43,14 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
     sites, seen = run.sites_of(base_model), list[Seen]()
     swaps = block_swaps(run, base_model, call, gamma, words, seen)
+    if not swaps:  # a LoRA alone acts
+        sites.lora_ran.called = sites.lora_ran.attended = False
+        seen.append(sites.lora_ran)
     if all(inside):
         swaps += sites.lora_swaps
     elif any(inside):
         rows = to_device(torch.tensor(inside), call.t.device)
-        swaps += lora_swaps(sites.loras, base_model, rows)
+        swaps += lora_swaps(sites.loras, base_model, sites.lora_ran, rows)
     if not swaps:
         return executor(*args, **kwargs)
     kernel = call.transformer_options.get(OVERRIDE) or attention.optimized_attention

@@ -1,12 +1,13 @@
 """What happened in a run, counted at its calls.
 
-A call inside the window *acted* if each block with text that ran was attended by TACA. It was
-*answered by a cache* if no block ran, and *attended elsewhere* if the attention of a block that ran
-never reached TACA.
+A call inside the window *acted* if each block with text that ran was attended by TACA, and one did.
+It was *answered by a cache* if no block ran, and *attended elsewhere* if the attention of a block
+that ran never reached TACA.
 """
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,15 +43,19 @@ class Events:
     steps: list[float] = field(default_factory=list)  # t at which each step begins
     called: set[Any] = field(default_factory=set)  # the conditionings of the calls until now
     called_at: list[float] = field(default_factory=list)  # t of each row of these calls
-    ended: list[None] = field(default_factory=list)  # steps whose callback came
+    last_t: float = math.nan  # the highest of the last call
+    # Steps whose callback came: t of the call before it.
+    ended: list[float] = field(default_factory=list)
     # For each call that acted how many steps had ended, and its t.
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
+    idle: list[None] = field(default_factory=list)  # calls in which no block met text
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
         """Whether this is the first call of these, in the first step: no cache can answer it."""
         self.called_at.extend(t)
+        self.last_t = max(t)
         key = tuple(conditionings)
         is_first = key not in self.called and not self.ended
         self.called.add(key)
@@ -60,13 +65,13 @@ class Events:
         """A sampler's callback, which also counts the steps that ended."""
 
         def taca_callback(*args: Any, **kwargs: Any) -> Any:
-            self.ended.append(None)
+            self.ended.append(self.last_t)
             return callback(*args, **kwargs) if callback else None
 
         return taca_callback
 
     def end_call(self, seen: list[Seen], t: float, is_first: bool, model: nn.Module) -> None:
-        """Note what a call inside the window did; without blocks, a LoRA alone acted.
+        """Note what a call inside the window did; where gamma is 1, the layers of its LoRAs.
 
         Raises RuntimeError if TACA was bypassed in the first call.
         """
@@ -77,8 +82,10 @@ class Events:
             self.elsewhere.append((len(missed), count, _origin(missed[0].forward)))
         elif no_block_ran:
             self.cached.append(None)
-        else:
+        elif any(block.attended for block in seen):
             self.acted.append((len(self.ended), t))
+        else:
+            self.idle.append(None)
         if is_first and missed:
             blocks, count, who = self.elsewhere[-1]
             raise RuntimeError(
@@ -87,22 +94,30 @@ class Events:
                 f"there, or the TACA node."
             )
         if is_first and no_block_ran:
+            part = "block" if seen[0].forward else "layer of the TACA LoRA"
             raise RuntimeError(
-                f"TACA was bypassed: no block of {type(model).__name__} ran inside the window. "
+                f"TACA was bypassed: no {part} of {type(model).__name__} ran inside the window. "
                 f"{_replacement(model)} Take out the node that did this, or the TACA node."
             )
 
+    def step_of(self, before: int, t: float) -> int:
+        """The step, from 0, of a call at t, before which so many steps had ended."""
+        ended = len(self.ended)
+        if not ended:  # a sampler that tells of no step
+            return step_at(self.steps, t)
+        if ended != len(self.steps):  # one that chooses its own, as dpm_fast and dpm_adaptive do
+            return min(before, ended - 1)
+        # A sampler that calls the model again in a step does so after the step's callback; one
+        # that tells the model another sigma than its own is still in its own step, which its last
+        # call before a callback begins.
+        if self.ended[before : before + 1] == [t]:
+            return before
+        return step_at(self.steps[: before + 1], t)
+
     def counts(self) -> tuple[int, int]:
         """Steps in which a call acted, and steps of the run."""
-        ended, total = len(self.ended), len(self.steps)
-        if not ended:  # a sampler that tells of no step
-            return len({step_at(self.steps, t) for _, t in self.acted}), total
-        if ended != total:  # one that chooses its own, as dpm_fast and dpm_adaptive do
-            own = {min(before, ended - 1) for before, _ in self.acted}
-            return len(own), ended
-        # A sampler that calls the model again in a step does so after the step's callback; one
-        # that tells the model another sigma than its own is still in its own step.
-        return len({step_at(self.steps[: before + 1], t) for before, t in self.acted}), total
+        acted = {self.step_of(*each) for each in self.acted}
+        return len(acted), len(self.ended) or len(self.steps)
 
     def report(self, what: str, where: str) -> str:
         """Log at the end of a run what happened; what of it to say under a node.
@@ -123,6 +138,11 @@ class Events:
             )
             log.warning("TACA: %s", bypass)
         advice = f" A cache answered {len(self.cached)} calls in the window." if self.cached else ""
+        if not count and self.idle:
+            advice += (
+                f" In {len(self.idle)} calls in the window no block that gets TACA ran with text: "
+                f"TACA Options may choose blocks that another node leaves out."
+            )
         if not count and not advice:
             # Some samplers tell the model another t than that of their steps.
             advice = " The model was not called."
@@ -138,7 +158,7 @@ class Events:
         return f"{said}\nWarning: {bypass}" if bypass else said
 
 
-def _origin(forward: Callable[..., Any]) -> str:
+def _origin(forward: Any) -> str:
     """Name and module of a function, without what merely wraps it."""
     function = inspect.unwrap(getattr(forward, "func", forward))
     function = getattr(function, "__func__", function)

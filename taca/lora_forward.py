@@ -9,42 +9,57 @@ import torch
 from comfy.model_base import BaseModel
 from torch import Tensor, nn
 
+from .block import Seen
 from .lora import LoRA, LoRADelta, submodule
 from .swap import Forward, Wrap, looks_like
 
 
 def lora_swaps(
-    loras: list[LoRA], model: BaseModel, inside: Tensor | None = None
+    loras: list[LoRA], model: BaseModel, ran: Seen, inside: Tensor | None = None
 ) -> Iterator[tuple[nn.Module, Wrap]]:
     """Each module of the running model that LoRAs change, and a wrap of its forward.
 
     ``inside`` is bool ``(b,)``: which rows of the batch are inside the window; None for all.
+    ``ran`` is told when any of them is called.
     """
     for lora in loras:
         for name, deltas in zip(lora.module_names, lora.deltas, strict=True):
             module, own = submodule(model, name), list(deltas)  # type: ignore[call-overload]
             if others := [delta for delta in own if not delta.additive]:
-                wrap = partial(reparametrized_forward, module=module, name=name, deltas=others)
-                yield module, partial(wrap, inside=inside)
+                wrap = partial(reparametrized_forward, name=name, deltas=others)
+                yield module, partial(wrap, module=module, ran=ran, inside=inside)
             for delta in [delta for delta in own if delta.additive]:
-                yield module, partial(additive_forward, delta=delta, inside=inside)
+                wrap = partial(additive_forward, delta=delta)
+                yield module, partial(wrap, module=module, ran=ran, inside=inside)
 
 
-def additive_forward(forward: Forward, delta: LoRADelta, inside: Tensor | None) -> Forward:
+def additive_forward(
+    forward: Forward, module: nn.Module, ran: Seen, delta: LoRADelta, inside: Tensor | None
+) -> Forward:
     """A linear layer's output, and what a delta adds to it."""
+    # Another pack's forward may keep what it returns: only a layer's own output is added to.
+    is_own = forward == type(module).forward.__get__(module) or hasattr(forward, "taca_lora")
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
+        ran.called = ran.attended = True
+        y = forward(x, *args, **kwargs)
+        y = y.contiguous() if is_own else y.clone(memory_format=torch.contiguous_format)
         if y.numel():  # not an expert that was asked about no token
             delta.add_to(y, x, None if inside is None else _rows(inside, x))
         return y
 
+    lora_forward.taca_lora = True  # type: ignore[attr-defined]
     return lora_forward
 
 
 def reparametrized_forward(
-    forward: Forward, module: nn.Module, name: str, deltas: list[LoRADelta], inside: Tensor | None
+    forward: Forward,
+    module: nn.Module,
+    ran: Seen,
+    name: str,
+    deltas: list[LoRADelta],
+    inside: Tensor | None,
 ) -> Forward:
     """A module's output with other weights, by ComfyUI's hook for a weight's one use.
 
@@ -54,6 +69,7 @@ def reparametrized_forward(
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ran.called = ran.attended = True
         used = set()
 
         def adjust(parameter: str, weight: Tensor) -> Tensor:

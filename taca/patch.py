@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from .arguments import RUN, run_arguments
+from .arguments import run_arguments, with_callback
 from .call import adjust_call
 from .compiler import check_compiler
 from .events import Say, silent
@@ -29,7 +29,7 @@ from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
-from .timesteps import resolver, timestep
+from .timesteps import resolver, timestep, timesteps
 from .words import KEY as WORDS
 from .words import RunWords, hide_avoided
 
@@ -132,13 +132,17 @@ def watch_run(
     run.prompts = Prompts(guider, len(given["noise"]), limited)
     for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
         entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS}
-    wrappers = guider.model_options["transformer_options"]["wrappers"]
-    wrappers = wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
+    all_wrappers = guider.model_options["transformer_options"]["wrappers"]
+    wrappers = all_wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
     check_compiler(patcher.model.diffusion_model, wrappers)
     # The run reaches its calls in their wrapper, not as an entry of transformer_options: what
     # torch.compile made of a model fails without the entries it was made with. The guider's
     # options are this run's own copy.
     wrappers[KEY] = [partial(adjust_call, run)]
+    if config is not None and loras_of(patcher):  # around LazyCache
+        others = all_wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        ours = {LORA_KEY: [partial(end_caches, run)]}
+        all_wrappers[WrappersMP.PREDICT_NOISE] = ours | others
     what, where = said_of(run.config, patcher)
     if training:
         log.info("TACA: %s trains in %s.", what, where)
@@ -150,11 +154,7 @@ def watch_run(
     t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
     run.events.steps = run.word_events.steps = t[:-1]
     run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
-    callback = run.events.counted(given.get("callback"))
-    if len(args) >= len(RUN):
-        args = (*args[: len(RUN) - 1], callback, *args[len(RUN) :])
-    else:
-        kwargs["callback"] = callback
+    args, kwargs = with_callback(args, kwargs, run.events.counted(given.get("callback")))
     try:
         result = executor(*args, **kwargs)
     finally:
@@ -169,6 +169,25 @@ def watch_run(
         for each in words.schedules:
             each.say(said)
     return result
+
+
+def end_caches(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
+    """ComfyUI's PREDICT_NOISE wrapper of a run with a TACA LoRA.
+
+    What EasyCache and LazyCache keep of calls inside the window answers none behind it.
+    """
+    _, sigma, options = args[:3]
+    cache = options["transformer_options"].get("easycache")
+    if cache is not None and run.schedule is not None:
+        sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
+        inside = any(map(run.schedule.contains, timesteps(sampling, sigma)))
+        if run.caches_lora and not inside:
+            # Without the last output's norm neither leaves out a call; nor EasyCache without its
+            # differences, of prompts that come back later.
+            cache.output_prev_norm = None
+            getattr(cache, "uuid_cache_diffs", {}).clear()
+        run.caches_lora = inside
+    return executor(*args, **kwargs)
 
 
 def warn_of_lost_vram(patcher: ModelPatcher) -> None:

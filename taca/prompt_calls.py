@@ -71,16 +71,18 @@ class Prompts(NamedTuple):
         """
         entries, texts = self.entries(), call.c_crossattn
         told = call.transformer_options.get("uuids", ())
+        rows = [None] * len(call.t) if texts is None else texts
         if len(call.t) != len(told) * self.batch:
-            rows = [None] * len(call.t) if texts is None else texts
             return [[each for each in entries if _has_text(row, each[1])] for row in rows]
         found = []
-        for i, uuid in enumerate(told):
-            own = [each for each in entries if each[1]["uuid"] == uuid]
-            if len(own) != 1:
-                row = None if texts is None else texts[i * self.batch]
-                own = [self._original(each) for each in own or entries if _has_text(row, each[1])]
-            found += [own or [ANOTHER]] * self.batch
+        for i, row in enumerate(rows):
+            named = [each for each in entries if each[1]["uuid"] == told[i // self.batch]]
+            own = [each for each in named if _has_text(row, each[1])]
+            if len(own) != 1 or len(named) != 1:
+                # A row with another prompt's text is of that prompt; one with nobody's, as named.
+                alike = own or [each for each in entries if _has_text(row, each[1])]
+                own = [self._original(each) for each in alike] or named or [ANOTHER]
+            found.append(own)
         return found
 
     def _original(self, copied: tuple[str, Entry]) -> tuple[str, Entry]:
@@ -160,4 +162,5 @@ def _has_text(row: Tensor | None, entry: Entry) -> bool:
     text = entry["model_conds"].get("c_crossattn")
     if row is None or text is None:
         return row is text
-    return any(torch.equal(row[: one.shape[0]], one) for one in text.cond.to(row))
+    repeats = row.shape[0] // max(1, text.cond.shape[1])
+    return any(torch.equal(row, one.repeat(repeats, 1)) for one in text.cond.to(row))

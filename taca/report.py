@@ -17,12 +17,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
-from .arguments import CallArguments, run_arguments
+from .arguments import CallArguments, run_arguments, with_callback
 from .attention import scale_text_keys
 from .block import AFTER_HEADS, Seen, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
-from .events import step_at
+from .events import Events
 from .families import family_of, part_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .run import TacaConfig, config_of
@@ -60,9 +60,10 @@ class Report:
     schedule: ResolvedSchedule = NEVER  # of the run
     own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
-    # (step, block) -> for each call the share of the image queries' attention that goes to text,
-    # without TACA and as the run had it
-    shares: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    events: Events = field(default_factory=Events)  # of the run
+    # (steps that had ended, t, block) -> for each call the share of the image queries' attention
+    # that goes to text, without TACA and as the run had it
+    shares: dict[tuple[int, float, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     # (words, rows, columns) for each call and block: the attention that each place of the picture
     # pays to each word, averaged over heads and frames, as the run had it. An area of the picture
     # or a tile has a size of its own.
@@ -70,9 +71,12 @@ class Report:
 
     def table(self) -> Tensor:
         """Shares ``(2, steps, blocks)``: without TACA and with; NaN where nothing was seen."""
-        steps = 1 + max((step for step, _ in self.shares), default=-1)
+        shares: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for (ended, t, block), pairs in self.shares.items():
+            shares.setdefault((self.events.step_of(ended, t), block), []).extend(pairs)
+        steps = 1 + max((step for step, _ in shares), default=-1)
         table = torch.full((2, steps, len(self.blocks)), torch.nan)
-        for (step, block), pairs in self.shares.items():
+        for (step, block), pairs in shares.items():
             table[:, step, block] = torch.tensor(pairs).mean(0)
         return table
 
@@ -129,6 +133,9 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     resolved = resolver(guider.model_patcher, given["sigmas"], given["latent_shapes"][0])
     report.schedule = resolved(report.config.schedule)
     report.run_words = RunWords.of(report.prompts, resolved)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    report.events = Events(timestep(sampling, given["sigmas"])[:-1].tolist())
+    args, kwargs = with_callback(args, kwargs, report.events.counted(given.get("callback")))
     try:
         return executor(*args, **kwargs)
     finally:
@@ -144,8 +151,8 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
     if not len(positive):
         return executor(*args, **kwargs)
-    model_sampling, sigmas = base_model.model_sampling, call.transformer_options["sample_sigmas"]
-    t = timestep(model_sampling, call.t)
+    t = timestep(base_model.model_sampling, call.t)
+    report.events.begin_call((), t.tolist())
     transformer = uncompiled(base_model.diffusion_model)
     family, options = family_of(transformer), report.config.options
     gamma = report.schedule.gamma_at(t).to(call.t.device)
@@ -158,7 +165,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     starts = [start + num_text * i for i in range(repeats)]
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
-    step = step_at(timestep(model_sampling, sigmas)[:-1].tolist(), float(t.max()))
+    moment = len(report.events.ended), float(t.max())
     adjusted = {block.module for block in family.joint_blocks(transformer, options.blocks)}
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
     words = report.run_words and report.run_words.of_call(call, t.tolist(), transformer)
@@ -166,7 +173,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     swaps: list[tuple[nn.Module, Wrap]] = []
     for block in family.observed_blocks(transformer):
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
-        place = (step, index.get(block.module, -1))  # -1: no joint attention to measure
+        place = (*moment, index.get(block.module, -1))  # -1: no joint attention to measure
         places = partial(family.own_places, transformer, grid)
         probe = Probe(
             report, own, words or None, place, positive, places, family.own_image == "last", starts
@@ -184,7 +191,7 @@ class Probe:
     report: Report
     gamma: Tensor  # of the call's rows, as in this block
     words: WordWeights | None  # of the call's rows
-    place: tuple[int, int]  # step of the run and joint block, from 0
+    place: tuple[int, float, int]  # as in ``Report.shares``
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
     own_places: Callable[[int], Tensor]  # as ``Family.own_places``
     is_last: bool  # whether they are in the last span of image tokens, and not the first

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
+from .block import Seen
 from .compiler import Fallback
 from .events import Events, Say, silent
 from .families import JointBlock, family_of, part_of, uncompiled
@@ -51,6 +52,7 @@ class HookSites(NamedTuple):
     adjusted: frozenset[nn.Module]  # the modules that get TACA
     loras: list[LoRA]
     lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
+    lora_ran: Seen  # whether any of their layers was called
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Run:
     # Whether each attention kernel takes masks, by name.
     takes_masks: dict[str, bool] = field(default_factory=dict)
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
+    caches_lora: bool = False  # whether ComfyUI's caches may hold what a LoRA made
 
     def __post_init__(self) -> None:
         self.fallback = Fallback(self.config.untraceable)
@@ -84,7 +87,9 @@ class Run:
         family, limit = family_of(transformer), self.config.options.blocks
         loras = loras_of(patcher) if patcher is not None else []
         # Wrapped once, and again where another pack has replaced a forward in the meantime.
-        wraps = [(each, lru_cache(maxsize=1)(wrap)) for each, wrap in lora_swaps(loras, base_model)]
+        ran = Seen()
+        swaps = lora_swaps(loras, base_model, ran)
+        wraps = [(each, lru_cache(maxsize=1)(wrap)) for each, wrap in swaps]
         sites = HookSites(
             _lists(transformer, (*family.before, *family.joint)),
             family.observed_blocks(transformer, limit),
@@ -93,6 +98,7 @@ class Run:
             frozenset(block.module for block in family.joint_blocks(transformer, limit)),
             loras,
             wraps,
+            ran,
         )
         if self.schedule is not None:  # nothing is kept on a patched model outside a run
             self.sites[base_model] = sites

@@ -168,6 +168,56 @@ def test_a_cache_and_words(folder, name):
     assert not installed_on(model)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 1.4])
+def test_a_lora_acts_in_no_call_that_a_cache_answers(folder, apply_taca, load_lora, caplog, gamma):
+    """Also where it acts alone."""
+    caplog.set_level("INFO", logger="taca")
+    model = tiny.load(folder, "flux")
+    model = load_lora(apply_taca(model, gamma, 0.0), random_lora(model, only="blocks"))
+    sample(skips(model), "flux", steps=6, text=(TEXT, TEXT))
+    assert "acted on 3 of 6 steps" in caplog.records[-1].message
+    assert "A cache answered 3 calls" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("name", ["EasyCacheNode", "LazyCacheNode"])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_what_core_keeps_ends_with_the_window(
+    folder, apply_taca, load_lora, name, sampler, monkeypatch
+):
+    """Behind the window of a LoRA, the plain model's own answers are kept and no others."""
+    caches = pytest.importorskip("comfy_extras.nodes_easycache")
+    holder = getattr(caches, name.replace("Node", "Holder"))
+    model = tiny.load(folder, "flux")
+    lora = load_lora(apply_taca(model, 1.4, 700.0), random_lora(model, only="blocks"))
+    cached = getattr(caches, name).execute(lora, 3.0, 0.1, 1.0, False).result[0]
+    made, used = [], []
+    update, apply = holder.update_cache_diff, holder.apply_cache_diff
+
+    def told(self, x, *args):
+        used.append((sigma[0], made[-1]))
+        return apply(self, x, *args)
+
+    def kept(self, *args):
+        made.append(sigma[0])
+        return update(self, *args)
+
+    sigma = []
+
+    def watch(executor, x, t, *args):
+        sigma[:] = [1000 * float(t.max())]
+        return executor(x, t, *args)
+
+    monkeypatch.setattr(holder, "apply_cache_diff", told)
+    monkeypatch.setattr(holder, "update_cache_diff", kept)
+    others = cached.wrappers.pop(WrappersMP.PREDICT_NOISE, {})
+    cached.wrappers[WrappersMP.PREDICT_NOISE] = {"watch": [watch], **others}
+    settings = {"steps": 10, "text": (TEXT, TEXT), "sampler": sampler}
+    sample(cached, "flux", **settings)
+    assert any(at < 700 for at, _ in used)
+    assert any(at >= 700 for at, _ in used)
+    assert all((at < 700) == (of < 700) for at, of in used)
+
+
 def test_a_cache_that_hides_the_chosen_blocks(folder, pack):
     """A first-block cache and TACA Options' blocks: an error, not another choice of blocks."""
     model = tiny.load(folder, "flux")

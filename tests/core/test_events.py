@@ -94,9 +94,15 @@ def test_gamma_is_the_positive_prompts(folder, pack, gammas, which):
     assert {length for length, rows in gammas if any(rows)} == {LENGTHS["positive"]}
 
 
-def test_rows_in_another_order(folder, pack, gammas):
-    """Tiles in one batch: t1 positive, t1 negative, t2 positive, t2 negative."""
-    lengths = tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5)
+@pytest.mark.parametrize("length", [7, 14])
+def test_rows_in_another_order(folder, pack, gammas, length):
+    """Tiles in one batch: t1 positive, t1 negative, t2 positive, t2 negative.
+
+    A text may begin with another one: an empty prompt's of a causal encoder, in a template.
+    """
+    lengths = tiny.conditioning("flux", length), tiny.conditioning("flux", 7, seed=5)
+    if length > 7:
+        lengths[1][0][0] = lengths[0][0][0][:, :7]
     results = []
     for together in (False, True):
 
@@ -119,12 +125,69 @@ def test_rows_in_another_order(folder, pack, gammas):
         guider.set_cfg(3.0)
         results.append(run(guider))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
-    assert [True, False, True, False] in [rows for _, rows in gammas] or [
-        False,
-        True,
-        False,
-        True,
-    ] in [rows for _, rows in gammas]
+    rows = [True, False, True, False] if length == 7 else [True, True]
+    assert {tuple(rows), tuple(rows[::-1])} & {tuple(rows) for _, rows in gammas}
+
+
+def of(c, rows):
+    """A call's arguments for these of its rows."""
+    count = len(c["c_crossattn"])
+    is_batch = {k: isinstance(v, torch.Tensor) and len(v) == count for k, v in c.items()}
+    return {k: v[rows] if is_batch[k] else v for k, v in c.items()}
+
+
+def turned_round(apply_model, given):
+    x, t, c = given["input"], given["timestep"], given["c"]
+    rows = list(range(len(x)))[::-1]
+    return apply_model(x[rows], t[rows], **of(c, rows))[rows]
+
+
+def tiles_of_one_latent(apply_model, given, together=True):
+    """Two tiles of each latent, as many rows as ComfyUI's batch has."""
+    x, t, c = given["input"], given["timestep"], given["c"]
+    result = torch.empty_like(x)
+    for i in range(len(x) // 2):
+        rows = [i, i + len(x) // 2]
+        tiles = x[rows].chunk(2, -1)
+        if together:
+            both = apply_model(torch.cat(tiles), t[rows * 2], **of(c, rows * 2)).chunk(2)
+        else:
+            both = [apply_model(tile, t[rows], **of(c, rows)) for tile in tiles]
+        result[rows] = torch.cat(both, -1)
+    return result
+
+
+@pytest.mark.parametrize("wrapper", [turned_round, tiles_of_one_latent])
+def test_as_many_rows_of_others(folder, pack, wrapper):
+    """What ComfyUI says of the batch is then of other rows: their text tells."""
+    plain = {tiles_of_one_latent: lambda *args: tiles_of_one_latent(*args, together=False)}
+    results = []
+    for each in (plain.get(wrapper), wrapper):
+        model = limited(pack, tiny.load(folder, "flux"))
+        if each is not None:
+            model.set_model_unet_function_wrapper(each)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5))
+        guider.set_cfg(3.0)
+        results.append(run(guider, batch=2))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+
+
+def test_the_positive_prompt_twice(folder, pack, gammas):
+    """In place of the negative one, as a guidance that perturbs one of both."""
+
+    def twice(apply_model, given):
+        rows = [given["cond_or_uncond"].index(0)] * 2
+        x, t, c = given["input"], given["timestep"], given["c"]
+        return apply_model(x[rows], t[rows], **of(c, rows))
+
+    model = limited(pack, tiny.load(folder, "flux"))
+    model.set_model_unet_function_wrapper(twice)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5))
+    guider.set_cfg(3.0)
+    run(guider)
+    assert {tuple(rows) for _, rows in gammas} == {(True, True)}
 
 
 def test_rows_that_nobody_knows_are_an_error(folder, pack):
@@ -248,6 +311,29 @@ def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
     assert "acted on 3 of 10 steps" in caplog.records[-1].message
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("threshold", [700.0, 850.0])
+def test_a_sampler_that_adds_noise_before_its_steps(
+    folder, apply_taca, gammas, caplog, name, threshold
+):
+    """It tells the model more sigma than its steps begin with."""
+    caplog.set_level("INFO", logger="taca")
+    guider = comfy.samplers.CFGGuider(apply_taca(tiny.load(folder, "flux"), 1.2, threshold))
+    guider.set_conds(*conds("positive", "negative"))
+    acted, before = [], [0]
+
+    def callback(*_):
+        acted.append(len(gammas) > before[-1])
+        before.append(len(gammas))
+
+    sampler = comfy.samplers.ksampler(name, {"s_churn": 4.0})
+    noise = torch.randn(1, 16, 8, 8, generator=torch.manual_seed(3))
+    sigmas = torch.linspace(1, 0, 11)
+    guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, seed=1)
+    assert sum(acted) > sum(1000 * sigmas >= threshold)
+    assert f"acted on {sum(acted)} of 10 steps" in caplog.records[-1].message
+
+
 @pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
 @pytest.mark.parametrize("threshold", [0.0, 860.0])
 def test_a_sampler_that_chooses_its_own_steps(folder, apply_taca, gammas, caplog, name, threshold):
@@ -315,6 +401,20 @@ def test_the_first_call_in_which_taca_acts(folder, pack, order):
     guider.set_conds(*conds("positive", "negative"))
     with pytest.raises(RuntimeError, match=r"no block of Flux ran.*forward_of_a_pack"):
         run(guider)
+
+
+def test_chosen_blocks_that_another_node_leaves_out(folder, pack, caplog):
+    """The others run, without TACA: no call of them acted."""
+    caplog.set_level("INFO", logger="taca")
+    options = pack["TACAOptions"].execute(False, "joint 1").result[0]
+    plain = tiny.load(folder, "sd3")
+    plain.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)
+    model = pack["TACAPatchModel"].execute(plain, 1.4, 0.0, None, options).result[0]
+    assert torch.equal(sample(model, "sd3", steps=4), sample(plain, "sd3", steps=4))
+    said = caplog.records[-1].message
+    assert "acted on 0 of 4 steps" in said
+    assert "no block that gets TACA ran with text" in said
+    assert caplog.records[-1].levelname == "WARNING"
 
 
 def test_a_model_that_never_calls_its_blocks(folder, apply_taca):

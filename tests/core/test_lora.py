@@ -399,6 +399,29 @@ def test_multi_gpu_clones_have_their_own(folder, apply_taca, load_lora, kind):
     torch.testing.assert_close(sample(both, kind), sample(clone, kind), atol=1e-3, rtol=1e-3)
 
 
+def test_what_another_pack_keeps_of_a_layer(folder, apply_taca, load_lora):
+    """From call to call and run to run: nothing is added to it in place."""
+    model, kept = tiny.load(folder, "flux", seed=8), {}
+    layer = model.model.diffusion_model.double_blocks[0].img_mod.lin
+    forward = layer.forward
+
+    def keeping(x):
+        return kept.setdefault(x.sum().item(), forward(x))
+
+    settings = {"steps": 4, "text": (7, 7)}
+    expected = sample(model, "flux", **settings)
+    layer.forward = keeping
+    try:
+        lora = load_lora(apply_taca(model, 1.0, 900.0), random_lora(model, only="img_mod"))
+        acted = sample(lora, "flux", **settings)
+        assert torch.equal(sample(lora, "flux", **settings), acted)
+        assert torch.equal(sample(model, "flux", **settings), expected)
+    finally:
+        del layer.forward
+    assert not torch.equal(acted, expected)
+    assert torch.equal(sample(lora, "flux", **settings), acted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failing_step_leaves_nothing_behind(folder, apply_taca, load_lora, kind):
     model = tiny.load(folder, kind)

@@ -148,3 +148,26 @@ def test_another_prompt_is_still_told(film):
     schedule = SCHEDULE.Schedule(1.5, SCHEDULE.TimestepWindow(0.0))
     with pytest.raises(ValueError, match="has 9 text tokens, its prompt 3"):
         sample_family(PATCH(model, schedule, OPTIONS(prompt=OWN[:3])), case)
+
+
+@pytest.mark.parametrize("share", [0.9, 1.2])
+def test_steps_of_a_sampler_that_tells_another_sigma(folder, apply_taca, share):
+    """The report's steps are the sampler's own."""
+    model, report = tiny.load(folder, "flux"), report_on({})
+
+    def other(model, x, sigmas, extra_args, callback, **kwargs):
+        for i, sigma in enumerate(sigmas[:-1]):
+            denoised = model(x, sigma * share * x.new_ones(len(x)), **extra_args)
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            x = denoised + (x - denoised) * sigmas[i + 1] / sigma
+        return x
+
+    guider = comfy.samplers.CFGGuider(REPORT.watched(apply_taca(model, 1.4, 700.0), report))
+    guider.set_conds(tiny.conditioning("flux", 7), tiny.conditioning("flux", 7, seed=5))
+    noise, sigmas = tiny.latent(8, 8), torch.linspace(1, 0, 21)
+    guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(other), sigmas)
+    table = report.table()
+    assert table.shape[1] == 20
+    assert not table.isnan().any()
+    acted = (table[0] != table[1]).any(1).tolist()
+    assert acted == [float(1000 * share * sigma) >= 700 for sigma in sigmas[:-1]]
