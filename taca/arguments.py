@@ -1,7 +1,7 @@
 """The arguments of ComfyUI's calls: of a sampling run, and of a model in it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,9 +13,19 @@ RUN = "noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback"
 
 
 def run_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a run by name; of those, ``latent_shapes`` are always there."""
+    """The arguments of a run by name; ``latent_shapes`` is always among them."""
     given = {**dict(zip(RUN, args, strict=False)), **kwargs}
     return {**given, "latent_shapes": given.get("latent_shapes") or [given["noise"].shape]}
+
+
+def with_callback(
+    args: Sequence[Any], kwargs: Mapping[str, Any], callback: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a run with another callback, by position if they had one by position."""
+    at = RUN.index("callback")
+    if len(args) > at:
+        return (*args[:at], callback, *args[at + 1 :]), dict(kwargs)
+    return tuple(args), {**kwargs, "callback": callback}
 
 
 class CallArguments(NamedTuple):
@@ -36,7 +46,7 @@ class CallArguments(NamedTuple):
         return cls(*args, **named)._replace(others=kwargs)
 
     def initial_state(self) -> CallState:
-        """What the arguments show: the text, and a picture that a vision encoder saw."""
+        """What the arguments show: numbers of text and vision tokens, and the references."""
         text, vision = (
             0 if tokens is None else tokens.shape[1]
             for tokens in (self.c_crossattn, self.others.get("clip_fea"))
@@ -45,7 +55,7 @@ class CallArguments(NamedTuple):
         return CallState(text, vision, num_cached=cached, references=self._references(text))
 
     def _references(self, text: int) -> list[tuple[int, int]]:
-        """Where each reference stands in the text, behind it if nothing says so; and its tokens."""
+        """For each reference: its place in the text, by default the end, and its token count."""
         references = self.others.get("ref_latents") or ()
         slots = [*(self.others.get("image_slots") or ()), *[text] * len(references)]
         return [(slot, math.prod(each.shape[-2:])) for slot, each in zip(slots, references)]  # noqa: B905

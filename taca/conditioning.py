@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from .patch import watch_run
 from .prompt_tokens import PromptTokens, Table, text_of
-from .run import KEY as PATCH_KEY
+from .run import PATCH_KEY
 from .words import KEY, Words
 
 Conditioning = list[list[Any]]

@@ -21,7 +21,8 @@ from .schedule import ResolvedSchedule, Schedule
 from .swap import Wrap
 from .words import RunWords
 
-KEY = "taca"
+PATCH_KEY = "taca"
+"""The key of our wrappers and callbacks."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TacaConfig:
 
 def config_of(patcher: ModelPatcher) -> TacaConfig | None:
     """What a model that has TACA is patched with."""
-    wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, PATCH_KEY)
     return wrappers[0].args[0] if wrappers else None
 
 

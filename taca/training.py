@@ -23,7 +23,7 @@ from .block import Seen, taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
-from .run import KEY, Run, config_of
+from .run import PATCH_KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
 from .spans import num_tokens
 from .swap import Args, Kwargs
@@ -86,7 +86,7 @@ def adjust_training_call(
     model = base_model.diffusion_model
     gamma = run.config.options.gamma_of_call(gamma, call, model, run.prompts)
     adjustment = (state, partial(taca_override, gamma, None, None))
-    options = {**call.transformer_options, KEY: adjustment}
+    options = {**call.transformer_options, PATCH_KEY: adjustment}
     return executor(*call[:5], options, **call.others)
 
 
@@ -117,7 +117,7 @@ def _adjust_block(
     block: JointBlock, module: nn.Module, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs] | None:
     """Hook before a block: an override in its options, if TACA acts in this call."""
-    adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
+    adjustment = (kwargs.get("transformer_options") or {}).get(PATCH_KEY)
     if adjustment is None:
         return None
     state, override = adjustment
