@@ -100,12 +100,12 @@ def text_embedding(clip: CLIP, text: str) -> Tensor:
 
 
 def _has_projection(clip: CLIP) -> bool:
-    """Whether the file of a CLIP has its text projection.
+    """Whether the files of a CLIP have its text projection.
 
-    Where it has none, core leaves the layer as the memory was, which may be any numbers, and keeps
-    no note of it: so the file is asked.
+    Without it core leaves the layer uninitialised and records nothing, so the files have to be
+    examined.
 
-    Raises ValueError if its loader does not tell the file.
+    Raises ValueError if its loader does not record the files.
     """
     files = files_of(clip)
     if not files or not all(file.suffix in _READABLE and file.is_file() for file in files):

@@ -1,8 +1,8 @@
-"""Does a picture show a text? Asked of a vision language model that came as a text encoder.
+"""Does a picture show a text? A vision language model that came as a text encoder answers.
 
-The answer is P(yes): of the first token of the model's answer, the probability that it says yes,
-among those that say yes or no (VQAScore, arXiv 2404.01291). Nothing is generated for it: the
-question goes through the model once.
+The answer is P(yes): the probability that the first token of the model's answer means yes, among
+the tokens that mean yes or no (VQAScore, arXiv 2404.01291). Nothing is generated for it: the
+question takes one forward pass.
 """
 
 import math
@@ -24,8 +24,8 @@ from .encoder_files import opened
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
-LARGEST = 1024 * 1024  # pixels; a larger picture is made smaller, as core's edit nodes do
-LONGEST = 256  # tokens of a list of phrases
+LARGEST = 1024 * 1024  # pixels; a larger picture is scaled down, as core's edit nodes do
+LONGEST = 256  # tokens that a list of phrases may take
 LOAD = (
     "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion), Qwen2.5-VL 7B (type qwen_image) "
     "or Gemma 3 with its vision model by Load CLIP, from a safetensors file with all weights."
@@ -42,21 +42,21 @@ _QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @dataclass(frozen=True)
-class Family:
-    """How encoders of a kind are talked to, as their own chat template has it."""
+class Encoder:
+    """A kind of text encoder, and its chat template."""
 
     name: str
-    chat: str
-    picture: str  # what stands for a picture, one token of it
+    chat: str  # a turn of the user, with {} for the message
+    picture: str  # what stands for a picture; one token of it is replaced by the picture's own
     place: int  # the id of that token
-    start: tuple[int, ...] = ()
-    around: tuple[int, ...] = ()  # ids before and after that one
-    is_square: bool = False  # pictures are squeezed into a square of the model's own size
+    start: tuple[int, ...] = ()  # ids that begin every text
+    around: tuple[int, ...] = ()  # ids inserted before and after the picture
+    is_square: bool = False  # whether pictures are squeezed into a square of the model's own size
+    # Whether core does not load its head (lm_head), and would use its embeddings, which differ.
     is_headless: bool = False
-    """Core reads no head of it, and would use the embeddings, which these weights do not share."""
 
 
-_GEMMA = Family(
+_GEMMA = Encoder(
     "Gemma 3",
     "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
     "\n\n<image_soft_token>\n\n",
@@ -65,45 +65,45 @@ _GEMMA = Family(
     around=(255999, 256000),
     is_square=True,
 )
-FAMILIES = {
-    "Qwen25_7BVLI": Family(
+ENCODERS = {
+    "Qwen25_7BVLI": Encoder(
         "Qwen2.5-VL",
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _QWEN,
         _QWEN_PICTURE,
         151655,
         is_headless=True,
     ),
-    "Qwen3VL": Family("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
+    "Qwen3VL": Encoder("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
     "Gemma3_4B_Vision": _GEMMA,
     "Gemma3_12B": _GEMMA,
 }
-"""By the name of core's class of the model, or of one that it is made from."""
+"""By the name of core's class of the model, or of a base class."""
 
 
 class Judge:
     """A CLIP of ComfyUI's that can be asked about pictures.
 
-    Raises ValueError, with what to load instead, for an encoder that sees no pictures, that lacks
-    the head which makes tokens of its output, or that this ComfyUI cannot run as a language model.
+    Raises ValueError, with what to load instead, for an encoder that sees no pictures, lacks its
+    language model head, or cannot be run as a language model by this ComfyUI.
     """
 
     def __init__(self, clip: Any) -> None:
         self.clip = clip
-        self.name, self.model, self.family = _seeing(clip)
+        self.name, self.model, self.encoder = _vision_encoder(clip)
         within = vars(clip.tokenizer) | {"": clip.tokenizer}
         tokenizers = {n: part for n, part in within.items() if isinstance(part, SDTokenizer)}
         # Core calls Gemma's encoder by another name than its tokenizer.
         self.tokenizer = tokenizers.get(self.name, next(iter(tokenizers.values()))).tokenizer
         words = [[(word, self._single(word)) for word in some] for some in (YES, NO)]
         self.words = [{word: i for word, i in some if i is not None} for some in words]
-        """The words for yes and for no that are one token, with its id."""
+        """The words for yes, and those for no, that are one token; with its id."""
         self.ids = [i for some in self.words for i in some.values()]
         self.rows = self._rows_of_the_head()
-        self.is_shuffled = self.family.is_headless and shuffles()
+        self.is_shuffled = self.encoder.is_headless and shuffles()
 
     def load(self) -> None:
-        """Have core load the encoder, which it frees when it wants the memory."""
-        # LTX-2's encoder estimates its memory from the tokens.
+        """Have core load the encoder, which frees it when memory is short."""
+        # LTX-2's encoder estimates its memory use from the tokens.
         self.clip.load_model({self.name: [[(i, 1.0) for i in self.tokens("")]]})
 
     def ask(
@@ -111,13 +111,13 @@ class Judge:
     ) -> list[float]:
         """P(yes) for each question about a picture, ``(1, H, W, 3)`` in 0..1.
 
-        What was computed of the picture serves all questions. ``step`` is called after each.
-        ``load`` comes first.
+        The picture is encoded once for all questions. ``step`` is called after each of them. Call
+        ``load`` first.
         """
         device = self.clip.patcher.load_device
         answers = []
         with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
-            side = self.model.image_size if self.family.is_square else None
+            side = self.model.image_size if self.encoder.is_square else None
             shown = {"type": "image", "data": prepared(picture, side), "original_type": "image"}
             seen, extra = self.model.preprocess_embed(shown, device=device)
             if self.is_shuffled:
@@ -132,9 +132,9 @@ class Judge:
         return answers
 
     def _logits(self, seen: Tensor, extra: Any, question: str, device: Any) -> Tensor:
-        """Those of ``ids`` for the first token of the answer."""
+        """Logits of ``ids``, ``(ids,)``, for the first token of the answer."""
         tokens = self.tokens(question)
-        place = tokens.index(self.family.place)
+        place = tokens.index(self.encoder.place)
         embedding = self.model.get_input_embeddings()
         before, after = (
             embedding(torch.tensor([ids], device=device), out_dtype=torch.float32)
@@ -149,70 +149,74 @@ class Judge:
 
     def tokens(self, question: str) -> list[int]:
         """A question about a picture, in the model's own chat format."""
-        text = self.family.chat.format(self.family.picture + question)
-        ids = [*self.family.start, *self.tokenizer(text)["input_ids"]]
-        if self.family.around:
-            place = ids.index(self.family.place)
-            ids[place + 1 : place + 1] = self.family.around[1:]
-            ids[place:place] = self.family.around[:1]
+        text = self.encoder.chat.format(self.encoder.picture + question)
+        ids = [*self.encoder.start, *self.tokenizer(text)["input_ids"]]
+        if self.encoder.around:
+            place = ids.index(self.encoder.place)
+            ids[place + 1 : place + 1] = self.encoder.around[1:]
+            ids[place:place] = self.encoder.around[:1]
         return ids
 
     def phrases(self, text: str) -> list[str]:
-        """What of a text can be checked in a picture, listed by the encoder itself.
+        """The phrases of a text that can be checked in a picture, listed by the encoder itself.
 
-        Raises ValueError if core does not generate with it, or nothing came of it.
+        Raises ValueError if core does not generate text with it, or it lists none.
         """
-        if self.family.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
+        if self.encoder.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
             raise ValueError(
-                f"TACA Prompt Check: ComfyUI does not generate text with {self.family.name}, so it "
-                f"cannot list phrases. Write them yourself, or load Qwen3-VL."
+                f"TACA Prompt Check: ComfyUI does not generate text with {self.encoder.name}, so "
+                f"it cannot list phrases. Write them yourself, or load Qwen3-VL."
             )
-        request = self.family.chat.format(REQUEST.format(text))
+        request = self.encoder.chat.format(REQUEST.format(text))
         tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
         ids = self.clip.generate(tokens, do_sample=False, max_length=LONGEST)
         lines = self.clip.decode(ids).splitlines()
         if len(ids) >= LONGEST:
             lines.pop()  # cut off
-        found = [_MARK.sub("", line, count=1).strip() for line in lines]
-        if not (found := list(dict.fromkeys(filter(None, found)))):
+        stripped = [_MARK.sub("", line, count=1).strip() for line in lines]
+        found = list(dict.fromkeys(filter(None, stripped)))
+        if not found:
             raise ValueError(
-                f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write them "
-                f"yourself, a line each."
+                f"TACA Prompt Check: {self.encoder.name} listed no phrases of this text. Write "
+                f"them yourself, a line each."
             )
         return found
 
     def _single(self, word: str) -> int | None:
+        """The id of a word that is one token; None for others."""
         ids = list(self.tokenizer(word)["input_ids"])
-        ids = ids[len(self.family.start) :] if ids[:-1] == [*self.family.start] else ids
+        ids = ids[len(self.encoder.start) :] if ids[:-1] == [*self.encoder.start] else ids
         return ids[0] if len(ids) == 1 else None
 
     def _rows_of_the_head(self) -> Tensor | None:
-        """The head's rows for ``ids``, of a file whose head core does not read.
+        """The head's rows for ``ids``, from the file; None if core has loaded the head itself.
 
-        What a file lacks core leaves as the memory was: so the file is asked.
+        Core leaves weights that a file lacks uninitialised, so the file has to be examined.
+
+        Raises ValueError if no file is known, or it lacks the vision model or the head.
         """
-        needs_head = self.family.is_headless or self.model.model.config.lm_head
+        needs_head = self.encoder.is_headless or self.model.model.config.lm_head
         lacks = "eyes (visual or vision_model)"
         for file in opened(self.clip):
             names = list(file.keys())
             if not any(part in name for name in names for part in ("visual.", "vision_model.")):
                 continue
             heads = [name for name in names if name.endswith("lm_head.weight")]
-            if heads and self.family.is_headless:
+            if heads and self.encoder.is_headless:
                 return _rows(file, heads[0], self.ids)
             if heads or not needs_head:
                 return None  # core has read it, or the embeddings are the head
             lacks = "head (lm_head.weight)"
         raise ValueError(
-            f"TACA Prompt Check: this {self.family.name} has no {lacks} in its file, or its loader "
-            f"does not say which file it read, so it cannot answer. {LOAD}"
+            f"TACA Prompt Check: this {self.encoder.name} has no {lacks} in its file, or its "
+            f"loader does not say which file it read, so it cannot answer. {LOAD}"
         )
 
 
 def prepared(picture: Tensor, side: int | None = None) -> Tensor:
-    """A picture as encoders are shown it: three channels, no more than a megapixel, or a square.
+    """A picture as encoders get it: three channels, at most a megapixel; or a square of ``side``.
 
-    Core would cut a picture to a square where transformers squeezes it into one.
+    Core would crop a picture to a square where transformers squeezes it into one.
     """
     picture = picture[..., :3]
     if side:
@@ -222,18 +226,18 @@ def prepared(picture: Tensor, side: int | None = None) -> Tensor:
         )
         return resized.movedim(1, -1)
     height, width = picture.shape[1:3]
-    if (scale := math.sqrt(LARGEST / (height * width))) >= 1:
+    scale = math.sqrt(LARGEST / (height * width))
+    if scale >= 1:
         return picture
     size = round(width * scale), round(height * scale)
-    return comfy.utils.common_upscale(picture.movedim(-1, 1), *size, "area", "disabled").movedim(
-        1, -1
-    )
+    channels = picture.movedim(-1, 1)
+    return comfy.utils.common_upscale(channels, *size, "area", "disabled").movedim(1, -1)
 
 
 def shuffles() -> bool:
-    """Whether core leaves what Qwen2.5-VL sees in the order of its windows, as 0.16.3 does.
+    """Whether core leaves Qwen2.5-VL's vision tokens in the order of its windows, as 0.16.3 does.
 
-    Asked of a tower without blocks, in which no part of a picture sees another.
+    Tried on a tower without blocks, in which no token attends to another.
     """
     tower = qwen_vl.Qwen2VLVisionTransformer(
         hidden_size=4,
@@ -252,29 +256,33 @@ def shuffles() -> bool:
 
 
 def geometric_mean(probabilities: Sequence[float]) -> float:
-    """One that is 0 makes it 0. A root of each: the product of many would round to 0."""
+    """The geometric mean; 0 if one of them is 0."""
+    # The root of each, since the product of many would underflow.
     return math.prod(each ** (1 / len(probabilities)) for each in probabilities)
 
 
-def _seeing(clip: Any) -> tuple[str, Any, Family]:
-    """The encoder of a CLIP that sees pictures."""
+def _vision_encoder(clip: Any) -> tuple[str, Any, Encoder]:
+    """The encoder of a CLIP that sees pictures: its name there, its model and its kind.
+
+    Raises ValueError as ``Judge``.
+    """
     named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
     models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
     for name, model in models.items():
         for kind in type(model).__mro__:
-            if (family := FAMILIES.get(kind.__name__)) is None:
+            if (encoder := ENCODERS.get(kind.__name__)) is None:
                 continue
             if model.model.norm is None:
                 raise ValueError(
-                    f"TACA Prompt Check: this {family.name} is cut off below its last layers, and "
+                    f"TACA Prompt Check: this {encoder.name} is cut off below its last layers, and "
                     f"has no answers. {LOAD}"
                 )
-            if not family.is_headless and not hasattr(model, "logits"):
+            if not encoder.is_headless and not hasattr(model, "logits"):
                 raise ValueError(
-                    f"TACA Prompt Check: this ComfyUI does not generate text with {family.name}. "
+                    f"TACA Prompt Check: this ComfyUI does not generate text with {encoder.name}. "
                     f"Update ComfyUI."
                 )
-            return name, model, family
+            return name, model, encoder
     kinds = ", ".join(sorted({type(model).__name__.strip("_") for model in models.values()}))
     raise ValueError(
         f"TACA Prompt Check cannot show a picture to this text encoder ({kinds or 'unknown'}). "
@@ -283,12 +291,15 @@ def _seeing(clip: Any) -> tuple[str, Any, Family]:
 
 
 def _rows(file: Any, key: str, ids: Sequence[int]) -> Tensor:
-    """Rows of a weight in a file, float32; in fp8 with the scale that is beside it."""
+    """Rows of a weight in a file, float32, ``(ids, width)``; of fp8 times the scale stored with it.
+
+    Raises ValueError if it is quantised in another way.
+    """
     weight = file.get_slice(key)
     rows = [weight[i : i + 1] for i in ids]
     layer = key.removesuffix(".weight")
-    beside = (f"{layer}.scale_weight", f"{layer}.weight_scale")
-    scales = [file.get_tensor(name).float() for name in file.keys() if name in beside]  # noqa: SIM118
+    names = (f"{layer}.scale_weight", f"{layer}.weight_scale")
+    scales = [file.get_tensor(name).float() for name in file.keys() if name in names]  # noqa: SIM118
     if not rows[0].is_floating_point() or any(scale.numel() > 1 for scale in scales):
         raise ValueError(
             f"TACA Prompt Check: the head of this file is quantised in a way that is not read "
