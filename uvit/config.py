@@ -35,10 +35,7 @@ class UViTConfig:
         ``"concatenation"``, or ``"cross-attention"`` from image to text: in the image's own softmax
         where ``caption_blocks`` is a number, in one of its own where it is None.
 
-    Raises
-    ------
-    ValueError
-        If there is no such U-ViT.
+    Raises ValueError if there is no such U-ViT.
     """
 
     blocks: int = 13
@@ -89,10 +86,7 @@ class UViTConfig:
 def outside(blocks: int, count: int) -> int:
     """How many blocks lie at each end, outside the ``count`` central ones.
 
-    Raises
-    ------
-    ValueError
-        If the count is even, or not in 1 ... ``blocks``.
+    Raises ValueError if the count is even, or not in 1 ... ``blocks``.
     """
     if count % 2 == 0 or not 1 <= count <= blocks:
         raise ValueError(
