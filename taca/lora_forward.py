@@ -1,4 +1,4 @@
-"""The forwards of modules on which LoRAs act."""
+"""What a module's forward becomes where a LoRA acts on it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -31,12 +31,12 @@ def lora_swaps(
 
 
 def additive_forward(forward: Forward, delta: LoRADelta, inside: Tensor | None) -> Forward:
-    """A linear layer's output, and what a delta adds to it."""
+    """A linear layer's forward, with a delta added to its output."""
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = forward(x, *args, **kwargs).contiguous()  # as linear layers give it
-        if y.numel():  # not an expert that was asked about no token
+        if y.numel():  # an expert may get no tokens
             delta.add_to(y, x, None if inside is None else _rows(inside, x))
         return y
 
@@ -46,9 +46,9 @@ def additive_forward(forward: Forward, delta: LoRADelta, inside: Tensor | None) 
 def reparametrized_forward(
     forward: Forward, module: nn.Module, name: str, deltas: list[LoRADelta], inside: Tensor | None
 ) -> Forward:
-    """A module's output with other weights, by ComfyUI's hook for a weight's one use.
+    """A module's forward with changed weights, by ComfyUI's hook on each use of a weight.
 
-    Norms need this, which core's trainer changes, and every adapter that is not a sum.
+    This is for norms, which core's trainer changes, and for all adapters that are not a sum.
     """
     parameters = sorted({delta.place.parameter for delta in deltas})
 
@@ -83,7 +83,7 @@ def reparametrized_forward(
 
 
 def _rows(inside: Tensor, x: Tensor) -> Tensor:
-    """``inside`` such that it broadcasts over x; an error if x has other rows than the batch."""
+    """``inside``, ``(b,)``, with axes to broadcast over x; ValueError if x does not have b rows."""
     if x.shape[0] != inside.shape[0]:
         raise ValueError(
             f"TACA LoRA: a layer got {x.shape[0]} rows for a batch of {inside.shape[0]}, of which "

@@ -149,7 +149,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     transformer = uncompiled(base_model.diffusion_model)
     family, options = family_of(transformer), report.config.options
     gamma = report.schedule.gamma_at(t).to(call.t.device)
-    gamma = options.gamma_of_call(gamma, call, transformer, report.prompts)
+    gamma = options.limit(gamma, call, transformer, report.prompts)
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
     if report.asked.num_tokens is not None:
