@@ -53,7 +53,7 @@ class TACASweep(io.ComfyNode):
             )
         ]
         has_lora = bool(loras_of(model))
-        for gamma in numbers(name, "gammas", gammas):
+        for gamma in parsed(name, "gammas", gammas, float):
             # At gamma 1 the window matters to a LoRA alone.
             plain = gamma == 1 and not has_lora
             for window in windows[:1] if plain else windows:
@@ -81,11 +81,6 @@ def lines(text: str) -> list[str]:
 def with_unit(text: str) -> tuple[float, bool]:
     """A number, and whether it is in percent: 970, or 10% for the first tenth of the sampling."""
     return float(text.removesuffix("%")), text.endswith("%")
-
-
-def numbers(node: str, name: str, text: str) -> list[float]:
-    """The numbers of a node's comma-separated list; errors as ``parsed``."""
-    return parsed(node, name, text, float)
 
 
 def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]:

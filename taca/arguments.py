@@ -45,17 +45,20 @@ class CallArguments(NamedTuple):
         named = {name: kwargs.pop(name) for name in cls._fields if name in kwargs}
         return cls(*args, **named)._replace(others=kwargs)
 
+    @property
+    def num_text(self) -> int:
+        """Text tokens of the conditioning."""
+        return 0 if self.c_crossattn is None else self.c_crossattn.shape[1]
+
     def initial_state(self) -> CallState:
         """What the arguments show: numbers of text and vision tokens, and the references."""
-        text, vision = (
-            0 if tokens is None else tokens.shape[1]
-            for tokens in (self.c_crossattn, self.others.get("clip_fea"))
-        )
-        cached = self.others.get("ar_len", 0)
-        return CallState(text, vision, num_cached=cached, references=self._references(text))
+        seen = self.others.get("clip_fea")
+        num_vision = 0 if seen is None else seen.shape[1]
+        cached, references = self.others.get("ar_len", 0), self._references()
+        return CallState(self.num_text, num_vision, num_cached=cached, references=references)
 
-    def _references(self, text: int) -> list[tuple[int, int]]:
+    def _references(self) -> list[tuple[int, int]]:
         """For each reference: its place in the text, by default the end, and its token count."""
         references = self.others.get("ref_latents") or ()
-        slots = [*(self.others.get("image_slots") or ()), *[text] * len(references)]
+        slots = [*(self.others.get("image_slots") or ()), *[self.num_text] * len(references)]
         return [(slot, math.prod(each.shape[-2:])) for slot, each in zip(slots, references)]  # noqa: B905

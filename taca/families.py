@@ -107,7 +107,7 @@ class Family:
 
         Raises ValueError if the conditioning does not have ``num_prompt`` tokens.
         """
-        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
+        num_text = call.num_text
         missing = num_text - num_prompt
         if missing and (num_text != self.padded_front or missing < 0):
             raise ValueError(

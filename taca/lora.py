@@ -150,7 +150,7 @@ def loras_of(patcher: ModelPatcher) -> list[LoRA]:
 def patcher_of(lora: LoRA) -> ModelPatcher:
     """A separate patcher for the LoRA, which core loads, counts and frees along with the model's.
 
-    It is of core's own class: without dynamic VRAM for one model of a run, ComfyUI unloads the rest.
+    It is of core's own class: a model without dynamic VRAM would make ComfyUI unload all others.
     """
     return _patcher_of(lora, comfy.model_patcher.CoreModelPatcher)
 

@@ -127,7 +127,10 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         log.warning(
             "TACA: %d of %d tensors of %s have no place in this model and are left out, for "
             "example %s.",
-            *(len(missed), len(counted), name, first),
+            len(missed),
+            len(counted),
+            name,
+            first,
         )
     log.info("TACA: %s fits %d modules, strength %g.", name, len(deltas), strength)
     return LoRA(name, strength, deltas)

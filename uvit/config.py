@@ -1,7 +1,5 @@
 """The shape of a U-ViT, and which of its blocks see the text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """What a U-ViT is trained on, and how a checkpoint recognises it. Pure torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

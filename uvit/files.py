@@ -1,7 +1,5 @@
 """How a U-ViT is described by its file: by the shapes of its weights and by metadata."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """A U-ViT as a model of ComfyUI: read from a file, sampled by core, written to a file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

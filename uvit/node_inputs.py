@@ -1,7 +1,5 @@
 """From the inputs of Train U-ViT to a training."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

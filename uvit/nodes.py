@@ -1,7 +1,5 @@
 """Load U-ViT, Train U-ViT, Save U-ViT."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
