@@ -5,7 +5,7 @@ copies of them, one for each seed of each prompt, which draw it with the setting
 after each round of the search a copy of TACA Find Setting itself says which those are. So ComfyUI's
 own executor draws, shows progress, can be interrupted, and caches the results: a search that was
 interrupted resumes from them. All copies are made at once, since ComfyUI may drop from its cache
-what the current graph does not contain.
+what a run has not requested yet.
 """
 
 import json
