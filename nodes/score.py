@@ -58,8 +58,7 @@ class TACAAlignmentScore(io.ComfyNode):
 def clip_cosines(image: Tensor, text: str, clip_vision: ClipVisionModel, clip: CLIP) -> Tensor:
     """Cosine between each picture and the text (Radford et al. 2021, arXiv 2103.00020).
 
-    ``image`` is ``(b, H, W, 3)`` in 0..1, of which the middle square is seen; returns ``(b,)``,
-    float32.
+    ``image`` is ``(b, H, W, 3)`` in 0..1, cropped to its middle square; returns ``(b,)``, float32.
 
     Raises ValueError if the text is empty, or one of the encoders is not CLIP ViT-L with its
     projection.
