@@ -98,14 +98,9 @@ class TACAFindSetting(io.ComfyNode):
         judged = dict[Pair, dict[int, float]]()
         for prompt, seed, setting, value in rows:
             judged.setdefault((prompt, seed), {})[setting] = value
-        while search_.todo:
-            new = [pair for unit in search_.todo.units for pair in units[unit]]
-            if new[0] not in judged:
-                record = json.dumps({"left": search_.alive, "scores": rows})
-                return io.NodeOutput(None, None, None, record)
-            by_pair = [[judged[pair][setting] for pair in new] for setting in search_.alive]
-            shape = len(search_.alive), len(search_.todo.units), -1
-            search_.add(np.reshape(by_pair, shape).mean(-1))
+        if not advance(search_, units, judged):
+            record = json.dumps({"left": search_.alive, "scores": rows})
+            return io.NodeOutput(None, None, None, record)
         found = search_.finding()
         count, whole = (len(units[0]) * each for each in search_.pictures())
         text = f"{verdict(found, compared.labels)}\n{cost(count, whole)}"
@@ -118,6 +113,18 @@ class TACAFindSetting(io.ComfyNode):
         record = json.dumps(record_of(compared, found) | {"scores": rows})
         preview = ui.PreviewImage(page, cls=cls)
         return io.NodeOutput(page, winner + 1, compared.labels[winner], record, ui=preview)
+
+
+def advance(search: Search, units: list[list[Pair]], judged: dict[Pair, dict[int, float]]) -> bool:
+    """Add the rounds whose scores are there to a search; returns whether that was the last."""
+    while search.todo:
+        pairs = [pair for unit in search.todo.units for pair in units[unit]]
+        if pairs[0] not in judged:
+            return False
+        by_pair = [[judged[pair][setting] for pair in pairs] for setting in search.alive]
+        shape = len(search.alive), len(search.todo.units), -1
+        search.add(np.reshape(by_pair, shape).mean(-1))
+    return True
 
 
 def socket(name: str, pair: Pair) -> str:
