@@ -52,8 +52,7 @@ class Encoder:
     start: tuple[int, ...] = ()  # ids that begin every text
     around: tuple[int, ...] = ()  # ids inserted before and after the picture
     is_square: bool = False  # whether pictures are squeezed into a square of the model's own size
-    # Whether core does not load its head (lm_head), and would use its embeddings, which differ.
-    is_headless: bool = False
+    is_headless: bool = False  # whether core loads no head of it, and would use its embeddings
 
 
 _GEMMA = Encoder(
@@ -262,10 +261,7 @@ def geometric_mean(probabilities: Sequence[float]) -> float:
 
 
 def _vision_encoder(clip: Any) -> tuple[str, Any, Encoder]:
-    """The encoder of a CLIP that sees pictures: its name there, its model and its kind.
-
-    Raises ValueError as ``Judge``.
-    """
+    """The encoder of a CLIP that sees pictures: name, model and kind; errors as ``Judge``."""
     named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
     models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
     for name, model in models.items():
@@ -291,10 +287,7 @@ def _vision_encoder(clip: Any) -> tuple[str, Any, Encoder]:
 
 
 def _rows(file: Any, key: str, ids: Sequence[int]) -> Tensor:
-    """Rows of a weight in a file, float32, ``(ids, width)``; of fp8 times the scale stored with it.
-
-    Raises ValueError if it is quantised in another way.
-    """
+    """Rows of a weight in a file, float32 ``(ids, width)``, of fp8 scaled; errors as ``Judge``."""
     weight = file.get_slice(key)
     rows = [weight[i : i + 1] for i in ids]
     layer = key.removesuffix(".weight")
