@@ -93,7 +93,7 @@ class TACAPromptCheck(io.ComfyNode):
             best = summaries[scores.index(max(scores))]
             summary = f"{count} pictures, {min(scores):.3f} to {max(scores):.3f}; best: {best}"
         yes, no = (", ".join(map(repr, some)) for some in judge.words)
-        note = f"P(yes) by {judge.encoder.name}, of the answer's first token: {yes} against {no}"
+        note = f"P(yes) by {judge.family.name}, of the answer's first token: {yes} against {no}"
         [page], drawn = show([page_of(list(tables.values()), note)], summary, cls)
         return io.NodeOutput(scores, summaries, page, ui=drawn)
 

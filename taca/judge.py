@@ -42,7 +42,7 @@ _QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncoderFamily:
     """A kind of text encoder, and its chat template."""
 
     name: str
@@ -55,7 +55,7 @@ class Encoder:
     is_headless: bool = False  # whether core loads no head of it, and would use its embeddings
 
 
-_GEMMA = Encoder(
+_GEMMA = EncoderFamily(
     "Gemma 3",
     "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
     "\n\n<image_soft_token>\n\n",
@@ -64,15 +64,15 @@ _GEMMA = Encoder(
     around=(255999, 256000),
     is_square=True,
 )
-ENCODERS = {
-    "Qwen25_7BVLI": Encoder(
+ENCODER_FAMILIES = {
+    "Qwen25_7BVLI": EncoderFamily(
         "Qwen2.5-VL",
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _QWEN,
         _QWEN_PICTURE,
         151655,
         is_headless=True,
     ),
-    "Qwen3VL": Encoder("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
+    "Qwen3VL": EncoderFamily("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
     "Gemma3_4B_Vision": _GEMMA,
     "Gemma3_12B": _GEMMA,
 }
@@ -88,7 +88,7 @@ class Judge:
 
     def __init__(self, clip: Any) -> None:
         self.clip = clip
-        self.name, self.model, self.encoder = _vision_encoder(clip)
+        self.name, self.model, self.family = _vision_encoder(clip)
         within = vars(clip.tokenizer) | {"": clip.tokenizer}
         tokenizers = {n: part for n, part in within.items() if isinstance(part, SDTokenizer)}
         # Core calls Gemma's encoder by another name than its tokenizer.
@@ -98,7 +98,7 @@ class Judge:
         """The words for yes, and those for no, that are one token; with its id."""
         self.ids = [i for some in self.words for i in some.values()]
         self.rows = self._rows_of_the_head()
-        self.is_shuffled = self.encoder.is_headless and shuffles()
+        self.is_shuffled = self.family.is_headless and shuffles()
 
     def load(self) -> None:
         """Have core load the encoder, which frees it when memory is short."""
@@ -116,7 +116,7 @@ class Judge:
         device = self.clip.patcher.load_device
         answers = []
         with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
-            side = self.model.image_size if self.encoder.is_square else None
+            side = self.model.image_size if self.family.is_square else None
             shown = {"type": "image", "data": prepared(picture, side), "original_type": "image"}
             seen, extra = self.model.preprocess_embed(shown, device=device)
             if self.is_shuffled:
@@ -133,7 +133,7 @@ class Judge:
     def _logits(self, seen: Tensor, extra: Any, question: str, device: Any) -> Tensor:
         """Logits of ``ids``, ``(ids,)``, for the first token of the answer."""
         tokens = self.tokens(question)
-        place = tokens.index(self.encoder.place)
+        place = tokens.index(self.family.place)
         embedding = self.model.get_input_embeddings()
         before, after = (
             embedding(torch.tensor([ids], device=device), out_dtype=torch.float32)
@@ -148,12 +148,12 @@ class Judge:
 
     def tokens(self, question: str) -> list[int]:
         """A question about a picture, in the model's own chat format."""
-        text = self.encoder.chat.format(self.encoder.picture + question)
-        ids = [*self.encoder.start, *self.tokenizer(text)["input_ids"]]
-        if self.encoder.around:
-            place = ids.index(self.encoder.place)
-            ids[place + 1 : place + 1] = self.encoder.around[1:]
-            ids[place:place] = self.encoder.around[:1]
+        text = self.family.chat.format(self.family.picture + question)
+        ids = [*self.family.start, *self.tokenizer(text)["input_ids"]]
+        if self.family.around:
+            place = ids.index(self.family.place)
+            ids[place + 1 : place + 1] = self.family.around[1:]
+            ids[place:place] = self.family.around[:1]
         return ids
 
     def phrases(self, text: str) -> list[str]:
@@ -161,12 +161,12 @@ class Judge:
 
         Raises ValueError if core does not generate text with it, or it lists none.
         """
-        if self.encoder.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
+        if self.family.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
             raise ValueError(
-                f"TACA Prompt Check: ComfyUI does not generate text with {self.encoder.name}, so "
+                f"TACA Prompt Check: ComfyUI does not generate text with {self.family.name}, so "
                 f"it cannot list phrases. Write them yourself, or load Qwen3-VL."
             )
-        request = self.encoder.chat.format(REQUEST.format(text))
+        request = self.family.chat.format(REQUEST.format(text))
         tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
         ids = self.clip.generate(tokens, do_sample=False, max_length=LONGEST)
         lines = self.clip.decode(ids).splitlines()
@@ -176,7 +176,7 @@ class Judge:
         found = list(dict.fromkeys(filter(None, stripped)))
         if not found:
             raise ValueError(
-                f"TACA Prompt Check: {self.encoder.name} listed no phrases of this text. Write "
+                f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write "
                 f"them yourself, a line each."
             )
         return found
@@ -184,7 +184,7 @@ class Judge:
     def _single(self, word: str) -> int | None:
         """The id of a word that is one token; None for others."""
         ids = list(self.tokenizer(word)["input_ids"])
-        ids = ids[len(self.encoder.start) :] if ids[:-1] == [*self.encoder.start] else ids
+        ids = ids[len(self.family.start) :] if ids[:-1] == [*self.family.start] else ids
         return ids[0] if len(ids) == 1 else None
 
     def _rows_of_the_head(self) -> Tensor | None:
@@ -194,20 +194,20 @@ class Judge:
 
         Raises ValueError if no file is known, or it lacks the vision model or the head.
         """
-        needs_head = self.encoder.is_headless or self.model.model.config.lm_head
+        needs_head = self.family.is_headless or self.model.model.config.lm_head
         lacks = "eyes (visual or vision_model)"
         for file in opened(self.clip):
             names = list(file.keys())
             if not any(part in name for name in names for part in ("visual.", "vision_model.")):
                 continue
             heads = [name for name in names if name.endswith("lm_head.weight")]
-            if heads and self.encoder.is_headless:
+            if heads and self.family.is_headless:
                 return _rows(file, heads[0], self.ids)
             if heads or not needs_head:
                 return None  # core has read it, or the embeddings are the head
             lacks = "head (lm_head.weight)"
         raise ValueError(
-            f"TACA Prompt Check: this {self.encoder.name} has no {lacks} in its file, or its "
+            f"TACA Prompt Check: this {self.family.name} has no {lacks} in its file, or its "
             f"loader does not say which file it read, so it cannot answer. {LOAD}"
         )
 
@@ -260,25 +260,25 @@ def geometric_mean(probabilities: Sequence[float]) -> float:
     return math.prod(each ** (1 / len(probabilities)) for each in probabilities)
 
 
-def _vision_encoder(clip: Any) -> tuple[str, Any, Encoder]:
+def _vision_encoder(clip: Any) -> tuple[str, Any, EncoderFamily]:
     """The encoder of a CLIP that sees pictures: name, model and kind; errors as ``Judge``."""
     named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
     models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
     for name, model in models.items():
         for kind in type(model).__mro__:
-            if (encoder := ENCODERS.get(kind.__name__)) is None:
+            if (family := ENCODER_FAMILIES.get(kind.__name__)) is None:
                 continue
             if model.model.norm is None:
                 raise ValueError(
-                    f"TACA Prompt Check: this {encoder.name} is cut off below its last layers, and "
+                    f"TACA Prompt Check: this {family.name} is cut off below its last layers, and "
                     f"has no answers. {LOAD}"
                 )
-            if not encoder.is_headless and not hasattr(model, "logits"):
+            if not family.is_headless and not hasattr(model, "logits"):
                 raise ValueError(
-                    f"TACA Prompt Check: this ComfyUI does not generate text with {encoder.name}. "
+                    f"TACA Prompt Check: this ComfyUI does not generate text with {family.name}. "
                     f"Update ComfyUI."
                 )
-            return name, model, encoder
+            return name, model, family
     kinds = ", ".join(sorted({type(model).__name__.strip("_") for model in models.values()}))
     raise ValueError(
         f"TACA Prompt Check cannot show a picture to this text encoder ({kinds or 'unknown'}). "
