@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..taca.judge import QUESTION, Judge, geometric_mean
+from .sweep import lines
 from .ui.grades import Graded, page_of
 from .ui.schema import schema
 from .ui.text import show
@@ -73,7 +74,7 @@ class TACAPromptCheck(io.ComfyNode):
         judge.load()
         bar = ProgressBar(sum(len(a) * len(batch) for a, batch in zip(atoms, image, strict=True)))
         tables: dict[tuple[str, ...], Graded] = {}
-        scores, told = [], []
+        scores, summaries = [], []
         for batch, some, name in zip(image, atoms, labels, strict=True):
             table = tables.setdefault(some, Graded(some[0], [WHOLE, *some[1:]]))
             questions = [QUESTION.format(atom) for atom in some]
@@ -86,24 +87,22 @@ class TACAPromptCheck(io.ComfyNode):
             shown = f"check {scores[-1]:.3f}"
             if len(each) > 1:
                 shown += f" ({min(each):.3f} to {max(each):.3f})"
-            told.append(f"{name}: {shown}" if name else shown)
-        summary = told[0]
+            summaries.append(f"{name}: {shown}" if name else shown)
+        summary = summaries[0]
         if count > 1:
-            best = told[scores.index(max(scores))]
+            best = summaries[scores.index(max(scores))]
             summary = f"{count} pictures, {min(scores):.3f} to {max(scores):.3f}; best: {best}"
         yes, no = (", ".join(map(repr, some)) for some in judge.words)
         note = f"P(yes) by {judge.family.name}, of the answer's first token: {yes} against {no}"
         [page], drawn = show([page_of(list(tables.values()), note)], summary, cls)
-        return io.NodeOutput(scores, told, page, ui=drawn)
-
-
-def lines(text: str) -> list[str]:
-    """What stands on the lines that are not empty."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        return io.NodeOutput(scores, summaries, page, ui=drawn)
 
 
 def spread(name: str, values: list[T], count: int) -> list[T]:
-    """One value for each picture, or one for all; ValueError if it is neither."""
+    """One value for each picture, from as many or one for all.
+
+    Raises ValueError for any other number of values.
+    """
     if len(values) not in (1, count):
         raise ValueError(
             f"TACA Prompt Check has {count} pictures and {len(values)} of {name}: connect "

@@ -1,4 +1,4 @@
-"""Copies of the part of a graph that lies between two nodes, for a node that expands to them."""
+"""Copies of the part of a graph between two nodes, for a node that expands to them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,7 +10,10 @@ Link = list[Any]
 
 
 def between(node_of: Callable[[str], Node], source: str, ends: Iterable[Link]) -> list[str]:
-    """The nodes on all ways from one to others, by their ids: the source first; empty if none."""
+    """The ids of the nodes on all paths from one to others, the source first.
+
+    Empty if one of the ends is not reached.
+    """
     leads_on = {source: True}
 
     def visit(node: str) -> bool:
@@ -31,9 +34,10 @@ def copy(
     name: str,
     changes: dict[str, Node],
 ) -> Callable[[Link], Link]:
-    """Copy nodes into a graph, with other inputs for some; returns where a link now leads.
+    """Copy nodes into a graph, with ``changes`` to the inputs of some.
 
-    A copy shows its progress in the node it is of. What is not copied is linked to as it is.
+    Returns a function that redirects a link to the copies; links to other nodes stay. A copy shows
+    its progress in the node that it was copied from.
     """
     copies = {node: graph.node(node_of(node)["class_type"], f"{name}.{node}") for node in nodes}
 

@@ -1,11 +1,11 @@
 """TACA Find Setting: the best of TACA Trial's settings, by any number.
 
 Between the two lie the user's own nodes, from a sampler to a judge. TACA Find Setting expands to
-copies of them, one for each seed of each prompt, which draws it with the settings that are left:
-after each round of the search a copy of TACA Find Setting itself says which. So ComfyUI's own
-executor draws, shows progress, can be interrupted, and keeps what each copy gave in its cache: a
-search that was interrupted goes on there. All copies are made at once, for ComfyUI may drop what a
-run has not asked for yet.
+copies of them, one for each seed of each prompt, which draw it with the settings that are left:
+after each round of the search a copy of TACA Find Setting itself says which those are. So ComfyUI's
+own executor draws, shows progress, can be interrupted, and caches the results: a search that was
+interrupted resumes from them. All copies are made at once, since ComfyUI may drop from its cache
+what a run has not requested yet.
 """
 
 import json
@@ -27,7 +27,7 @@ from .ui.text import show_text
 
 FIND = "TACA Find Setting"
 ROWS = 6
-"""Of pictures on the sheet; its columns are the baseline, the best and the one after it."""
+"""Rows of pictures on the sheet; the columns are the baseline, the best and the second best."""
 COLUMNS = 3
 
 
@@ -77,10 +77,11 @@ class TACAFindSetting(io.ComfyNode):
         left: list[str] | None = None,
         **drawn: list[Any],
     ) -> io.NodeOutput:
-        """The graph's own node expands to copies, which have the last four inputs.
+        """The user's node expands to copies of itself, which alone have the last four inputs.
 
-        One takes the scores of a prompt and seed, ``given``; one the records of these in a round,
-        ``drawn``; ``left`` is the record of the round before.
+        There are two kinds of copies. One takes the scores of a prompt and a seed, ``given``; the
+        other the records of all these in a round, ``drawn``. ``left`` is the record of the round
+        before.
         """
         compared = trials[0]
         if search and given:
@@ -91,23 +92,15 @@ class TACAFindSetting(io.ComfyNode):
             ends = {"score": score[0]} | ({"image": image[0]} if image else {})
             return expand(cls.hidden, compared, search_, ends)
         rows = json.loads(left[0])["scores"] if left else []
-        rows += [
-            row
-            for key, record in drawn.items()
-            if key[:5] == "score"
-            for row in json.loads(record[0])
-        ]
+        for name, scores in drawn.items():
+            if name.startswith("score"):
+                rows += json.loads(scores[0])
         judged = dict[Pair, dict[int, float]]()
         for prompt, seed, setting, value in rows:
             judged.setdefault((prompt, seed), {})[setting] = value
-        while search_.todo:
-            new = [pair for unit in search_.todo.units for pair in units[unit]]
-            if new[0] not in judged:
-                record = json.dumps({"left": search_.alive, "scores": rows})
-                return io.NodeOutput(None, None, None, record)
-            by_pair = [[judged[pair][setting] for pair in new] for setting in search_.alive]
-            shape = len(search_.alive), len(search_.todo.units), -1
-            search_.add(np.reshape(by_pair, shape).mean(-1))
+        if not advance(search_, units, judged):
+            record = json.dumps({"left": search_.alive, "scores": rows})
+            return io.NodeOutput(None, None, None, record)
         found = search_.finding()
         count, whole = (len(units[0]) * each for each in search_.pictures())
         text = f"{verdict(found, compared.labels)}\n{cost(count, whole)}"
@@ -122,13 +115,28 @@ class TACAFindSetting(io.ComfyNode):
         return io.NodeOutput(page, winner + 1, compared.labels[winner], record, ui=preview)
 
 
+def advance(search: Search, units: list[list[Pair]], judged: dict[Pair, dict[int, float]]) -> bool:
+    """Add the rounds whose scores are there to a search; returns whether that was the last."""
+    while search.todo:
+        pairs = [pair for unit in search.todo.units for pair in units[unit]]
+        if pairs[0] not in judged:
+            return False
+        by_pair = [[judged[pair][setting] for pair in pairs] for setting in search.alive]
+        shape = len(search.alive), len(search.todo.units), -1
+        search.add(np.reshape(by_pair, shape).mean(-1))
+    return True
+
+
 def socket(name: str, pair: Pair) -> str:
-    """The input of TACA Find Setting for what came out of one prompt and seed."""
+    """The name of TACA Find Setting's input for the result of one prompt and seed."""
     return f"{name}_{pair[0]}_{pair[1]}"
 
 
 def as_numbers(given: list[Any], count: int) -> list[float]:
-    """The judge's numbers for so many pictures; ValueError if they are not."""
+    """The judge's scores for ``count`` pictures.
+
+    Raises ValueError if there are more or fewer, or one is not finite.
+    """
     if len(given) != count:
         raise ValueError(
             f"{FIND} got {len(given)} scores for {count} pictures: between {TRIAL} and the score "
@@ -140,18 +148,21 @@ def as_numbers(given: list[Any], count: int) -> list[float]:
     return numbers
 
 
-def kept(given: list[Any], asked: dict[str, Any], settings: list[int]) -> io.NodeOutput:
-    """The record of one prompt and seed; shows in the user's node how far the search is."""
+def kept(given: list[Any], search: dict[str, Any], settings: list[int]) -> io.NodeOutput:
+    """The record of one prompt and seed; the user's node shows the progress of the search."""
     numbers = as_numbers(given, len(settings))
-    node, done, total = asked["node"], asked["done"], asked["total"]
+    node, done, total = search["node"], search["done"], search["total"]
     comfy.utils.ProgressBar(total, node_id=node).update_absolute(done)
     show_text(f"{done} of {total} pictures; {len(settings)} settings left", node)
-    rows = [[*asked["pair"], *each] for each in zip(settings, numbers, strict=True)]
+    rows = [[*search["pair"], *each] for each in zip(settings, numbers, strict=True)]
     return io.NodeOutput(None, None, None, json.dumps(rows))
 
 
 def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link]) -> io.NodeOutput:
-    """All copies that a search may need: of the user's nodes, and of itself."""
+    """All copies that a search may need: of the user's nodes, and of TACA Find Setting.
+
+    Raises ValueError if score or image do not come from the pictures of its TACA Trial.
+    """
     node_of, own = hidden.dynprompt.get_node, hidden.unique_id
     trial = node_of(own)["inputs"]["trials"][0]
     nodes = between(node_of, trial, ends.values())
@@ -168,10 +179,10 @@ def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link])
         scores = dict[str, Link]()
         for pair in (pair for unit in each.units for pair in units[unit]):
             done += each.settings + 1
-            asked = {"node": own, "pair": pair, "done": done, "total": total}
+            progress = {"node": own, "pair": pair, "done": done, "total": total}
             name, mine = f"{pair[0]}_{pair[1]}", {"search": {"pair": pair}} | left
             moved = copy(graph, node_of, nodes, name, {trial: mine})
-            given = {"search": asked, "given": moved(ends["score"])} | left
+            given = {"search": progress, "given": moved(ends["score"])} | left
             record = graph.node("TACAFindSetting", f"{name}.score", **inputs, **given)
             scores[socket("score", pair)] = record.out(3)
             if "image" in ends and not number and len(images) < ROWS:
@@ -185,7 +196,7 @@ def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link])
 def shown_of(
     compared: Trials, search: Search, scores: dict[Pair, dict[int, float]], drawn: dict[str, Any]
 ) -> list[tuple[Any, str]]:
-    """The first pictures of the baseline and the best settings, with what is written above them."""
+    """The first pictures of the baseline and of the best settings, with their captions."""
     names = compared.labels
     rank = sorted(search.differences, key=lambda i: search.differences[i][::-1], reverse=True)
     shown = []
@@ -203,7 +214,7 @@ def shown_of(
 
 
 def record_of(compared: Trials, found: Finding) -> dict[str, Any]:
-    """What was found, in numbers; settings by their places, counted from 0."""
+    """The finding as JSON has it; settings by their indices, from 0."""
     return {
         "settings": list(compared.labels),
         "prompts": len(compared.prompts),

@@ -5,6 +5,7 @@ from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
+from comfy_execution.graph_utils import is_link
 
 from ..taca.lora_file import fit_lora, read_lora
 from ..taca.patch import patch_lora
@@ -51,19 +52,20 @@ class LoadTACALoRA(io.ComfyNode):
 
 
 def lacks_taca(hidden: Any) -> bool:
-    """Whether no node behind the one that runs puts TACA on a model, in the graph as queued."""
+    """Whether no node downstream of the running one puts TACA on a model, in the queued graph."""
     graph = getattr(hidden, "prompt", None) or {}
-    behind, todo = set(), {getattr(hidden, "unique_id", None)} & graph.keys()
+    downstream, todo = set(), {getattr(hidden, "unique_id", None)} & graph.keys()
     if not todo:
-        return False  # nobody knows: the node was called by another
+        return False  # unknown: another node called this one
     while todo:
-        behind |= todo
+        downstream |= todo
         todo = {
             node
             for node, each in graph.items()
-            if any(isinstance(v, list) and v and v[0] in behind for v in each["inputs"].values())
-        } - behind
-    return not any(graph[node]["class_type"] in {"TACAPatchModel", "TACASweep"} for node in behind)
+            if any(is_link(value) and value[0] in downstream for value in each["inputs"].values())
+        } - downstream
+    kinds = {graph[node]["class_type"] for node in downstream}
+    return not kinds & {"TACAPatchModel", "TACASweep"}
 
 
 class TACATrainingWindow(io.ComfyNode):

@@ -68,10 +68,7 @@ class TACAPatchModel(io.ComfyNode):
 
 
 def ordinary_loras(hidden: Any) -> list[str]:
-    """What to say where a TACA LoRA is loaded for all steps, by a node of another kind.
-
-    The authors' files are told by their names.
-    """
+    """Warnings of TACA LoRAs that other nodes load for all steps; recognised by their names."""
     graph = (getattr(hidden, "prompt", None) or {}).values()
     loaded = [(each["class_type"], each["inputs"].get("lora_name")) for each in graph]
     return [
@@ -87,23 +84,23 @@ TACA_LORA = re.compile(
 
 
 def gamma_input() -> io.Input:
-    """The gamma widget, alike on every node that has one."""
+    """The gamma widget, the same on every node that has one."""
     return io.Float.Input("gamma", default=GAMMA, min=0.0, max=10.0, step=0.01)
 
 
 def widget(setting: Any) -> io.Input:
     """The widget of one setting of a window."""
-    name, default, look = setting.name, setting.default, setting.metadata
-    if "options" in look:
-        return io.Combo.Input(name, default=default, **look)
+    name, default, limits = setting.name, setting.default, setting.metadata
+    if "options" in limits:
+        return io.Combo.Input(name, default=default, **limits)
     if isinstance(default, tuple):
         return io.Curve.Input(name, default=list(default), socketless=False)
     kind = io.Int if isinstance(default, int) else io.Float
-    return kind.Input(name, default=default, **look)
+    return kind.Input(name, default=default, **limits)
 
 
 def windows() -> list[io.DynamicCombo.Option]:
-    """Every kind of window that this ComfyUI has the widgets for."""
+    """The kinds of windows that this ComfyUI has widgets for."""
     return [
         io.DynamicCombo.Option(name, [widget(setting) for setting in fields(window)])
         for name, window in WINDOWS.items()

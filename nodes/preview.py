@@ -64,14 +64,14 @@ class TACASchedulePreview(io.ComfyNode):
         t = timestep(model_sampling, sigmas)[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
-        lines = [
-            f"TACA acts on {sum(inside)} of {len(inside)} steps.",
-            *advice(inside, chosen.gamma),
-            *[ASSUMED] * (isinstance(chosen.window, FittedWindow) and latent_image is None),
-        ]
+        lines = [f"TACA acts on {sum(inside)} of {len(inside)} steps."]
+        lines += advice(inside, chosen.gamma)
+        if isinstance(chosen.window, FittedWindow) and latent_image is None:
+            lines.append(ASSUMED)
+        said = "\n".join(lines)
         header, rows = table(t.tolist(), gamma, inside, bool(loras_of(model)))
         drawn = pictures.stack([picture, pictures.table(header, rows, picture.width)])
-        [image], shown = show([drawn], said := "\n".join(lines), cls)
+        [image], shown = show([drawn], said, cls)
         text = "\n".join([said, "", *map("  ".join, [header, *rows])])
         return io.NodeOutput(image, text, ui=shown)
 
@@ -80,7 +80,7 @@ ASSUMED = "This is for a picture of 1024 x 1024: connect latent_image for anothe
 
 
 def advice(inside: Sequence[bool], gamma: float) -> list[str]:
-    """What to know about a run, of which these steps are inside the window, in sentences."""
+    """What to know before a run, in sentences; ``inside`` says which steps are in the window."""
     steps, count = len(inside), sum(inside)
     if not count:
         return [
@@ -100,12 +100,13 @@ def table(
     t: list[float], gamma: list[float], inside: list[bool], lora: bool
 ) -> tuple[list[str], list[list[str]]]:
     """Step, t, gamma and, where the model has one, whether its TACA LoRA is on; under a header."""
-    header = ["step", "      t", " gamma"] + ["LoRA"] * lora
+    header = ["step", "      t", " gamma", "LoRA"]
     rows = [
-        [f"{i:4}", f"{at:7.1f}", f"{value:6.3f}"] + [" off", "  on"][acts : acts + 1] * lora
+        [f"{i:4}", f"{at:7.1f}", f"{value:6.3f}", "  on" if acts else " off"]
         for i, (at, value, acts) in enumerate(zip(t, gamma, inside, strict=True), 1)
     ]
-    return header, rows
+    columns = 4 if lora else 3
+    return header[:columns], [row[:columns] for row in rows]
 
 
 def plot(gamma: list[float], inside: list[bool], sigmas: list[float], title: str) -> Image.Image:

@@ -1,4 +1,4 @@
-"""TACA Attention Report: a run of the user's own, and what attention did in it."""
+"""TACA Attention Report: what attention did in a run of the user's own graph."""
 
 import copy
 import math
@@ -76,7 +76,7 @@ class TACAAttentionReport(io.ComfyNode):
 
 
 class TACAWatchAttention(io.ComfyNode):
-    """A model whose runs, in whichever sampler, are watched."""
+    """A model whose runs are watched, in any sampler."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -101,7 +101,7 @@ class TACAWatchAttention(io.ComfyNode):
 
 
 class TACAShowAttention(io.ComfyNode):
-    """What was watched, once the picture is there."""
+    """The report of a watched run, once its picture is there."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -126,7 +126,10 @@ class TACAShowAttention(io.ComfyNode):
 def drawn(
     report: Report, decoded: Image.Image | None, node: Any
 ) -> tuple[tuple[Tensor, Tensor, str], dict[str, Any]]:
-    """What a run showed, as plots, heat maps and text; and the ``ui`` of the node."""
+    """The outputs of a report (plots, heat maps, text), and the node's ``ui``.
+
+    Raises RuntimeError if nothing was measured.
+    """
     table = report.table()
     if not table.numel():
         raise RuntimeError(
@@ -143,7 +146,9 @@ def drawn(
 def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
     """The words of a prompt, or of a positive conditioning of the run that carries its own.
 
-    Without words those that weigh are taken. Raises ValueError as ``find_words``.
+    If ``words`` is empty, the words with a weight are taken.
+
+    Raises ValueError as ``find_words``.
     """
     if clip is not None and prompt is not None:
         tokens = PromptTokens.of(clip, prompt)
@@ -159,7 +164,7 @@ def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
 
 
 def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
-    """The first conditioning that has all of these words, or one that weighs; and its tokens."""
+    """The first conditioning with all of these words, or with weights; and their tokens."""
     if not words.strip():
         chosen = next((each for each in carrying if each[KEY].weigh), carrying[0])
         return chosen, chosen[KEY].weighed_tokens()
@@ -170,7 +175,7 @@ def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[in
 
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:
-    """Shares over the steps, averaged over blocks; and over the blocks, in the first step seen."""
+    """Shares over steps, averaged over blocks; and over blocks, in the first measured step."""
     picture = pictures.blank(760, 640)
     by_step = 100 * table.nanmean(2)
     first = int((~by_step[0].isnan()).nonzero()[0])
@@ -194,7 +199,7 @@ def plot(table: Tensor, blocks: list[str]) -> Image.Image:
 
 
 def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
-    """A picture for each word, brighter where it is looked at more."""
+    """A picture for each word, brighter where the picture attends more to it."""
     if not report.maps:
         return pictures.sheet([pictures.blank(420, 8)], ["No words were chosen."], 1)
     maps, labels = [], []
@@ -214,7 +219,7 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
 
 
 def summary(table: Tensor) -> tuple[str, list[str], list[list[str]]]:
-    """The figures in a sentence, and in rows under a header."""
+    """The figures in a sentence, and as a header and rows of a table."""
     by_step = 100 * table.nanmean(2)
     seen = ~by_step[0].isnan()
     changed = by_step[:, seen & (table[0] != table[1]).any(1)]

@@ -58,8 +58,7 @@ class TACAAlignmentScore(io.ComfyNode):
 def clip_cosines(image: Tensor, text: str, clip_vision: ClipVisionModel, clip: CLIP) -> Tensor:
     """Cosine between each picture and the text (Radford et al. 2021, arXiv 2103.00020).
 
-    ``image`` is ``(b, H, W, 3)`` in 0..1, of which the middle square is seen; returns ``(b,)``,
-    float32.
+    ``image`` is ``(b, H, W, 3)`` in 0..1, cropped to its middle square; returns ``(b,)``, float32.
 
     Raises ValueError if the text is empty, or one of the encoders is not CLIP ViT-L with its
     projection.
@@ -100,12 +99,12 @@ def text_embedding(clip: CLIP, text: str) -> Tensor:
 
 
 def _has_projection(clip: CLIP) -> bool:
-    """Whether the file of a CLIP has its text projection.
+    """Whether the files of a CLIP have its text projection.
 
-    Where it has none, core leaves the layer as the memory was, which may be any numbers, and keeps
-    no note of it: so the file is asked.
+    Without it core leaves the layer uninitialised and records nothing, so the files have to be
+    examined.
 
-    Raises ValueError if its loader does not tell the file.
+    Raises ValueError if its loader does not record the files.
     """
     files = files_of(clip)
     if not files or not all(file.suffix in _READABLE and file.is_file() for file in files):

@@ -53,7 +53,7 @@ class TACASweep(io.ComfyNode):
             )
         ]
         has_lora = bool(loras_of(model))
-        for gamma in numbers(name, "gammas", gammas):
+        for gamma in parsed(name, "gammas", gammas, float):
             # At gamma 1 the window matters to a LoRA alone.
             plain = gamma == 1 and not has_lora
             for window in windows[:1] if plain else windows:
@@ -62,7 +62,7 @@ class TACASweep(io.ComfyNode):
                 chosen.append((Schedule(gamma, window), label))
         given = parsed(name, "seeds", seeds, int) if seeds.strip() else []
         seed_label = "seed {}" if given else ""
-        texts = [line.strip() for line in prompts.splitlines() if line.strip()]
+        texts = lines(prompts)
         say = NodeText(total=len(chosen) * max(1, len(given)) * max(1, len(texts)))
         patched = [(patch_model(model, schedule, say=say), label) for schedule, label in chosen]
         rows = [
@@ -73,20 +73,20 @@ class TACASweep(io.ComfyNode):
         return io.NodeOutput(*map(list, zip(*rows, strict=True)))
 
 
+def lines(text: str) -> list[str]:
+    """The lines of a widget that are not empty, without white space around them."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def with_unit(text: str) -> tuple[float, bool]:
     """A number, and whether it is in percent: 970, or 10% for the first tenth of the sampling."""
     return float(text.removesuffix("%")), text.endswith("%")
 
 
-def numbers(node: str, name: str, text: str) -> list[float]:
-    """The numbers of a node's list with commas; errors as ``parsed``."""
-    return parsed(node, name, text, float)
-
-
 def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]:
-    """The entries of a node's list with commas.
+    """The entries of a node's comma-separated list, each read by ``read``.
 
-    Raises ValueError if a part cannot be read, or there is none.
+    Raises ValueError if one cannot be read, or there is none.
     """
     try:
         values = [read(part.strip()) for part in text.replace(";", ",").split(",") if part.strip()]
@@ -126,7 +126,7 @@ class TACAContactSheet(io.ComfyNode):
         columns: Sequence[int] = (0,),
         title: list[str] | None = None,
     ) -> io.NodeOutput:
-        labels = labels or [""]  # a sweep that is bypassed gives none
+        labels = labels or [""]  # a bypassed sweep gives none
         if len(labels) not in (1, len(images)):
             raise ValueError(
                 f"TACA Contact Sheet has {len(images)} pictures and {len(labels)} labels: connect "

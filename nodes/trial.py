@@ -7,14 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from .sweep import parsed
+from .sweep import lines, parsed
 from .ui.schema import schema
 
 TRIAL = "TACA Trial"
 Pair = tuple[int, int]
-"""A prompt and a seed, by their numbers."""
-APART = 1000
-"""Between the seeds of one prompt and of the next."""
+"""A prompt and a seed, by their indices."""
+SEED_STRIDE = 1000
+"""Added to the seeds from one prompt to the next."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,19 @@ class Trials:
     prompts: tuple[str, ...]
 
     def seed_of(self, pair: Pair) -> int:
-        """The sampler's: with the same noise for all prompts, what is found might be its doing."""
+        """The sampler's seed.
+
+        Prompts differ in it: with one noise for all of them, the result might hold for it alone.
+        """
         prompt, seed = pair
-        return self.seeds[seed] + APART * prompt
+        return self.seeds[seed] + SEED_STRIDE * prompt
 
 
 TACATrials = io.Custom("TACA_TRIALS")
 
 
 class TACATrial(io.ComfyNode):
-    """Settings, seeds and prompts -> one of each; TACA Find Setting asks for the others."""
+    """Settings, seeds and prompts -> one of each; TACA Find Setting has copies give the others."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -59,7 +62,7 @@ class TACATrial(io.ComfyNode):
             ],
             search_aliases=["taca", "search settings", "best gamma", "loop", "optimize"],
             is_input_list=True,
-            accept_all_inputs=True,  # what TACA Find Setting asks a copy for, in "search"
+            accept_all_inputs=True,  # "search" and "left", in TACA Find Setting's copies
         )
 
     @classmethod
@@ -74,9 +77,9 @@ class TACATrial(io.ComfyNode):
         search: list[dict[str, Any]] | None = None,
         left: list[str] | None = None,
     ) -> io.NodeOutput:
-        """The last two are TACA Find Setting's, in its copies of this node."""
+        """Only TACA Find Setting's copies of this node have the last two inputs."""
         lists = [each for each in (models, conditionings) if each is not None]
-        labels, numbers, lines = checked(lists, labels, seeds, prompts)
+        labels, numbers, texts = checked(lists, labels, seeds, prompts)
         if search:
             chosen, pair = settings_of(left, len(labels)), tuple(search[0]["pair"])
         elif setting[0] > len(labels):
@@ -91,9 +94,9 @@ class TACATrial(io.ComfyNode):
             else [ExecutionBlocker(f"{TRIAL} has no {name}: connect them.")]
             for name, each in (("models", models), ("conditionings", conditionings))
         ]
-        trials = Trials(tuple(labels), tuple(numbers), tuple(lines))
+        trials = Trials(tuple(labels), tuple(numbers), tuple(texts))
         named = [labels[i] for i in chosen]
-        return io.NodeOutput(*drawn, trials.seed_of(pair), lines[pair[0]], named, trials)
+        return io.NodeOutput(*drawn, trials.seed_of(pair), texts[pair[0]], named, trials)
 
 
 def checked(
@@ -101,7 +104,7 @@ def checked(
 ) -> tuple[list[str], list[int], list[str]]:
     """The labels, seeds and prompts of TACA Trial.
 
-    Raises ValueError if they do not fit each other, or something would count twice.
+    Raises ValueError if they do not fit together, or something would count twice.
     """
     if not lists:
         raise ValueError(f"{TRIAL} has no settings: connect models, or conditionings.")
@@ -120,13 +123,13 @@ def checked(
             f"sweep."
         )
     numbers = parsed(TRIAL, "seeds", ", ".join(seeds), int)
-    lines = [line.strip() for line in "\n".join(prompts).splitlines() if line.strip()] or [""]
-    for what, values in (("seed", numbers), ("prompt", lines)):
+    texts = lines("\n".join(prompts)) or [""]
+    for what, values in (("seed", numbers), ("prompt", texts)):
         if len(set(values)) < len(values):
             raise ValueError(f"{TRIAL} has the same {what} twice, which would count as two.")
-    return labels, numbers, lines
+    return labels, numbers, texts
 
 
 def settings_of(left: list[str] | None, count: int) -> list[int]:
-    """The settings that the record of a round leaves for the next; all in the first."""
+    """The settings that remain after a round, by its record; before the first round, all."""
     return json.loads(left[0])["left"] if left else [*range(count)]

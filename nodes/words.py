@@ -7,16 +7,16 @@ from comfy_api.latest import io
 from ..taca.conditioning import AVOID_STRENGTH, attach, check_text, encode, parse, words_of
 from ..taca.schedule import Schedule
 from .patch import TACASchedule
-from .sweep import numbers
+from .sweep import parsed
 from .ui.schema import schema
 from .ui.text import NodeText
 
 NEGATIVES = {"subtract": False, "mirror about the mean": True}
-"""What a negative weight does, by its name in the widget -> ``Words.about_mean``."""
+"""What a negative weight does: its name in the widget -> ``Words.about_mean``."""
 
 
 def how_inputs() -> list[io.Input]:
-    """When weights act, on what, and how negative ones do; alike on both nodes."""
+    """When weights act, on what, and how negative ones do; the same on both nodes."""
     return [
         io.Combo.Input("negatives", [*NEGATIVES], optional=True, advanced=True),
         TACASchedule.Input("schedule", optional=True),
@@ -25,7 +25,7 @@ def how_inputs() -> list[io.Input]:
 
 
 class TACATextEncode(io.ComfyNode):
-    """CLIP Text Encode, and weights that act in the attention."""
+    """CLIP Text Encode, with weights that act in the attention."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -74,7 +74,7 @@ class TACATextEncode(io.ComfyNode):
 
 
 class TACAWeighWords(io.ComfyNode):
-    """Weights on a conditioning that any other node made."""
+    """Weights for a conditioning from any other node."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -133,7 +133,7 @@ class TACAWordSweep(io.ComfyNode):
             raise ValueError(
                 "TACA Word Sweep has no weight to change: write w in its place, as in (red:w)."
             )
-        values = numbers("TACA Word Sweep", "weights", weights)
+        values = parsed("TACA Word Sweep", "weights", weights, float)
         texts = [text.replace(":w)", f":{value})") for value in values]
         labels = [f"w = {value:g}" for value in values]
         say = NodeText(total=len(texts))

@@ -34,8 +34,8 @@ def temperature_adjusted_attention(
         other queries: softmax(q [K_txt ; K_img]^T / sqrt(d)) V
 
     Scaling a key scales its logits, so this equals Eq. 10 up to rounding. It costs the FLOPs of
-    one plain attention and works with any kernel; no n x n matrix is built. Words weigh beside
-    that, see word_weights.py.
+    one plain attention and works with any kernel; no n x n matrix is built. Word weights act
+    besides gamma, see word_weights.py.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def temperature_adjusted_attention(
         Plain attention; returns one row for each query.
     q, k, v : Tensor
         After QK-norm and RoPE. q holds only the tokens that are queries.
-    gamma : Tensor
+    gamma : Tensor, optional
         float32, ``(1,)`` or ``(b,)``; or ``(1, t)`` or ``(b, t)``, one factor for each text token.
         None leaves the logits as they are.
     layout : Layout
@@ -53,7 +53,7 @@ def temperature_adjusted_attention(
     dim, out_dim : int
         Token axis of q, k and v, and of what ``attend`` returns.
     words : WordWeights, optional
-        ``attend`` has to take masks.
+        With them ``attend`` has to take masks.
 
     Raises ValueError if gamma has neither one entry nor one per row of k, or not one per text
     token.
@@ -62,7 +62,7 @@ def temperature_adjusted_attention(
     outputs = [q] * len(groups)
     keys = k if gamma is None else scale_text_keys(k, gamma, layout, dim)  # [gamma K_txt ; K_img]
     biases, values = weigh(words, v, layout, groups, dim) if words is not None else (None, v)
-    for image in (True, False):  # the image first: its keys and values are freed before the rest
+    for image in (True, False):  # image queries first, so that their keys and values are freed
         for i, (is_image, start, length) in enumerate(groups):
             if is_image == image:
                 queries, rows = q.narrow(dim, start, length), mask
@@ -77,7 +77,8 @@ def temperature_adjusted_attention(
 
 def scale_text_keys(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tensor:
     """A copy of k with its text keys multiplied by gamma; arguments and errors as above."""
-    # 1.2 is 1.203 in bfloat16. Since gamma has axes, torch multiplies in float32 and rounds once.
+    # In bfloat16 1.2 is 1.203. As gamma is a float32 tensor with axes, torch multiplies in float32
+    # and rounds once.
     adjusted, start, done = k.clone(), 0, 0
     if gamma.shape != (1,):  # else it broadcasts as it is
         gamma = _along(k, gamma, layout, dim)

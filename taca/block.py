@@ -23,7 +23,7 @@ AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 
 @dataclass
 class Seen:
-    """What one block did in one call. Fields are only ever set, which torch.compile needs."""
+    """What one block did in one call. Blocks only set fields, for torch.compile."""
 
     forward: Forward | None = None  # what ran as the block's forward; None for layers of LoRAs
     called: bool = False
@@ -36,9 +36,9 @@ def joint_forward(
 ) -> Forward:
     """A block's forward, for one call, whose attention runs through an override.
 
-    ``forward`` is the block's, with whatever other packs have put there. The override is called
-    with what the block did so far, the layout of its tokens and its ``num_tokens``, and then as
-    core calls its ``optimized_attention_override``, but for the override that was there before.
+    ``forward`` is the block's own or another pack's. The override gets what the block did so far,
+    the layout of its tokens, the layout's ``num_tokens`` and the override that was there before,
+    and then the arguments of core's ``optimized_attention_override``.
     """
     block_seen = Seen(forward)
     seen.append(block_seen)
@@ -58,7 +58,7 @@ def joint_forward(
                 return attend(*args, **kwargs)
         attend, args, kwargs = reach(forward, args, kwargs, chained)  # type: ignore[assignment]
         if "torch._dynamo" in sys.modules and frame_callback() is not None:
-            # Past its limit of recompilations dynamo runs this function as it is. What it compiled
+            # Past its recompilation limit dynamo runs this function uncompiled. The code compiled
             # for the plain block, without guards on transformer_options, must not run inside.
             attend = torch.compiler.disable(attend)
         return attend(*args, **kwargs)
@@ -83,12 +83,12 @@ def taca_override(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """The override that is TACA, in place of a block's joint attention.
+    """TACA as an attention override; arguments as ``joint_forward`` gives them.
 
-    gamma and words are as ``temperature_adjusted_attention`` takes them. Whatever has not the
-    ``joint`` number of queries, or fewer keys, is another attention, such as attn2 of
-    SD3.5-Medium. ``other`` is the override that was there before, which still attends, unless
-    there is an attention to run ``instead``.
+    gamma and words are as ``temperature_adjusted_attention`` takes them. ``joint`` has the numbers
+    of queries and keys of the block's joint attention: a call with other queries, or fewer keys, is
+    a different attention, such as attn2 of SD3.5-Medium. ``other`` is the override that was there
+    before; it still attends, unless there is an attention to run ``instead``.
 
     Raises ValueError if the attention kernel does not return one row for each query.
     """
@@ -101,7 +101,7 @@ def taca_override(
     num_kept = k.shape[dim] - joint[1]
     if q.shape[dim] != joint[0] or num_kept < 0:
         return backend(q, k, v, heads, mask=mask, **kwargs)
-    if num_kept:  # keys of earlier steps that another node appends, as core's Flux KV Cache does
+    if num_kept:  # keys of earlier steps, appended by another node such as core's Flux KV Cache
         layout = (*layout, Span("other", num_kept, is_query=False))
     seen.attended = True
     backend = instead or backend

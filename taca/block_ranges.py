@@ -9,8 +9,8 @@ def parse_blocks(text: str, lists: dict[str, int]) -> list[tuple[str, int]]:
     ``lists`` has the length of each list of blocks by its name, ``{"double_blocks": 19}``. Returns
     pairs of a list's name and an index.
 
-    Raises ValueError if the text cannot be read, or the model has no such blocks; lists those it
-    has.
+    Raises ValueError if the text cannot be read, or the model has no such blocks; it lists those
+    that the model has.
     """
     if not text.strip():
         return [(name, i) for name, count in lists.items() for i in range(count)]

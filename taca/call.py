@@ -1,4 +1,4 @@
-"""One call of the model: what is installed for it, and taken out after it."""
+"""One call of the model: what is installed for its length."""
 
 from functools import partial
 from typing import Any
@@ -24,18 +24,18 @@ from .word_weights import WordWeights
 
 
 def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
-    """ComfyUI's APPLY_MODEL wrapper: TACA and its LoRAs, where a row of the batch is inside."""
+    """ComfyUI's APPLY_MODEL wrapper: TACA, its LoRAs and word weights, for the rows they act on."""
     base_model = executor.class_obj
     call = CallArguments.of(*args, **kwargs)
     schedule = run.schedule or resolve(run.config.schedule, base_model.model_sampling)
     if comfy.model_management.in_training:
         return adjust_training_call(run, schedule, executor, call)
-    # The only time in a call that the host waits for the device. Outside the window nothing else
-    # is done; inside, all is decided from these numbers.
+    # The only time in a call that the host waits for the device: everything else is decided from
+    # these numbers. Outside the window nothing more is done.
     t = timesteps(base_model.model_sampling, call.t)
     inside = [bool(schedule.contains(each)) for each in t]
-    told = call.transformer_options.get("uuids", ())
-    is_first = run.schedule is not None and run.events.begin_call(told, t)
+    uuids = call.transformer_options.get("uuids", ())
+    is_first = run.schedule is not None and run.events.begin_call(uuids, t)
     model = base_model.diffusion_model
     words = run.words.of_call(call, t, model) if run.words is not None else None
     if not any(inside) and words is None:
@@ -73,7 +73,7 @@ def block_swaps(
     words: WordWeights | None,
     seen: list[Seen],
 ) -> list[tuple[nn.Module, Wrap]]:
-    """The joint blocks of a call, and wraps of their forwards that add to ``seen``."""
+    """The blocks to swap in a call, and wraps of their forwards, which add to ``seen``."""
     if gamma is None and words is None:
         return []
     sites, state, instead = run.sites_of(base_model), call.initial_state(), None
@@ -96,13 +96,12 @@ def block_swaps(
 def gamma_of_call(
     run: Run, schedule: ResolvedSchedule, call: CallArguments, t: list[float], model: nn.Module
 ) -> Tensor | None:
-    """Gamma of each row ``(b,)`` or row and text token ``(b, t)``; None where it is 1 throughout.
+    """Gamma of each row ``(b,)``, or of each row and text token ``(b, t)``; None if all are 1.
 
-    A first axis of 1 stands for all rows that have the same, so that no graph depends on the batch
-    size.
+    The first axis is 1 if all rows have the same gamma, so that no graph depends on the batch size.
     """
     gamma = schedule.gamma_at(torch.tensor(t, dtype=torch.float64))
-    gamma = run.config.options.gamma_of_call(gamma, call, model, run.prompts)
+    gamma = run.config.options.limit(gamma, call, model, run.prompts)
     if not bool((gamma != 1).any()):
         return None
     gamma = gamma[:1] if bool((gamma == gamma[:1]).all()) else gamma
@@ -110,5 +109,5 @@ def gamma_of_call(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moved by core's rule, which knows the devices that cannot copy without waiting."""
+    """Moved by core's function, which knows the devices that cannot copy asynchronously."""
     return comfy.model_management.cast_to_device(tensor, device, tensor.dtype)

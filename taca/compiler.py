@@ -1,8 +1,8 @@
 """torch.compile: blocks with TACA are compiled in one graph, or not at all.
 
-A kernel that torch.compile cannot trace breaks the graph, and what follows is compiled piece by
-piece. ComfyUI compiles without guards on ``transformer_options``, so a piece made with TACA's
-override would later be taken for the plain model's, or the other way round.
+A kernel that torch.compile cannot trace breaks the graph, and the rest is compiled in pieces.
+ComfyUI compiles without guards on ``transformer_options``, so a piece compiled with TACA's override
+would later run in the plain model, or the other way round.
 """
 
 import logging
@@ -19,9 +19,9 @@ from torch import nn
 log = logging.getLogger("taca")
 
 frame_callback: Callable[[], Any] = lambda: True  # noqa: E731
-"""What dynamo does with the frames of this thread; None where it does nothing.
+"""What dynamo does with the frames of this thread; None if it does nothing.
 
-Older versions of torch return a reference that is not counted, so there it is never asked.
+Before 2.13 torch returns a reference that is not counted, so there it is not called.
 """
 if torch.__version__ >= "2.13":
     frame_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", frame_callback)
@@ -34,10 +34,10 @@ UNTRACEABLE = (
 
 
 class Fallback:
-    """Lets a run go on uncompiled, in calls with TACA, where its model does not compile whole.
+    """Continues a run uncompiled, in calls with TACA, if its model does not compile in one graph.
 
-    ``untraceable`` has the attention kernels that cannot be traced, by name, and why. It is kept
-    with the patched model, so that no kernel is traced in vain at every prompt.
+    ``untraceable`` maps the names of attention kernels that cannot be traced to the reasons. It is
+    kept with the patched model, so that tracing is not tried again at every prompt.
     """
 
     def __init__(self, untraceable: dict[str, str]) -> None:
@@ -46,8 +46,8 @@ class Fallback:
     def guard(self, executor: WrapperExecutor, kernel: Any) -> None:
         """Guard one call.
 
-        The model at the end of the executor's chain is guarded, inside all other wrappers: only it
-        runs again after a failure, so caches see one call.
+        Only the model itself, inside all other wrappers, runs again after a failure, so caches see
+        one call.
         """
         model, name = executor.original, kernel_name(kernel)
 
@@ -74,15 +74,15 @@ class Fallback:
 
 
 def kernel_name(kernel: Any) -> str:
-    """A kernel's name; packs make some anew in every call, and they may hold tensors."""
+    """A kernel's name, which identifies it: packs may make it anew in every call."""
     function = getattr(kernel, "func", kernel)  # of a partial
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 class _Uncompiled(AbstractContextManager[None]):
-    """The length of calls that run uncompiled, on any number of threads (one a device).
+    """Context of calls that run uncompiled, on any number of threads (one for each device).
 
-    torch's stance is one for all threads: the first one sets it, the last one resets it.
+    torch's stance is global to all threads: the first one sets it, the last one resets it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Conditionings whose words weigh: ``(blue scarf:1.5)``, ``(fog:0)``, ``(pillows:-1)``."""
+"""Conditionings with word weights: ``(blue scarf:1.5)``, ``(fog:0)``, ``(pillows:-1)``."""
 
 import inspect
 import logging
@@ -17,28 +17,28 @@ from torch.nn.functional import normalize
 
 from .patch import watch_run
 from .prompt_tokens import PromptTokens, Table, text_of
-from .run import KEY as PATCH_KEY
+from .run import PATCH_KEY
 from .words import KEY, Words
 
 Conditioning = list[list[Any]]
-"""ComfyUI's: ``[text (b, num_text, channels), dictionary]`` for each."""
+"""ComfyUI's: a list of ``[text (b, num_text, channels), dictionary]``."""
 
 
 AVOID_STRENGTH = 2.0
-"""What docs/words.md measured: 1 hardly shows, 4 harms pictures."""
+"""Measured in docs/words.md: 1 has little effect, 4 harms pictures."""
 
 
 LARGEST = 1000.0
-"""The largest weight, either way: the attention's exponentials have to stay finite."""
+"""The largest absolute weight: the attention's exponentials have to stay finite."""
 
 log = logging.getLogger("taca")
 
 
 class WeighHook(comfy.hooks.TransformerOptionsHook):
-    """Brings the weights' wrapper to whatever model a conditioning is sampled with.
+    """Adds the weights' wrapper to whatever model a conditioning is sampled with.
 
-    It registers nothing, so ComfyUI takes it off the conditioning again, and positive and negative
-    stay in one batch where neither has other hooks. A model with TACA weighs words by itself.
+    It registers nothing, so ComfyUI removes it from the conditioning again, and positive and
+    negative stay in one batch if neither has other hooks. A model with TACA needs no such wrapper.
     """
 
     def add_hook_patches(
@@ -51,10 +51,9 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
 
 
 class NeedsTaca(comfy.conds.CONDRegular):
-    """Stands in a conditioning without the hook; a run of a model with TACA takes it out.
+    """Part of a conditioning without the hook; a run of a model with TACA removes it.
 
-    On any other model ComfyUI asks it for its part of a call, as it asks the text, and that raises
-    RuntimeError.
+    On any other model ComfyUI processes it like the text, and that raises RuntimeError.
     """
 
     def process_cond(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,15 +67,15 @@ class NeedsTaca(comfy.conds.CONDRegular):
 class WeightedText(NamedTuple):
     """A prompt without the brackets of its weights."""
 
-    text: str  # as ComfyUI takes it: a bracket that is meant has a backslash before it
+    text: str  # as ComfyUI takes it: literal brackets have a backslash before them
     weights: tuple[float, ...]  # of each character
-    phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of those that weigh
+    phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of each with a weight
 
 
 def parse(text: str) -> WeightedText:
     """Read the weights of a prompt by ComfyUI's own rules.
 
-    Raises ValueError if a weight is no number, or a very large one.
+    Raises ValueError if a weight is not a number, or too large.
     """
     plain, weights, phrases = "", [], []
     for segment, weight in token_weights(escape_important(text), 1.0):
@@ -109,10 +108,10 @@ def encode(
 ) -> Conditioning:
     """The conditioning of a prompt without its brackets, with the weights that they give.
 
-    ``avoid`` is what image queries subtract; the prompt's own text does not see it. ``any_model``
-    is as for ``attach``; ``how`` are more fields of ``Words``.
+    ``avoid`` is text that image queries subtract and the prompt's own text does not attend to.
+    ``any_model`` is as for ``attach``; ``how`` are further fields of ``Words``.
 
-    Raises ValueError if the CLIP hides its tokens, or has none for a word that weighs.
+    Raises ValueError if the CLIP hides its tokens, or has none for a word with a weight.
     """
     parsed = parse(text)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
@@ -123,7 +122,7 @@ def encode(
 
 
 def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
-    """What the tokens of a prompt weigh; errors as ``encode``."""
+    """The weights of a prompt's tokens; errors as ``encode``."""
     prompt = PromptTokens.of(clip, parsed.text)
     phrases = tuple((parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases)
     places = tuple(tuple(prompt.covering(start, end)) for start, end, _ in parsed.phrases)
@@ -139,14 +138,14 @@ def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
 
 
 def _of_tokens(table: Table, parsed: WeightedText) -> tuple[float, ...]:
-    """A weight for each token of a conditioning: the mean of its characters'."""
+    """The weight of each token of a conditioning: the mean of its characters' weights."""
     weights = []
     for tokens in table:
         known = [t for t in tokens if t.start < t.end and not t.is_unknown]
         spans = [range(t.start, t.end) for t in known]
         written = [[i for i in span if not parsed.text[i].isspace()] or span for span in spans]
         own = [parsed.weights[i] for span in written for i in span]
-        # Exactly the weight itself where all are the same.
+        # Where all weights are equal, exactly that weight, without rounding.
         weights.append(own[0] if len({*own}) == 1 else sum(own) / len(own) if own else 1.0)
     return tuple(weights)
 
@@ -154,9 +153,10 @@ def _of_tokens(table: Table, parsed: WeightedText) -> tuple[float, ...]:
 def avoiding(
     clip: CLIP, conditioning: Conditioning, words: Words, parsed: WeightedText, strength: float
 ) -> tuple[Conditioning, Words]:
-    """A conditioning with the words of another prompt behind it, to be subtracted.
+    """A conditioning with the tokens of another prompt appended, to be subtracted.
 
-    Raises ValueError if the encoder has no token for it, or gives more of one than its embedding.
+    Raises ValueError if the encoder does not know all of it, gives the model more than the text, or
+    if a weight in it is negative.
     """
     others = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     avoided = words_of(clip, parsed)
@@ -193,13 +193,13 @@ def avoiding(
 def attach(
     conditioning: Conditioning, words: Words, clip: CLIP | None = None, any_model: bool = True
 ) -> Conditioning:
-    """A conditioning that carries its words, and brings their weights to the model.
+    """A conditioning that carries its words, and their weights to the model.
 
-    Its CLIP tells whether more tokens than the text's are of pictures, which stand before it. With
-    ``any_model`` it brings them by a hook, for which ComfyUI gives up dynamic VRAM; else the model
-    has to have TACA.
+    From the CLIP it is known whether further tokens can be of pictures, which come before the text.
+    With ``any_model`` a hook takes the weights to any model, for which ComfyUI gives up dynamic
+    VRAM; otherwise the model has to have TACA.
 
-    Raises ValueError if it has another number of tokens than its words.
+    Raises ValueError if the numbers of tokens of conditioning and words differ.
     """
     carrying = []
     for text, extras in conditioning:
@@ -212,7 +212,7 @@ def attach(
         if more:
             log.info("TACA takes %d tokens before those of the text for pictures'.", more)
         carrying.append([text, {**extras, KEY: words.behind(more)}])
-        if KEY in (waiting := extras.get("model_conds", {})):  # for the words that it had before
+        if KEY in (waiting := extras.get("model_conds", {})):  # of the words that it had before
             carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != KEY}
     if not words.weigh:
         return carrying
@@ -227,10 +227,10 @@ def attach(
 
 
 def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
-    """Raise ValueError if a conditioning with padding, as long for every text, is of another text.
+    """Raise ValueError if a conditioning padded to a fixed length is of a different text.
 
-    It need not be what the CLIP makes of the text, for another node may have weighed embeddings or
-    mixed texts. But then many of its tokens are more like their own place there than any other.
+    It need not equal what the CLIP makes of the text: another node may have weighed embeddings or
+    mixed texts. But even then many of its tokens resemble the token at their own place most.
     """
     own = torch.tensor(words.prompt.own()).bool()
     theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]

@@ -1,7 +1,7 @@
 """ComfyUI's own tokenizers and encoders, run on a prompt to see which token goes where.
 
-The tokenizers' ids remember their characters. The encoders get numbers in place of embeddings, so
-that their own code says what is joined, filled up and cut off.
+The tokenizers' ids keep the characters they stand for. The encoders get token numbers in place of
+embeddings, so that their own code shows what is joined, padded and cut off.
 """
 
 import copy
@@ -15,16 +15,16 @@ from comfy.sd1_clip import SDTokenizer
 from torch import Tensor, nn
 
 Chunks = list[list[Any]]
-"""What a tokenizer makes of a text: chunks of ``(id, weight, ...)``; an embedding is its own id."""
+"""A tokenizer's output: chunks of ``(id, weight, ...)``; in place of an id can be an embedding."""
 
-MARK = "\ue000"  # a character for private use, as a prompt that shows the template around it
+MARK = "\ue000"  # a private-use character; as a prompt it shows the template around prompts
 
 
 WHOLE = {"skip_special_tokens": False}
 
 
 class TokenId(int):
-    """A token id with the characters of its string that it stands for, ``start <= i < end``."""
+    """A token id, with the range of characters of its string that it stands for."""
 
     string: int  # index of the string among those that its tokenizer was given
     start: int
@@ -49,7 +49,7 @@ class OffsetTokenizer:
         return {"input_ids": self.recorded(text, ids, self._spans(text, ids, kwargs), unknown)}
 
     def encode(self, text: str, **kwargs: Any) -> list[TokenId]:
-        """As SentencePiece's processor, inside of core's SPieceTokenizer."""
+        """Like SentencePiece's processor, inside core's SPieceTokenizer."""
         ids = list(self.tokenizer.encode(text, **kwargs))
         alone = {"add_bos": False, "add_eos": False}
         try:
@@ -59,7 +59,7 @@ class OffsetTokenizer:
             pieces = self.tokenizer.encode(text, out_type="immutable_proto", **alone).pieces
             own = [piece.id for piece in pieces]
             offsets = [(piece.begin, piece.end) for piece in pieces]
-        for i in reversed(range(len(own) - 1)):  # the last byte of a character has all of it
+        for i in reversed(range(len(own) - 1)):  # only a character's last byte has its offsets
             if self.tokenizer.is_byte(own[i]) and offsets[i][0] == offsets[i][1]:
                 offsets[i] = offsets[i + 1]
         return self.recorded(text, ids, _within(ids, own, offsets), self.tokenizer.unk_id())
@@ -83,7 +83,7 @@ class OffsetTokenizer:
             told = self.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
             if {*written} <= {i for span in told for i in range(*span)}:
                 return told
-        # It does not tell, or wrongly, as transformers 5 does for HunyuanVideo's: by decoding.
+        # It gives no offsets, or wrong ones, as transformers 5 does for HunyuanVideo's: decode.
         try:
             found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         except TypeError:  # a tokenizer of core's own, which may begin with a token of its own
@@ -91,7 +91,7 @@ class OffsetTokenizer:
         for own in (found, found[1:]):
             decoded = (self.tokenizer.decode(own[:i], **WHOLE) for i in range(len(own) + 1))
             parts = ["".join(part.split()) for part in decoded]
-            # Characters that it does not know it may drop, as HunyuanVideo's does then.
+            # It may drop characters that it does not know, as HunyuanVideo's does then.
             known = {*parts[-1].lower()}
             kept = [i for i in written if {*text[i].lower()} <= known]
             if parts[-1].lower() == "".join(text[i] for i in kept).lower():
@@ -109,13 +109,13 @@ class OffsetTokenizer:
 
 
 def _within(ids: list[int], own: list[int], spans: Sequence[tuple[int, int]]) -> list[Any]:
-    """The spans of a text's own ids, among all ids with those of its start and end."""
+    """Spans for all ids, from those of the text's own ids; start and end tokens get (0, 0)."""
     start = int(ids[:1] != own[:1])
     return [*[(0, 0)] * start, *spans[: len(own)], *[(0, 0)] * len(ids)][: len(ids)]
 
 
 def tokenized(clip: Any, text: str) -> tuple[dict[str, Chunks], dict[str, SDTokenizer]]:
-    """What a CLIP's tokenizer makes of a text, by encoder; and its tokenizers, with offsets."""
+    """A CLIP's tokens of a text, by encoder; and its tokenizers, which recorded the offsets."""
     frame = copy.copy(clip.tokenizer)
     within = {"": frame} if isinstance(frame, SDTokenizer) else vars(frame)
     parts = {name: copy.copy(p) for name, p in within.items() if isinstance(p, SDTokenizer)}
@@ -142,7 +142,7 @@ def tokenized(clip: Any, text: str) -> tuple[dict[str, Chunks], dict[str, SDToke
 
 
 def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
-    """Which ids of a chunk fill it up. The end token may have the same id: the first one is it."""
+    """Which ids of a chunk are padding; if the end token has the same id, the first is not."""
     plain = [type(each) is int for each in chunk]
     filled = [p and each == tokenizer.pad_token for p, each in zip(plain, chunk, strict=True)]
     if tokenizer.pad_token == tokenizer.end_token and any(filled):
@@ -169,10 +169,10 @@ def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int
 
 
 class Locator:
-    """Where in a prompt the strings lie that a tokenizer was given, one after the other.
+    """Finds in a prompt the strings that a tokenizer was given, one after the other.
 
-    A string is a piece of the prompt, or of the template with the prompt in it. Between two there
-    can be what ComfyUI reads: brackets, weights, names of embeddings, special tokens.
+    A string is a piece of the prompt, or of the template with the prompt in it. Between two of them
+    there can be ComfyUI's syntax: brackets, weights, names of embeddings, special tokens.
     """
 
     READ = re.compile(r"(?:[()\s\\]|:[^:()]*(?=\))|embedding:\S*|<[^<>\s]*>)*")
@@ -184,7 +184,7 @@ class Locator:
         self.cursors = [0, 0]
 
     def locate(self, string: str) -> list[int | None]:
-        """For each character of a string its place in the prompt; None where it has none."""
+        """For each character of a string its place in the prompt, or None."""
         wanted = _written(string)
         pattern = "".join(string[k] for k in wanted)
         for i, (whole, before) in enumerate(self.wholes):
@@ -210,7 +210,7 @@ class Locator:
 
 
 def _written(text: str) -> list[int]:
-    """The characters that ComfyUI keeps: not white space, nor a backslash before a bracket."""
+    """Indices of all characters but white space and backslashes before brackets."""
     return [
         i
         for i, c in enumerate(text)
@@ -226,9 +226,9 @@ def _finds(text: str, piece: str) -> Iterator[int]:
 
 
 class IndexEncoder(nn.Module):
-    """In place of an encoder: each token's index in place of its embedding.
+    """Replaces an encoder: its output has each token's index in place of an embedding.
 
-    The index arrives where the token's weight does: chunks of ``(id, index)``.
+    The index is passed in place of the token's weight: chunks of ``(id, index)``.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -244,7 +244,7 @@ class IndexEncoder(nn.Module):
     def encode_token_weights(self, chunks: Chunks) -> tuple[Any, ...]:
         numbers: list[int] = []
         for chunk in chunks:
-            # An embedding for another encoder is left out, and the chunk filled up behind.
+            # Another encoder's embeddings are left out, and the chunk is padded at its end.
             fit = [n for each, n in chunk if not self._is_anothers(each)]
             numbers += [*fit, *[0] * (len(chunk) - len(fit))]
         device = comfy.model_management.intermediate_device()
@@ -261,10 +261,9 @@ class IndexEncoder(nn.Module):
 
 
 def encoded(encoder: nn.Module, numbered: dict[str, Chunks]) -> dict[str, list[list[int]]]:
-    """The numbers at each place of a conditioning that an encoder makes of numbered tokens.
+    """For each token of a conditioning the numbers of the tokens that an encoder makes it of.
 
-    By the conditioning's name: "" is the text itself, beside it are Llama's of HiDream-I1 and
-    ByT5's.
+    By the conditioning's name: "" is the text itself; the others are HiDream-I1's Llama and ByT5.
     """
     more: dict[str, Any] = {}
     if "" in numbered:  # the encoder itself, without a frame

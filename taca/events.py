@@ -1,8 +1,8 @@
 """What happened in a run, counted at its calls.
 
-A call inside the window *acted* if each block with text that ran was attended by TACA, and one did.
-It was *answered by a cache* if no block ran, and *attended elsewhere* if the attention of a block
-that ran never reached TACA.
+A call inside the window *acted* if TACA attended in each block with text that ran, and in one at
+least. It was *answered by a cache* if no block ran, and *attended elsewhere* if the attention of a
+block that ran never reached TACA.
 """
 
 import inspect
@@ -20,18 +20,18 @@ from .families import uncompiled
 log = logging.getLogger("taca")
 
 Say = Callable[[str], None]
-"""Tells the user a sentence, under the node that it is about."""
+"""Shows the user a sentence under the node that it is about."""
 
 
 def silent(text: str) -> None:
-    """Tell nobody: for models that were patched without a node."""
+    """Show nothing: for models that were patched without a node."""
 
 
 def step_at(steps: list[float], t: float) -> int:
-    """The step, from 0, to which a timestep belongs; ``steps`` has the t at which each begins."""
+    """The index of the step that a timestep belongs to; each begins at its t in ``steps``."""
     sign = -1 if steps and steps[0] >= steps[-1] else 1
     bound = sign * t + 1e-6 * abs(t) + 1e-9
-    # A restart comes by a noise twice: the step that begins nearest, and the last of equal ones.
+    # A restart passes a t twice: take the step that begins nearest, and the last of equal ones.
     begun = ((sign * each, i) for i, each in enumerate(steps) if sign * each < bound)
     return max(begun, default=(0.0, 0))[1]
 
@@ -41,19 +41,19 @@ class Events:
     """The calls of one run. Lists are appended to from a thread for each device."""
 
     steps: list[float] = field(default_factory=list)  # t at which each step begins
-    called: set[Any] = field(default_factory=set)  # the conditionings of the calls until now
+    called: set[Any] = field(default_factory=set)  # the conditionings of the calls so far
     called_at: list[float] = field(default_factory=list)  # t of each row of these calls
-    last_t: float = math.nan  # the highest of the last call
-    # Steps whose callback came: t of the call before it.
+    last_t: float = math.nan  # the highest t of the last call
+    # For each step whose callback came: t of the call before it.
     ended: list[float] = field(default_factory=list)
-    # For each call that acted how many steps had ended, and its t.
+    # For each call that acted: how many steps had ended, and its t.
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     idle: list[None] = field(default_factory=list)  # calls in which no block met text
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
-        """Whether this is the first call of these, in the first step: no cache can answer it."""
+        """Whether this is the first call with these, in the first step: no cache can answer it."""
         self.called_at.extend(t)
         self.last_t = max(t)
         key = tuple(conditionings)
@@ -71,7 +71,7 @@ class Events:
         return taca_callback
 
     def end_call(self, seen: list[Seen], t: float, is_first: bool, model: nn.Module) -> None:
-        """Note what a call inside the window did; where gamma is 1, the layers of its LoRAs.
+        """Record what a call inside the window did; where gamma is 1, what its LoRAs' layers did.
 
         Raises RuntimeError if TACA was bypassed in the first call.
         """
@@ -120,7 +120,7 @@ class Events:
         return len(acted), len(self.ended) or len(self.steps)
 
     def report(self, what: str, where: str) -> str:
-        """Log at the end of a run what happened; what of it to say under a node.
+        """Log what happened in a run that has ended; returns what to show of it under a node.
 
         Raises RuntimeError if TACA was bypassed in every call inside the window.
         """
@@ -144,7 +144,7 @@ class Events:
                 f"TACA Options may choose blocks that another node leaves out."
             )
         if not count and not advice:
-            # Some samplers tell the model another t than that of their steps.
+            # Some samplers pass the model a t other than their steps'.
             advice = " The model was not called."
             if self.called_at:
                 at = f"{max(self.called_at):.0f} to {min(self.called_at):.0f}"
@@ -159,7 +159,7 @@ class Events:
 
 
 def _origin(forward: Any) -> str:
-    """Name and module of a function, without what merely wraps it."""
+    """Name and module of a function, without decorators around it."""
     function = inspect.unwrap(getattr(forward, "func", forward))
     function = getattr(function, "__func__", function)
     name = getattr(function, "__qualname__", type(function).__qualname__)

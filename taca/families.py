@@ -1,8 +1,8 @@
 """The model families TACA knows: which of their blocks attend jointly, and where text sits there.
 
-To add a family, add an entry to ``FAMILIES``. A family is recognised by the class name of its
-``diffusion_model``, and nothing of ComfyUI's models is imported, so a core that moves or lacks a
-model cannot take the pack down.
+To add a family, add an entry to ``FAMILIES``, which says where the tokens of its blocks are by a
+function of ``layouts.py``. A family is recognised by the class name of its ``diffusion_model``, and
+none of ComfyUI's models is imported, so a core that moves or lacks one cannot break the pack.
 """
 
 import math
@@ -54,33 +54,33 @@ class Family:
 
     name: str  # what users call it
     models: tuple[str, ...]  # class names of the ``diffusion_model``
-    # Path of each list of blocks with a joint attention -> where the tokens of its blocks are.
+    # Path of each list of blocks with joint attention -> where the tokens of its blocks are.
     joint: dict[str, Locate] = field(hash=False)
-    # The same for blocks that are not joint, and record lengths that joint blocks need.
+    # The same for blocks that are not joint, but show lengths that joint blocks need.
     before: dict[str, Locate] = field(default_factory=dict, hash=False)
-    attention: str = ""  # attribute of a block that attends, where the block cannot be reached
+    attention: str = ""  # a block's attention module, where the block itself is out of reach
     reach: Reach = through_options  # how an attention override reaches that attention
-    extra_text: FindExtraText = no_extra_text  # its text tokens beside the conditioning
-    fills_front: int = 0  # to so many text tokens core fills up the conditioning in front
-    # Where the picture's own tokens are among all image tokens: before what it is shown, after it,
-    # or in the left half of each row.
+    extra_text: FindExtraText = no_extra_text  # its text tokens besides the conditioning's
+    padded_front: int = 0  # number of text tokens to which core pads a conditioning in front
+    # Where the picture's own tokens are among all image tokens: before those of references, after
+    # them, or in the left half of each row.
     own_image: Literal["first", "last", "left"] = "first"
-    patch: int = 0  # side of a token in latents, where the model does not say it in ``patch_size``
-    required_attrs: tuple[str, ...] = ()  # of its model, where another's class has the same name
+    patch: int = 0  # side of a token in latents, where the model has no ``patch_size``
+    required_attrs: tuple[str, ...] = ()  # of its model, to tell it from others of that class name
     refiner: str = ""  # path of blocks in which the text attends to itself first
     mixes_text: bool = False  # whether it does so where TACA does not reach
-    before_run: tuple[str, ...] = ()  # modules that ComfyUI runs on the text outside any window
-    # Whether ComfyUI keeps the keys of the text from step to step and from run to run. What a LoRA
-    # made of them would stay there.
+    before_run: tuple[str, ...] = ()  # modules that ComfyUI runs on the text before the first step
+    # Whether ComfyUI caches the keys of the text from step to step and from run to run, with what a
+    # LoRA made of them.
     caches_text_keys: bool = False
 
     def includes(self, diffusion_model: nn.Module, class_name: str) -> bool:
-        """Whether a model with a class of this name in its bases is of this family."""
+        """Whether a model with a class of this name among its bases is of this family."""
         parts = [part_of(diffusion_model, path) for path in (*self.joint, *self.required_attrs)]
         return class_name in self.models and None not in parts
 
     def joint_blocks(self, diffusion_model: nn.Module, limit: str = "") -> Iterator[JointBlock]:
-        """The joint blocks of a model, or those that ``limit`` names; see ``parse_blocks``."""
+        """The joint blocks of a model that ``limit`` names; as ``parse_blocks``, errors too."""
         lists = {name: part_of(diffusion_model, name) for name in self.joint}
         chosen = parse_blocks(limit, {name: len(blocks) for name, blocks in lists.items()})
         for name, i in chosen:
@@ -92,7 +92,7 @@ class Family:
         return [JointBlock(uncompiled(block), text_alone, self.reach) for block in blocks]
 
     def observed_blocks(self, diffusion_model: nn.Module, limit: str = "") -> list[JointBlock]:
-        """These joint blocks, and all others that show where their tokens are."""
+        """``joint_blocks``, and all other blocks that show where their tokens are."""
         blocks: dict[nn.Module, JointBlock] = {}
         for name, locate in {**self.before, **self.joint}.items():
             for block in map(self._attending, part_of(diffusion_model, name) or ()):
@@ -103,13 +103,13 @@ class Family:
     def extra_text_of(
         self, diffusion_model: nn.Module, num_prompt: int, call: CallArguments
     ) -> ExtraText:
-        """The text tokens of the model beside those of a prompt's conditioning.
+        """The text tokens of the model besides those of a prompt's conditioning.
 
-        Raises ValueError if the conditioning has another number of tokens.
+        Raises ValueError if the conditioning does not have ``num_prompt`` tokens.
         """
-        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
+        num_text = call.num_text
         missing = num_text - num_prompt
-        if missing and (num_text != self.fills_front or missing < 0):
+        if missing and (num_text != self.padded_front or missing < 0):
             raise ValueError(
                 f"TACA: the positive conditioning has {num_text} text tokens, its prompt "
                 f"{num_prompt}. Connect the CLIP and the prompt that made the conditioning; "
@@ -130,7 +130,7 @@ class Family:
     def own_places(
         self, diffusion_model: nn.Module, grid: tuple[int, int, int], num_image: int
     ) -> Tensor:
-        """The picture's own image tokens ``(frames, rows, columns)``, among all that there are."""
+        """Indices of the picture's own tokens among image tokens, ``(frames, rows, columns)``."""
         frames, rows, columns = grid
         count = math.prod(grid)
         if self.own_image == "left" and num_image >= 2 * count:
@@ -163,7 +163,10 @@ FAMILIES = (
     ),
     # FLUX.2's text is padded to 512 tokens in front, which count, as FLUX.1's padding does.
     Family(
-        "FLUX.2 (dev, Klein), LongCat-Image and Ovis-Image", ("Flux",), FLUX_BLOCKS, fills_front=512
+        "FLUX.2 (dev, Klein), LongCat-Image and Ovis-Image",
+        ("Flux",),
+        FLUX_BLOCKS,
+        padded_front=512,
     ),
     Family("Chroma and Chroma Radiance", ("Chroma",), FLUX_BLOCKS),
     Family(
@@ -174,9 +177,9 @@ FAMILIES = (
             "single_layers": with_prefix(8, one_stream((0, "cx"))),
         },
     ),
-    # ByT5's tokens, of what is to be written in the picture, are text. Those of a vision encoder
-    # are not: they show the picture to begin with. (In HunyuanVideo 1.0 they can lie within what
-    # the text encoder returns, where they cannot be told from text.)
+    # ByT5's tokens, of the text to be written in the picture, count as text. A vision encoder's do
+    # not: they show the picture to start from. (In HunyuanVideo 1.0 they can lie within the text
+    # encoder's output, where they cannot be distinguished from text.)
     Family(
         "HunyuanVideo 1.0 and 1.5, HunyuanImage 2.1",
         ("HunyuanVideo",),
@@ -191,8 +194,8 @@ FAMILIES = (
         {"joint_blocks": two_streams(text=(0, "context"), image=(1, "x"))},
     ),
     Family(
-        # Padding that the model learned (Z-Image) counts as what it pads. Z-Image Omni: [text |
-        # SigLIP | references and image]; SigLIP's tokens show what to draw from, and are neither.
+        # Learned padding (Z-Image) counts as what it pads. Z-Image Omni: [text | SigLIP |
+        # references and image]; SigLIP's tokens, of the references, are neither text nor image.
         "Lumina 2, Neta-Lumina, NewBie and Z-Image (Turbo, Omni, pixel space)",
         ("NextDiT",),
         {"layers": one_stream((0, "x"))},
@@ -211,7 +214,7 @@ FAMILIES = (
             "double_stream_blocks": two_streams(
                 text=(2, "text_tokens"), image=(0, "image_tokens"), image_first=True
             ),
-            # [image | text | the block's own Llama tokens], as many in every block
+            # [image | text | the block's own Llama tokens], of which each block has as many
             "single_stream_blocks": one_stream((0, "image_tokens"), image_first=True),
         },
         extra_text=llama_tokens,
@@ -350,13 +353,13 @@ REFUSED = {
 def family_of(diffusion_model: nn.Module, own_class: type | None = None) -> Family:
     """The family of a model.
 
-    ``own_class`` is its class, where another pack has given the loaded model a class of its own.
+    ``own_class`` is its class, where another pack has replaced that of the loaded model.
 
-    Raises ValueError if the model has no joint attention that TACA can reach; names some that do.
+    Raises ValueError if the model has no joint attention that TACA can reach; names some that have.
     """
     diffusion_model = uncompiled(diffusion_model)
     names = [cls.__name__ for cls in (own_class or type(diffusion_model)).__mro__]
-    for name in names:  # a pack's own class before that of ComfyUI's it is made from
+    for name in names:  # a pack's class before the class of ComfyUI's that it derives from
         for family in FAMILIES:
             if family.includes(diffusion_model, name):
                 return family
@@ -371,7 +374,7 @@ def family_of(diffusion_model: nn.Module, own_class: type | None = None) -> Fami
 
 
 def part_of(module: nn.Module, path: str) -> Any:
-    """A part of a module by its path, through what is compiled; None where it has none."""
+    """A part of a module by its path, through compiled modules; None if there is none."""
     part: Any = module
     for name in path.split("."):
         part = uncompiled(getattr(part, name, None))

@@ -1,8 +1,8 @@
-"""Does a picture show a text? Asked of a vision language model that came as a text encoder.
+"""Does a picture show a text? A vision language model that came as a text encoder answers.
 
-The answer is P(yes): of the first token of the model's answer, the probability that it says yes,
-among those that say yes or no (VQAScore, arXiv 2404.01291). Nothing is generated for it: the
-question goes through the model once.
+The answer is P(yes): the probability that the first token of the model's answer means yes, among
+the tokens that mean yes or no (VQAScore, arXiv 2404.01291). Nothing is generated for it: the
+question takes one forward pass.
 """
 
 import math
@@ -24,8 +24,8 @@ from .encoder_files import opened
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
-LARGEST = 1024 * 1024  # pixels; a larger picture is made smaller, as core's edit nodes do
-LONGEST = 256  # tokens of a list of phrases
+LARGEST = 1024 * 1024  # pixels; a larger picture is scaled down, as core's edit nodes do
+LONGEST = 256  # tokens that a list of phrases may take
 LOAD = (
     "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion), Qwen2.5-VL 7B (type qwen_image) "
     "or Gemma 3 with its vision model by Load CLIP, from a safetensors file with all weights."
@@ -42,21 +42,20 @@ _QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @dataclass(frozen=True)
-class Family:
-    """How encoders of a kind are talked to, as their own chat template has it."""
+class EncoderFamily:
+    """A kind of text encoder, and its chat template."""
 
     name: str
-    chat: str
-    picture: str  # what stands for a picture, one token of it
+    chat: str  # a turn of the user, with {} for the message
+    picture: str  # what stands for a picture; one token of it is replaced by the picture's own
     place: int  # the id of that token
-    start: tuple[int, ...] = ()
-    around: tuple[int, ...] = ()  # ids before and after that one
-    is_square: bool = False  # pictures are squeezed into a square of the model's own size
-    is_headless: bool = False
-    """Core reads no head of it, and would use the embeddings, which these weights do not share."""
+    start: tuple[int, ...] = ()  # ids that begin every text
+    around: tuple[int, ...] = ()  # ids inserted before and after the picture
+    is_square: bool = False  # whether pictures are squeezed into a square of the model's own size
+    is_headless: bool = False  # whether core loads no head of it, and would use its embeddings
 
 
-_GEMMA = Family(
+_GEMMA = EncoderFamily(
     "Gemma 3",
     "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
     "\n\n<image_soft_token>\n\n",
@@ -65,45 +64,45 @@ _GEMMA = Family(
     around=(255999, 256000),
     is_square=True,
 )
-FAMILIES = {
-    "Qwen25_7BVLI": Family(
+ENCODER_FAMILIES = {
+    "Qwen25_7BVLI": EncoderFamily(
         "Qwen2.5-VL",
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _QWEN,
         _QWEN_PICTURE,
         151655,
         is_headless=True,
     ),
-    "Qwen3VL": Family("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
+    "Qwen3VL": EncoderFamily("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
     "Gemma3_4B_Vision": _GEMMA,
     "Gemma3_12B": _GEMMA,
 }
-"""By the name of core's class of the model, or of one that it is made from."""
+"""By the name of core's class of the model, or of a base class."""
 
 
 class Judge:
     """A CLIP of ComfyUI's that can be asked about pictures.
 
-    Raises ValueError, with what to load instead, for an encoder that sees no pictures, that lacks
-    the head which makes tokens of its output, or that this ComfyUI cannot run as a language model.
+    Raises ValueError, with what to load instead, for an encoder that sees no pictures, lacks its
+    language model head, or cannot be run as a language model by this ComfyUI.
     """
 
     def __init__(self, clip: Any) -> None:
         self.clip = clip
-        self.name, self.model, self.family = _seeing(clip)
+        self.name, self.model, self.family = _vision_encoder(clip)
         within = vars(clip.tokenizer) | {"": clip.tokenizer}
         tokenizers = {n: part for n, part in within.items() if isinstance(part, SDTokenizer)}
         # Core calls Gemma's encoder by another name than its tokenizer.
         self.tokenizer = tokenizers.get(self.name, next(iter(tokenizers.values()))).tokenizer
         words = [[(word, self._single(word)) for word in some] for some in (YES, NO)]
         self.words = [{word: i for word, i in some if i is not None} for some in words]
-        """The words for yes and for no that are one token, with its id."""
+        """The words for yes, and those for no, that are one token; with its id."""
         self.ids = [i for some in self.words for i in some.values()]
         self.rows = self._rows_of_the_head()
         self.is_shuffled = self.family.is_headless and shuffles()
 
     def load(self) -> None:
-        """Have core load the encoder, which it frees when it wants the memory."""
-        # LTX-2's encoder estimates its memory from the tokens.
+        """Have core load the encoder, which frees it when memory is short."""
+        # LTX-2's encoder estimates its memory use from the tokens.
         self.clip.load_model({self.name: [[(i, 1.0) for i in self.tokens("")]]})
 
     def ask(
@@ -111,8 +110,8 @@ class Judge:
     ) -> list[float]:
         """P(yes) for each question about a picture, ``(1, H, W, 3)`` in 0..1.
 
-        What was computed of the picture serves all questions. ``step`` is called after each.
-        ``load`` comes first.
+        The picture is encoded once for all questions. ``step`` is called after each of them. Call
+        ``load`` first.
         """
         device = self.clip.patcher.load_device
         answers = []
@@ -132,7 +131,7 @@ class Judge:
         return answers
 
     def _logits(self, seen: Tensor, extra: Any, question: str, device: Any) -> Tensor:
-        """Those of ``ids`` for the first token of the answer."""
+        """Logits of ``ids``, ``(ids,)``, for the first token of the answer."""
         tokens = self.tokens(question)
         place = tokens.index(self.family.place)
         embedding = self.model.get_input_embeddings()
@@ -158,14 +157,14 @@ class Judge:
         return ids
 
     def phrases(self, text: str) -> list[str]:
-        """What of a text can be checked in a picture, listed by the encoder itself.
+        """The phrases of a text that can be checked in a picture, listed by the encoder itself.
 
-        Raises ValueError if core does not generate with it, or nothing came of it.
+        Raises ValueError if core does not generate text with it, or it lists none.
         """
         if self.family.is_headless or not hasattr(self.model.model.config, "stop_tokens"):
             raise ValueError(
-                f"TACA Prompt Check: ComfyUI does not generate text with {self.family.name}, so it "
-                f"cannot list phrases. Write them yourself, or load Qwen3-VL."
+                f"TACA Prompt Check: ComfyUI does not generate text with {self.family.name}, so "
+                f"it cannot list phrases. Write them yourself, or load Qwen3-VL."
             )
         request = self.family.chat.format(REQUEST.format(text))
         tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
@@ -173,23 +172,27 @@ class Judge:
         lines = self.clip.decode(ids).splitlines()
         if len(ids) >= LONGEST:
             lines.pop()  # cut off
-        found = [_MARK.sub("", line, count=1).strip() for line in lines]
-        if not (found := list(dict.fromkeys(filter(None, found)))):
+        stripped = [_MARK.sub("", line, count=1).strip() for line in lines]
+        found = list(dict.fromkeys(filter(None, stripped)))
+        if not found:
             raise ValueError(
-                f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write them "
-                f"yourself, a line each."
+                f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write "
+                f"them yourself, a line each."
             )
         return found
 
     def _single(self, word: str) -> int | None:
+        """The id of a word that is one token; None for others."""
         ids = list(self.tokenizer(word)["input_ids"])
         ids = ids[len(self.family.start) :] if ids[:-1] == [*self.family.start] else ids
         return ids[0] if len(ids) == 1 else None
 
     def _rows_of_the_head(self) -> Tensor | None:
-        """The head's rows for ``ids``, of a file whose head core does not read.
+        """The head's rows for ``ids``, from the file; None if core has loaded the head itself.
 
-        What a file lacks core leaves as the memory was: so the file is asked.
+        Core leaves weights that a file lacks uninitialised, so the file has to be examined.
+
+        Raises ValueError if no file is known, or it lacks the vision model or the head.
         """
         needs_head = self.family.is_headless or self.model.model.config.lm_head
         lacks = "eyes (visual or vision_model)"
@@ -204,15 +207,15 @@ class Judge:
                 return None  # core has read it, or the embeddings are the head
             lacks = "head (lm_head.weight)"
         raise ValueError(
-            f"TACA Prompt Check: this {self.family.name} has no {lacks} in its file, or its loader "
-            f"does not say which file it read, so it cannot answer. {LOAD}"
+            f"TACA Prompt Check: this {self.family.name} has no {lacks} in its file, or its "
+            f"loader does not say which file it read, so it cannot answer. {LOAD}"
         )
 
 
 def prepared(picture: Tensor, side: int | None = None) -> Tensor:
-    """A picture as encoders are shown it: three channels, no more than a megapixel, or a square.
+    """A picture as encoders get it: three channels, at most a megapixel; or a square of ``side``.
 
-    Core would cut a picture to a square where transformers squeezes it into one.
+    Core would crop a picture to a square where transformers squeezes it into one.
     """
     picture = picture[..., :3]
     if side:
@@ -222,18 +225,18 @@ def prepared(picture: Tensor, side: int | None = None) -> Tensor:
         )
         return resized.movedim(1, -1)
     height, width = picture.shape[1:3]
-    if (scale := math.sqrt(LARGEST / (height * width))) >= 1:
+    scale = math.sqrt(LARGEST / (height * width))
+    if scale >= 1:
         return picture
     size = round(width * scale), round(height * scale)
-    return comfy.utils.common_upscale(picture.movedim(-1, 1), *size, "area", "disabled").movedim(
-        1, -1
-    )
+    channels = picture.movedim(-1, 1)
+    return comfy.utils.common_upscale(channels, *size, "area", "disabled").movedim(1, -1)
 
 
 def shuffles() -> bool:
-    """Whether core leaves what Qwen2.5-VL sees in the order of its windows, as 0.16.3 does.
+    """Whether core leaves Qwen2.5-VL's vision tokens in the order of its windows, as 0.16.3 does.
 
-    Asked of a tower without blocks, in which no part of a picture sees another.
+    Tried on a tower without blocks, in which no token attends to another.
     """
     tower = qwen_vl.Qwen2VLVisionTransformer(
         hidden_size=4,
@@ -252,17 +255,18 @@ def shuffles() -> bool:
 
 
 def geometric_mean(probabilities: Sequence[float]) -> float:
-    """One that is 0 makes it 0. A root of each: the product of many would round to 0."""
+    """The geometric mean; 0 if one of them is 0."""
+    # The root of each, since the product of many would underflow.
     return math.prod(each ** (1 / len(probabilities)) for each in probabilities)
 
 
-def _seeing(clip: Any) -> tuple[str, Any, Family]:
-    """The encoder of a CLIP that sees pictures."""
+def _vision_encoder(clip: Any) -> tuple[str, Any, EncoderFamily]:
+    """The encoder of a CLIP that sees pictures: name, model and kind; errors as ``Judge``."""
     named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
     models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
     for name, model in models.items():
         for kind in type(model).__mro__:
-            if (family := FAMILIES.get(kind.__name__)) is None:
+            if (family := ENCODER_FAMILIES.get(kind.__name__)) is None:
                 continue
             if model.model.norm is None:
                 raise ValueError(
@@ -283,12 +287,12 @@ def _seeing(clip: Any) -> tuple[str, Any, Family]:
 
 
 def _rows(file: Any, key: str, ids: Sequence[int]) -> Tensor:
-    """Rows of a weight in a file, float32; in fp8 with the scale that is beside it."""
+    """Rows of a weight in a file, float32 ``(ids, width)``, of fp8 scaled; errors as ``Judge``."""
     weight = file.get_slice(key)
     rows = [weight[i : i + 1] for i in ids]
     layer = key.removesuffix(".weight")
-    beside = (f"{layer}.scale_weight", f"{layer}.weight_scale")
-    scales = [file.get_tensor(name).float() for name in file.keys() if name in beside]  # noqa: SIM118
+    names = (f"{layer}.scale_weight", f"{layer}.weight_scale")
+    scales = [file.get_tensor(name).float() for name in file.keys() if name in names]  # noqa: SIM118
     if not rows[0].is_floating_point() or any(scale.numel() > 1 for scale in scales):
         raise ValueError(
             f"TACA Prompt Check: the head of this file is quantised in a way that is not read "

@@ -1,4 +1,4 @@
-"""What an attention kernel can do, asked with a few tokens."""
+"""What an attention kernel can do, tried on a few tokens."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -18,18 +18,18 @@ log = logging.getLogger("taca")
 def for_masks(
     options: Mapping[str, Any], like: Tensor, known: dict[str, bool]
 ) -> Callable[..., Tensor] | None:
-    """The attention to run in place of a call's own where that takes no masks; else None.
+    """The attention to run in place of a call's own if that takes no masks; else None.
 
-    ``known`` has the kernels that were asked in this run, by name; ``like`` has the model's dtype
-    and device.
+    ``known`` has the results for the kernels tried in this run, by name; ``like`` has the model's
+    dtype and device.
     """
     kernel: Any = attention.optimized_attention
     other = options.get(OVERRIDE)
     name = kernel_name(other or kernel)
     if name not in known:
         rest = {key: value for key, value in options.items() if key != OVERRIDE}
-        asked = partial(other, kernel) if other else kernel
-        known[name] = takes_masks(partial(asked, transformer_options=rest), like)
+        tried = partial(other, kernel) if other else kernel
+        known[name] = takes_masks(partial(tried, transformer_options=rest), like)
         if not known[name]:
             log.warning(
                 "TACA: the attention %s takes no masks. Where words weigh, PyTorch's runs in its "
@@ -47,6 +47,6 @@ def takes_masks(kernel: Callable[..., Tensor], like: Tensor) -> bool:
     mask = mask.masked_fill(hidden, -torch.inf)
     try:
         seen = kernel(q, q, q * hidden[:, None], 2, mask=mask)
-    except Exception:  # a kernel's refusal can be of any kind
+    except Exception:  # a kernel may refuse by any error
         return False
     return bool(seen.abs().max() < 1e-3)

@@ -18,13 +18,13 @@ from .swap import Args, Kwargs
 class CallState:
     """What one call of the model has shown so far; made for the call and dropped with it."""
 
-    # Text tokens: of the conditioning, until a block shows how many the model made of them. A
-    # single-stream block does not tell.
+    # Text tokens: the conditioning's, until a block shows how many the model made of them, which a
+    # single-stream block does not.
     num_text: int = 0
-    num_prefix: int = 0  # before the text, neither text nor image: registers, a vision encoder's
-    num_other: int = 0  # between text and image, and neither
-    num_cached: int = 0  # at the start, not queries: the model keeps their keys between steps
-    # References: the text token that each stands before, and its own tokens.
+    num_prefix: int = 0  # tokens before the text: registers, or a vision encoder's
+    num_other: int = 0  # tokens between text and image
+    num_cached: int = 0  # tokens at the start that are keys only, since the model caches them
+    # For each reference the text token that it stands before, and its number of tokens.
     references: Sequence[tuple[int, int]] = ()
 
 
@@ -33,15 +33,15 @@ Locate = Callable[[Args, Kwargs, CallState], Layout]
 
 
 def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool = False) -> Locate:
-    """A block called with text and image apart, that attends to ``[prefix | text | image]``.
+    """A block that takes text and image as two arguments, and attends to both in one sequence.
 
-    ``text`` and ``image`` are the position and the name of those arguments; with ``image_first``
-    the block attends to ``[image | text]``.
+    That is ``[prefix | text | image]``, or ``[image | text]`` with ``image_first``. ``text`` and
+    ``image`` are the positions and the names of the arguments.
     """
     (text_at, text_name), (image_at, image_name) = text, image
 
     def locate(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
-        # Not by _argument: this runs in every block of every call inside the window.
+        # Without _argument, to save calls: this runs in every block inside the window.
         text_tokens = kwargs[text_name] if text_name in kwargs else args[text_at]
         image_tokens = kwargs[image_name] if image_name in kwargs else args[image_at]
         state.num_text = text_tokens.shape[1] - state.num_prefix
@@ -55,12 +55,12 @@ def two_streams(text: tuple[int, str], image: tuple[int, str], image_first: bool
 
 
 def one_stream(sequence: tuple[int, str], image_first: bool = False) -> Locate:
-    """A block called with ``[prefix | text | other | image]`` in one tensor, or the reverse."""
+    """A block that takes ``[prefix | text | other | image]`` as one tensor, or the reverse."""
     position, name = sequence
 
     def locate(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         num_tokens = (kwargs[name] if name in kwargs else args[position]).shape[1]
-        # Some models say where the image begins, also where a cache skips their two-stream blocks.
+        # Some models tell where the image begins, even if a cache skips their two-stream blocks.
         options = kwargs.get("transformer_options") or {}
         begins = options.get("img_slice")
         num_text = begins[0] - state.num_prefix if begins else state.num_text
@@ -76,7 +76,7 @@ def one_stream(sequence: tuple[int, str], image_first: bool = False) -> Locate:
 
 
 def with_prefix(num_prefix: int, locate: Locate) -> Locate:
-    """A block whose text begins with this many tokens that are not text."""
+    """A block whose text argument begins with this many tokens that are not text."""
 
     def locate_with_prefix(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         state.num_prefix = num_prefix
@@ -86,7 +86,7 @@ def with_prefix(num_prefix: int, locate: Locate) -> Locate:
 
 
 def records_length(field: str) -> Locate:
-    """A block that is not joint: the length of its ``x`` is this field of ``CallState``."""
+    """A block that is not joint: it sets this field of ``CallState`` to the length of its ``x``."""
 
     def locate(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
         setattr(state, field, _argument(args, kwargs, 0, "x").shape[1])
@@ -106,27 +106,27 @@ def records_only(locate: Locate) -> Locate:
 
 
 def text_alone(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
-    """A block of the text, called with it alone."""
+    """A block in which the text attends to itself."""
     return (Span("text", _argument(args, kwargs, 0, "x").shape[1]),)
 
 
 def mochi(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
-    """``[image | text]``: the block itself crops the padding of its text."""
+    """``[image | text]``; the block itself crops the padding of its text."""
     image, text = _argument(args, kwargs, 0, "x"), _argument(args, kwargs, 2, "y")
     return Span("image", image.shape[1]), Span("text", min(text.shape[1], kwargs["crop_y"]))
 
 
 def uvit(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
-    """``[image | time | text]``, where a text that the block is handed apart is keys only."""
+    """``[image | time | text]``; text that the block takes as its own argument is keys only."""
     takes_part = _argument(args, kwargs, 1, "text") is None
     num_image = _argument(args, kwargs, 0, "x").shape[1] - 1 - takes_part * state.num_text
     return Span("image", num_image), Span("other", 1), Span("text", state.num_text, takes_part)
 
 
 def minimax(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
-    """As the model modulates its tokens: a row for each time and, of that, each kind.
+    """The segments in which the model modulates its tokens: rows for image, text and sound.
 
-    Pictures in the prompt count as image, since they are modulated as such. Sound is neither.
+    Pictures in the prompt count as image, since they are modulated as such. Sound is "other".
     """
     kinds: tuple[Kind, ...] = ("image", "text", "other")
     segments = _argument(args, kwargs, 2, "mod_segments")
@@ -152,11 +152,11 @@ def hidream_o1(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
 
 
 def qwen_image21(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
-    """``[text with references in it | image]``, of which a block may be handed the image alone.
+    """``[text with references in it | image]``; a block may be called with the image alone.
 
-    What comes before the image attends to nothing after itself, and its keys are kept. So it stays
-    as it is: only the picture's own tokens ask for adjusted keys. Where a block is handed the rest
-    by itself, to keep its keys, there is nothing to adjust.
+    What comes before the image does not attend to it, and its keys are cached: it stays as it is,
+    and only the image's queries get adjusted keys. In a call with that part alone, which fills the
+    cache, there is nothing to adjust.
     """
     num_tokens = _argument(args, kwargs, 0, "x").shape[1]
     num_before = _argument(args, kwargs, 4, "prefix_len")
@@ -172,15 +172,15 @@ def qwen_image21(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
 
 
 class ExtraText(NamedTuple):
-    """The text tokens of a model beside its conditioning: 1 for the prompt's, 0 for others."""
+    """A model's text tokens besides its conditioning's: 1 for the prompt's, 0 for others."""
 
     before: Sequence[float] = ()
     after: Sequence[float] = ()
-    num_cut: int = 0  # so many of the conditioning's last tokens are left out
-    source: str = ""  # what the conditioning calls them, where they are the prompt's too
+    num_cut: int = 0  # number of the conditioning's last tokens that the model drops
+    source: str = ""  # their name in the conditioning, where they are the prompt's too
 
     def with_prompt(self, prompt: Sequence[float]) -> list[float]:
-        """Values of all text tokens, of those of the conditioning's."""
+        """Values of all text tokens, given those of the conditioning's."""
         return [*self.before, *prompt[: len(prompt) - self.num_cut], *self.after]
 
 
@@ -194,18 +194,18 @@ def no_extra_text(model: nn.Module, length: int, arguments: Mapping[str, Any]) -
 
 
 def cropped(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
-    """Mochi drops its padding, PixelDiT what is longer than its longest prompt."""
+    """Mochi drops its padding, PixelDiT everything beyond its maximum prompt length."""
     longest = getattr(model, "txt_max_length", None) or arguments.get("num_tokens", 256)
     return ExtraText(num_cut=max(0, length - longest))
 
 
 def time_token(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
-    """HiDream-O1's last token tells the time."""
+    """HiDream-O1's last token is the timestep's."""
     return ExtraText(num_cut=1)
 
 
 def padded(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
-    """Z-Image fills up each text to a multiple; those of references come first."""
+    """Z-Image pads each text to a multiple; the references' texts come first."""
     multiple = getattr(model, "pad_tokens_multiple", None) or 1
     references = len(arguments.get("ref_latents") or ())
     lengths = [text.shape[1] for text in arguments.get("ref_contexts") or ()]
@@ -216,7 +216,7 @@ def padded(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Extra
 
 
 def glyphs(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
-    """ByT5's tokens, of what is to be written: first in HunyuanVideo 1.5, last in HunyuanImage."""
+    """ByT5's tokens of the text to be written: first in HunyuanVideo 1.5, last in HunyuanImage."""
     tokens = arguments.get("txt_byt5")
     if tokens is None or getattr(model, "byt5_in", None) is None:
         return ExtraText()
@@ -227,7 +227,7 @@ def glyphs(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> Extra
 
 
 def llama_tokens(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
-    """HiDream-I1's Llama tokens: those of its last layer, and of one for each block."""
+    """HiDream-I1's Llama tokens: those of the last layer, and those of a layer for each block."""
     tokens = arguments.get("encoder_hidden_states_llama3")
     own = [] if tokens is None else [1.0] * (2 * tokens.shape[2])
     return ExtraText(after=own, source="conditioning_llama3")

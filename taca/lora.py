@@ -39,7 +39,7 @@ class LoRADelta(nn.Module):
 
     Its tensors become this module's parameters, so that ComfyUI moves, counts and frees them. If
     ``additive``, it is added to a layer's output, without knowing the weight. The others (norms,
-    DoRA, OFT ...) reparametrize the weight for the length of its one use.
+    DoRA, OFT ...) change the weight each time it is used, for that use only.
     """
 
     def __init__(self, place: Place, value: Value, strength: float, additive: bool) -> None:
@@ -61,15 +61,15 @@ class LoRADelta(nn.Module):
                 self._scale = strength * (1.0 if alpha is None else float(alpha) / len(down))
 
     def cast(self, dtype: torch.dtype) -> None:
-        """To the dtype that a model computes in, so that no call does it; core counts its bytes.
+        """Cast once to the dtype that a model computes in, before core counts its bytes.
 
-        An adapter computes in the file's own.
+        An adapter computes in the file's own dtype and is left alone.
         """
         if self._scale is not None and dtype.itemsize > 1:
             self.to(dtype)
 
     def value(self, device: torch.device) -> Value:
-        """As core's loader gave it, on a device."""
+        """The value as core's loader gave it, on a device."""
         parts = list(self._parts)
         for name, tensor in self.named_parameters():
             parts[int(name.removeprefix("tensor"))] = tensor.to(device)
@@ -80,14 +80,14 @@ class LoRADelta(nn.Module):
         return adapter
 
     def entry(self, device: torch.device) -> tuple[Any, ...]:
-        """As ``comfy.lora.calculate_weight`` takes it."""
+        """The delta as ``comfy.lora.calculate_weight`` takes it."""
         return (self.strength, self.value(device), 1.0, *self.place[1:])
 
     def add_to(self, y: Tensor, x: Tensor, inside: Tensor | None) -> None:
         """Add to the output y of a linear layer at x, in place.
 
-        y and x are ``(b, ..., out_features)`` and ``(b, ..., in_features)``. ``inside`` broadcasts
-        to y, bool: where the batch is inside the window; None for everywhere.
+        y and x are ``(b, ..., out_features)`` and ``(b, ..., in_features)``. ``inside`` is bool and
+        broadcasts to y: the rows inside the window; None for all.
         """
         parameter, rows, permute = self.place
         y = y if rows is None else y.narrow(-1, *rows[1:])
@@ -108,7 +108,7 @@ class LoRADelta(nn.Module):
             delta = delta if parameter == "bias" else F.linear(x, delta)
         if permute is not None:
             delta = permute(delta.movedim(-1, 0)).movedim(0, -1)
-        # Selected, since 0 times an overflow would be NaN.
+        # Selected, not multiplied by 0, since 0 times an overflow is NaN.
         y += delta if inside is None else delta.where(inside, 0)
 
 
@@ -118,13 +118,12 @@ def parts_of(value: Value) -> Any:
 
 
 class LoRA(nn.Module):
-    """A LoRA's deltas by the name of the module that they are for; name and strength to show."""
-
-    say: Say = staticmethod(silent)
+    """A LoRA's deltas by the module they change; its name and strength are for messages."""
 
     def __init__(self, name: str, strength: float, deltas: dict[str, list[LoRADelta]]) -> None:
         super().__init__()
         self.name, self.strength = name, strength
+        self.say: Say = silent
         self.module_names = list(deltas)
         self.deltas = nn.ModuleList(nn.ModuleList(each) for each in deltas.values())
 
@@ -132,8 +131,7 @@ class LoRA(nn.Module):
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """A module by name.
 
-    Raises RuntimeError if there is none, since another pack has put its own modules in place of the
-    model's.
+    Raises RuntimeError if there is none: another pack has replaced the model's modules.
     """
     found = part_of(model, name)
     if found is None:
@@ -150,9 +148,9 @@ def loras_of(patcher: ModelPatcher) -> list[LoRA]:
 
 
 def patcher_of(lora: LoRA) -> ModelPatcher:
-    """A patcher of its own for the LoRA: loaded, counted and freed beside the model's.
+    """A separate patcher for the LoRA, which core loads, counts and frees along with the model's.
 
-    Of core's own kind: where one model of a run has no dynamic VRAM, ComfyUI unloads all others.
+    It is of core's own class: a model without dynamic VRAM would make ComfyUI unload all others.
     """
     return _patcher_of(lora, comfy.model_patcher.CoreModelPatcher)
 
@@ -160,7 +158,7 @@ def patcher_of(lora: LoRA) -> ModelPatcher:
 def _patcher_of(lora: LoRA, kind: type[ModelPatcher]) -> ModelPatcher:
     management = comfy.model_management
     patcher = kind(lora, management.get_torch_device(), management.unet_offload_device())
-    # From this core makes the copy for a further device, or without dynamic VRAM.
+    # With this core makes copies for other devices, or without dynamic VRAM.
     patcher.cached_patcher_init = (_fresh_patcher_of, (lora,))
     return patcher
 

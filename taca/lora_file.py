@@ -18,10 +18,10 @@ from torch import Tensor
 from .lora import LoRA, LoRADelta, Place, parts_of, submodule
 
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
-"""Adapters whose ``h(x)`` is all they do: without DoRA they add to a linear layer's output."""
+"""Adapters that, without DoRA, only add ``h(x)`` to a linear layer's output."""
 
 SCALES = (".alpha", ".reshape_weight")
-"""Endings of keys that core reads as numbers: they are not counted among the tensors."""
+"""Endings of keys that core reads as numbers; messages do not count them as tensors."""
 
 PEFT_PREFIX = "base_model.model."
 
@@ -31,7 +31,7 @@ log = logging.getLogger("taca")
 def read_lora(path: str) -> dict[str, Tensor]:
     """The tensors of a LoRA file, with the alpha that PEFT keeps in the file's metadata.
 
-    Raises ValueError if it is not a safetensors file, or a damaged one.
+    Raises ValueError if it is not a safetensors file, or is damaged.
     """
     name = Path(path).name
     if not name.lower().endswith((".safetensors", ".sft")):
@@ -49,7 +49,7 @@ def read_lora(path: str) -> dict[str, Tensor]:
 
 
 def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
-    """The scale of PEFT's configuration, as the alpha that ComfyUI looks for among the tensors."""
+    """The tensors, and PEFT's scale as the ``alpha`` tensors that ComfyUI looks for."""
     config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if "lora_alpha" not in config:
@@ -58,25 +58,26 @@ def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str
     for key, tensor in state.items():
         base, is_down, _ = key.partition(".lora_A.")
         if is_down and f"{base}.alpha" not in state:
-            # PEFT's rule: the first pattern counts that is the end of the layer's name.
+            # PEFT's rule: the first pattern that matches the end of the layer's name counts.
             layer = base.removeprefix(PEFT_PREFIX).removeprefix("transformer.")
             patterns = (config.get("alpha_pattern") or {}).items()
             matches = (alpha for each, alpha in patterns if re.match(rf"(.*\.)?({each})$", layer))
             alpha = float(next(matches, config["lora_alpha"]))
-            # ComfyUI divides by the rank; PEFT by its root, if told so.
+            # ComfyUI divides by the rank; PEFT by its root, if use_rslora is set.
             alpha *= len(tensor) ** 0.5 if config.get("use_rslora") else 1.0
             alphas[f"{base}.alpha"] = torch.tensor(alpha)
     return state | alphas
 
 
 def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: float) -> LoRA:
-    """A LoRA for a model, from a file's tensors in any keys that ComfyUI knows.
+    """A LoRA for a model, from a file's tensors under any keys that ComfyUI knows.
 
-    Raises ValueError if nothing of it fits, or a part is missing or holds no usable numbers. What
-    fits in part is a warning with counts.
+    Logs a warning with counts if only some of them fit.
+
+    Raises ValueError if none fits, or a part is missing or holds no usable numbers.
     """
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    # The live model may be compiled. PEFT's own prefix is known of some models only.
+    # The model may be compiled. Core knows PEFT's own prefix for some models only.
     keys = {re.sub(r"_orig_mod[._]", "", key): target for key, target in keys.items()}
     keys = {re.sub(r"^transformer\.", PEFT_PREFIX, key): to for key, to in keys.items()} | keys
     try:
@@ -126,18 +127,22 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         log.warning(
             "TACA: %d of %d tensors of %s have no place in this model and are left out, for "
             "example %s.",
-            *(len(missed), len(counted), name, first),
+            len(missed),
+            len(counted),
+            name,
+            first,
         )
     log.info("TACA: %s fits %d modules, strength %g.", name, len(deltas), strength)
     return LoRA(name, strength, deltas)
 
 
 def _flat(value: Any) -> Any:
-    """An adapter of a linear layer as ``h(x)`` takes it: with matrices.
+    """An adapter of a linear layer in the form that ``h(x)`` takes: matrices.
 
-    Files of convolutions have more axes, and a LoRA of theirs a tensor between its two. Of a LoKr
-    whose factors are both decomposed core's merge and ``h(x)`` take another one's rank. One whose
-    factors are both whole has no rank, and its alpha does not count; ``h(x)`` divides by it.
+    Tensors of convolutions have more axes, and their LoRAs a third tensor between the two. Of a
+    LoKr with both factors decomposed, core's merge and ``h(x)`` use the ranks of different factors:
+    the merge's counts. One with both factors whole has no rank, and core's merge ignores its alpha;
+    ``h(x)`` would divide by it.
     """
     if isinstance(value, LoRAAdapter):
         up, down, alpha, mid, *more = value.weights
@@ -157,7 +162,7 @@ def _flat(value: Any) -> Any:
 
 
 def _check_numbers(parts: Any, target: str, name: str) -> None:
-    """Refuse what would turn every picture black, or mean something else than it says."""
+    """Raise ValueError for numbers that are integers, NaN or infinite."""
     for part in parts:
         if not isinstance(part, (float, Tensor)):
             continue
@@ -170,7 +175,7 @@ def _check_numbers(parts: Any, target: str, name: str) -> None:
 
 
 def _check_weight(delta: LoRADelta, module: Any, target: str, name: str) -> None:
-    """Refuse what changes a weight that only its own layer unpacks, as GGUF packs have them."""
+    """Raise ValueError for a delta that needs a weight which only its layer can unpack (GGUF)."""
     own = getattr(module, delta.place.parameter, None)
     if not delta.additive and (own is None or not own.is_floating_point()):
         raise ValueError(
@@ -180,7 +185,7 @@ def _check_weight(delta: LoRADelta, module: Any, target: str, name: str) -> None
 
 
 def _fits(delta: LoRADelta, module: Any) -> bool:
-    """Whether its shapes are the module's."""
+    """Whether the shapes of a delta fit the module."""
     value, place = delta.value(torch.device("cpu")), delta.place
     own = getattr(module, place.parameter, None)
     if not hasattr(module, "in_features"):
@@ -191,7 +196,7 @@ def _fits(delta: LoRADelta, module: Any) -> bool:
             kernel = 1 if value.weights[3] is None else value.weights[3][0, 0].numel()
             return (up.shape[0], down.shape[1] * kernel) == (own.shape[0], own[0].numel())
         return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
-    # A quantised weight's own shape may be another.
+    # Not the weight's own shape: it may differ if quantised.
     rows = place.rows[2] if place.rows else module.out_features
     if isinstance(value, WeightAdapterBase):
         if value.name == "glora":  # a1 a2 and b1 b2, or in older files a2 a1 and b2 b1

@@ -1,4 +1,4 @@
-"""The forwards of modules on which LoRAs act."""
+"""What a module's forward becomes where a LoRA acts on it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -36,7 +36,7 @@ def lora_swaps(
 def additive_forward(
     forward: Forward, module: nn.Module, ran: Seen, delta: LoRADelta, inside: Tensor | None
 ) -> Forward:
-    """A linear layer's output, and what a delta adds to it."""
+    """A linear layer's forward, with a delta added to its output."""
     # Another pack's forward may keep what it returns: only a layer's own output is added to.
     is_own = forward == type(module).forward.__get__(module) or hasattr(forward, "taca_lora")
 
@@ -45,7 +45,7 @@ def additive_forward(
         ran.called = ran.attended = True
         y = forward(x, *args, **kwargs)
         y = y.contiguous() if is_own else y.clone(memory_format=torch.contiguous_format)
-        if y.numel():  # not an expert that was asked about no token
+        if y.numel():  # an expert may get no tokens
             delta.add_to(y, x, None if inside is None else _rows(inside, x))
         return y
 
@@ -61,9 +61,9 @@ def reparametrized_forward(
     deltas: list[LoRADelta],
     inside: Tensor | None,
 ) -> Forward:
-    """A module's output with other weights, by ComfyUI's hook for a weight's one use.
+    """A module's forward with changed weights, by ComfyUI's hook on each use of a weight.
 
-    Norms need this, which core's trainer changes, and every adapter that is not a sum.
+    This is for norms, which core's trainer changes, and for all adapters that are not a sum.
     """
     parameters = sorted({delta.place.parameter for delta in deltas})
 
@@ -99,7 +99,7 @@ def reparametrized_forward(
 
 
 def _rows(inside: Tensor, x: Tensor) -> Tensor:
-    """``inside`` such that it broadcasts over x; an error if x has other rows than the batch."""
+    """``inside``, ``(b,)``, with axes to broadcast over x; ValueError if x does not have b rows."""
     if x.shape[0] != inside.shape[0]:
         raise ValueError(
             f"TACA LoRA: a layer got {x.shape[0]} rows for a batch of {inside.shape[0]}, of which "

@@ -1,6 +1,6 @@
 """Limits of gamma: to the positive prompt, to some blocks, to the prompt's own tokens.
 
-All are off by default, as in the paper. They limit gamma and not the LoRA.
+All are off by default, as in the paper. They limit gamma, not the LoRA.
 """
 
 from collections.abc import Callable
@@ -25,24 +25,24 @@ class Options:
     # Share of gamma - 1 for each text token of the positive conditioning: 1 for the prompt's own
     # tokens, 0 for padding.
     prompt: tuple[float, ...] | None = None
-    prompt_only: bool = False  # the same, of the prompts that carry their tokens
-    # Makes the prompt's conditioning again, to find it among several.
+    prompt_only: bool = False  # the same, for prompts whose conditionings carry their tokens
+    # Encodes the prompt again, to find its conditioning among several.
     encode: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def conditionings(self, guider: Any) -> frozenset[Any] | None:
-        """Those of the prompt, as ``conditionings_of``; errors as there."""
+        """The conditionings of the prompt, as ``conditionings_of``; errors as there."""
         if self.prompt is None:
             return None
         return conditionings_of(guider, len(self.prompt), self.encode)
 
-    def gamma_of_call(
+    def limit(
         self, gamma: Tensor, call: CallArguments, transformer: nn.Module, prompts: Prompts | None
     ) -> Tensor:
-        """Gamma of each row of a call ``(b,)``, or of each row and text token ``(b, t)``.
+        """The schedule's gamma of each row of a call, ``(b,)``, within these limits.
 
-        ``gamma`` is the schedule's, ``(b,)``.
+        Returns gamma of each row ``(b,)``, or of each row and text token ``(b, t)``.
 
-        Raises ValueError if the positive conditioning has other tokens than the prompt.
+        Raises ValueError if the positive conditioning does not have the prompt's tokens.
         """
         if not self.positive_only and self.prompt is None and not self.prompt_only:
             return gamma
@@ -59,7 +59,10 @@ class Options:
     def _prompts(
         self, prompts: Prompts | None
     ) -> list[tuple[tuple[float, ...], frozenset[Any] | None]]:
-        """For each prompt that limits gamma: shares of its tokens, uuids of its conditionings."""
+        """For each prompt that limits gamma: its tokens' shares, its conditionings' uuids.
+
+        Raises ValueError if no positive conditioning carries its tokens.
+        """
         if self.prompt is not None:
             return [(self.prompt, prompts.limited if prompts else None)]
         if not self.prompt_only or prompts is None:
@@ -80,7 +83,7 @@ def _limited(
     call: CallArguments,
     transformer: nn.Module,
 ) -> Tensor:
-    """Gamma of each row and text token, with this prompt's share of gamma - 1 in its rows."""
+    """Gamma of each row and text token ``(b, t)``, with a prompt's shares in its rows."""
     extra = family_of(transformer).extra_text_of(transformer, len(prompt), call)
     shares = torch.tensor(extra.with_prompt(prompt)).to(gamma.device).where(rows[:, None], 1.0)
     gamma = gamma[:, None] if gamma.ndim == 1 else gamma
@@ -88,4 +91,4 @@ def _limited(
 
 
 NO_OPTIONS = Options()
-"""The paper's: no limits."""
+"""As in the paper: no limits."""

@@ -2,15 +2,30 @@
 
 The path of gamma, one module a stage:
 
-    patch.py      the model is cloned and gets two keyed wrappers        Schedule -> TacaConfig
-    patch.py      once a run: gamma over t is resolved                   -> ResolvedSchedule, Run
-    call.py       once a call: gamma of each row; forwards are swapped   -> Tensor (b,)
-    block.py      a block: its attention gets an override
-    attention.py  Eq. 10
+    nodes/patch.py  the widgets are read                                   -> Schedule
+    patch.py        the model is cloned and gets two keyed wrappers        -> TacaConfig
+    patch.py        once a run: gamma over t is resolved                   -> ResolvedSchedule, Run
+    call.py         once a call: gamma of each row; forwards are swapped   -> Tensor (b,)
+    block.py        a block: its attention gets an override
+    attention.py    Eq. 10
+
+The path of a word weight, which joins that of gamma in the call:
+
+    conditioning.py  the prompt is parsed; its tokens are found (prompt_tokens.py)  -> Words
+    words.py         once a run: the words of its conditionings; once a call: its rows'
+                                                            -> RunWords; WordWeights (b, t)
+    word_weights.py  biases of the logits, signs of the values
+
+The path of a TACA LoRA:
+
+    lora_file.py     the file is read and fitted to the model             -> LoRA
+    patch.py         it becomes an additional model of the clone
+    lora_forward.py  once a call: forwards are swapped for ones that add its deltas (lora.py)
 """
 
 import itertools
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -27,10 +42,10 @@ from .families import family_of, uncompiled
 from .lora import LORA_KEY, LoRA, loras_of, patcher_of
 from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
-from .run import KEY, Run, TacaConfig, config_of
+from .run import PATCH_KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolver, timestep, timesteps
-from .words import KEY as WORDS
+from .words import KEY as WORDS_KEY
 from .words import RunWords, hide_avoided
 
 log = logging.getLogger("taca")
@@ -39,36 +54,36 @@ log = logging.getLogger("taca")
 def patch_model(
     model: ModelPatcher, schedule: Schedule, options: Options = NO_OPTIONS, say: Say = silent
 ) -> ModelPatcher:
-    """A clone of the model that samples with TACA, in place of the TACA that it may have.
+    """A clone of the model that samples with TACA, replacing the TACA that it may have.
 
-    At the end of each run ``say`` is told what it did.
+    At the end of each run ``say`` is called with what it did.
 
     Raises ValueError if the model has no joint attention that TACA can reach, or no such blocks.
     """
     count_blocks(model, options)
     config = TacaConfig(schedule, options, say=say)
     patched = model.clone()
-    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, KEY, partial(watch_run, config))
-    set_wrapper(patched, WrappersMP.APPLY_MODEL, KEY, partial(adjust_call, Run(config)))
-    patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, PATCH_KEY, partial(watch_run, config))
+    set_wrapper(patched, WrappersMP.APPLY_MODEL, PATCH_KEY, partial(adjust_call, Run(config)))
+    patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, PATCH_KEY)
     check = partial(require_own_options, config)
-    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, check)
+    patched.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, PATCH_KEY, check)
     return patched
 
 
 def require_own_options(
     config: TacaConfig, patcher: ModelPatcher, timestep: Tensor, options: Any = None
 ) -> None:
-    """ComfyUI's ON_PREPARE_STATE callback: whether a patched model is called with its own options.
+    """ComfyUI's ON_PREPARE_STATE callback: check that a patched model gets its own options.
 
-    Raises RuntimeError if it is not, since then its TACA would not act.
+    Raises RuntimeError if it does not, since then its TACA would not act.
     """
     inner = (options or {}).get("transformer_options", {})
     if "sample_sigmas" not in inner:  # in training, a pack's own call, or before ComfyUI 0.26
         return
     wrappers = inner.get("wrappers", {})
-    [calls] = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY) or [None]
-    if calls is None or calls.args[0].config != config:
+    ours = wrappers.get(WrappersMP.APPLY_MODEL, {}).get(PATCH_KEY)
+    if not ours or ours[0].args[0].config != config:
         raise RuntimeError(
             "TACA does not act on this model, since its guider runs it with another model's "
             "options. Dual Model CFG Guider takes those of its first model for both: put the TACA "
@@ -81,7 +96,7 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
 
     The model has TACA, or gets it later. Several LoRAs add up.
 
-    Raises ValueError if what the LoRA does inside the window would stay in the model outside.
+    Raises ValueError if the LoRA would outlast its window, in keys that ComfyUI caches.
     """
     family = family_of(model.get_model_object("diffusion_model"))
     if family.caches_text_keys:
@@ -94,9 +109,12 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
     if idle:
         log.warning(
             "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
-            *(idle, len(lora.module_names), lora.name, family.name),
+            idle,
+            len(lora.module_names),
+            lora.name,
+            family.name,
         )
-    # Of this patcher: a node may have set another dtype than the loaded model's.
+    # Of this patcher: a node may have set a dtype other than the loaded model's.
     dtype = model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
     for delta in itertools.chain(*lora.deltas):
         delta.cast(dtype)
@@ -108,7 +126,7 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
 
 
 def set_wrapper(patcher: ModelPatcher, kind: str, key: str, wrapper: Any) -> None:
-    """Add a wrapper in place of the one by its key."""
+    """Add a wrapper, replacing any with the same key."""
     patcher.remove_wrappers_with_key(kind, key)
     patcher.add_wrapper_with_key(kind, key, wrapper)
 
@@ -116,7 +134,7 @@ def set_wrapper(patcher: ModelPatcher, kind: str, key: str, wrapper: Any) -> Non
 def watch_run(
     config: TacaConfig | None, executor: WrapperExecutor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """ComfyUI's OUTER_SAMPLE wrapper: gamma and words of this run, and what they did.
+    """ComfyUI's OUTER_SAMPLE wrapper: gamma and words of this run, and a report of what they did.
 
     Without a config the model has no TACA, and only words weigh.
     """
@@ -125,40 +143,19 @@ def watch_run(
     if training and config is None:
         log.warning("TACA: word weights do not act in training.")
         return executor(*args, **kwargs)
-    sigmas = None if training else given["sigmas"]
-    resolved = resolver(patcher, sigmas, given["latent_shapes"][0])
-    run = Run(config or TacaConfig(Schedule(1.0)), resolved(config.schedule) if config else NEVER)
-    limited = run.config.options.conditionings(guider)
-    run.prompts = Prompts(guider, len(given["noise"]), limited)
-    for _, entry in run.prompts.entries():  # of this run; ``NeedsTaca`` has what it waits for
-        entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS}
-    all_wrappers = guider.model_options["transformer_options"]["wrappers"]
-    wrappers = all_wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
-    check_compiler(patcher.model.diffusion_model, wrappers)
-    # The run reaches its calls in their wrapper, not as an entry of transformer_options: what
-    # torch.compile made of a model fails without the entries it was made with. The guider's
-    # options are this run's own copy.
-    wrappers[KEY] = [partial(adjust_call, run)]
-    if config is not None and loras_of(patcher):  # around LazyCache
-        others = all_wrappers.get(WrappersMP.PREDICT_NOISE, {})
-        ours = {LORA_KEY: [partial(end_caches, run)]}
-        all_wrappers[WrappersMP.PREDICT_NOISE] = ours | others
+    run = begin_run(config, guider, given)
     what, where = said_of(run.config, patcher)
     if training:
         log.info("TACA: %s trains in %s.", what, where)
         return executor(*args, **kwargs)
-    words = run.words = RunWords.of(run.prompts, resolved)
-    hide_avoided(run.prompts)
+    words = run.words
     if words is not None:
         warn_of_lost_vram(patcher)
-    t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
-    run.events.steps = run.word_events.steps = t[:-1]
-    run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
     args, kwargs = with_callback(args, kwargs, run.events.counted(given.get("callback")))
     try:
         result = executor(*args, **kwargs)
     finally:
-        # Else the guider, and its models, would live until they are collected.
+        # Otherwise the guider and its models would live until the garbage collector runs.
         run.prompts = run.words = None
     if config is not None:
         said = run.events.report(what, where)
@@ -171,27 +168,62 @@ def watch_run(
     return result
 
 
-def end_caches(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
+def begin_run(config: TacaConfig | None, guider: Any, given: Mapping[str, Any]) -> Run:
+    """The state of a run with these arguments, handed to its calls by the guider's own options.
+
+    Raises RuntimeError as ``check_compiler``; ValueError if the window needs steps and training
+    has none, or if the prompt of TACA Options is not among the run's.
+    """
+    patcher, training = guider.model_patcher, comfy.model_management.in_training
+    sigmas = None if training else given["sigmas"]
+    resolved = resolver(patcher, sigmas, given["latent_shapes"][0])
+    run = Run(config or TacaConfig(Schedule(1.0)), resolved(config.schedule) if config else NEVER)
+    limited = run.config.options.conditionings(guider)
+    run.prompts = Prompts(guider, len(given["noise"]), limited)
+    for _, entry in run.prompts.entries():  # words weigh in this run: ``NeedsTaca`` may go
+        entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS_KEY}
+    # The guider's options are this run's own copy.
+    wrappers = guider.model_options["transformer_options"]["wrappers"]
+    of_calls = wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
+    check_compiler(patcher.model.diffusion_model, of_calls)
+    # The run reaches its calls in their wrapper, not as an entry of transformer_options: a compiled
+    # model fails without the entries that it was compiled with.
+    of_calls[PATCH_KEY] = [partial(adjust_call, run)]
+    if config is not None and loras_of(patcher):  # around LazyCache
+        ours = {LORA_KEY: [partial(end_caches, run)]}
+        others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        wrappers[WrappersMP.PREDICT_NOISE] = ours | others
+    if not training:
+        run.words = RunWords.of(run.prompts, resolved)
+        hide_avoided(run.prompts)
+        t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
+        run.events.steps = run.word_events.steps = t[:-1]
+        run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
+    return run
+
+
+def end_caches(
+    run: Run, executor: WrapperExecutor, x: Tensor, timestep: Tensor, model_options: Any, seed: Any
+) -> Tensor:
     """ComfyUI's PREDICT_NOISE wrapper of a run with a TACA LoRA.
 
-    What EasyCache and LazyCache keep of calls inside the window answers none behind it.
+    What EasyCache and LazyCache keep from calls inside the window is not used after it.
     """
-    _, sigma, options = args[:3]
-    cache = options["transformer_options"].get("easycache")
+    cache = model_options["transformer_options"].get("easycache")
     if cache is not None and run.schedule is not None:
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-        inside = any(map(run.schedule.contains, timesteps(sampling, sigma)))
+        inside = any(map(run.schedule.contains, timesteps(sampling, timestep)))
         if run.caches_lora and not inside:
-            # Without the last output's norm neither leaves out a call; nor EasyCache without its
-            # differences, of prompts that come back later.
+            # Without the last output's norm neither of them skips a call; nor does EasyCache
+            # without the differences, of prompts that come back later.
             cache.output_prev_norm = None
             getattr(cache, "uuid_cache_diffs", {}).clear()
         run.caches_lora = inside
-    return executor(*args, **kwargs)
+    return executor(x, timestep, model_options, seed)
 
 
 def warn_of_lost_vram(patcher: ModelPatcher) -> None:
-    """A run of a clone that is not dynamic, though the model is: ComfyUI made it for a hook."""
+    """Warn of a run without dynamic VRAM, on a clone that ComfyUI made of the model for a hook."""
     if patcher.parent is not None and patcher.parent.is_dynamic() and not patcher.is_dynamic():
         log.warning(
             "TACA: ComfyUI gave up dynamic VRAM for this model, for the hook of its word weights. "
@@ -201,7 +233,7 @@ def warn_of_lost_vram(patcher: ModelPatcher) -> None:
 
 
 def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
-    """What acts, and where, for the one line that a run logs."""
+    """What acts, and where: two parts of the line that a run logs."""
     name, num_blocks = count_blocks(patcher, config.options)
     loras = "".join(f", with {lora.name} at {lora.strength:g}" for lora in loras_of(patcher))
     schedule = config.schedule
@@ -212,7 +244,7 @@ def said_of(config: TacaConfig, patcher: ModelPatcher) -> tuple[str, str]:
 def count_blocks(patcher: ModelPatcher, options: Options) -> tuple[str, int]:
     """The family of a model and the number of its joint blocks; errors as ``patch_model``."""
     transformer = uncompiled(patcher.get_model_object("diffusion_model"))
-    # Of this patcher, also while the model is loaded with a class that another clone gives it.
+    # This patcher's own, even while the model is loaded with a class from another clone.
     own_class = patcher.get_model_object("diffusion_model.__class__")
     patched = own_class is not type(patcher.model.diffusion_model)
     family = family_of(transformer, own_class if patched else None)

@@ -12,11 +12,12 @@ from .arguments import CallArguments
 def conditionings_of(
     guider: Any, num_tokens: int | None, encode: Callable[[], Tensor] | None
 ) -> frozenset[Any] | None:
-    """The uuids of the conditionings of a prompt; None if there is at most one positive one.
+    """The uuids of a prompt's conditionings; None if there is at most one positive conditioning.
 
-    Of several with as many tokens, those that equal what ``encode`` makes; without it, the first.
+    Among several with ``num_tokens`` tokens, those that equal what ``encode`` returns; without it
+    the first.
 
-    Raises ValueError if none is.
+    Raises ValueError if none is the prompt's.
     """
     positive = getattr(guider, "original_conds", {}).get("positive", ())
     texts = {cond["uuid"]: cond.get("cross_attn") for cond in positive if "uuid" in cond}
@@ -49,7 +50,7 @@ def _is_alike(own: Tensor, text: Tensor | None) -> bool:
 
 
 Entry = dict[str, Any]
-"""ComfyUI's own of one conditioning in a run."""
+"""ComfyUI's dictionary of one conditioning in a run."""
 
 
 class Prompts(NamedTuple):
@@ -60,14 +61,14 @@ class Prompts(NamedTuple):
     limited: frozenset[Any] | None = None  # uuids of the conditionings that TACA Options limits
 
     def entries(self) -> list[tuple[str, Entry]]:
-        """Each conditioning of the run, and the guider's name for what it is, such as positive."""
+        """Each conditioning of the run, with the guider's name for its role, such as "positive"."""
         return [(name, each) for name, entries in self.guider.conds.items() for each in entries]
 
     def of_rows(self, call: CallArguments) -> list[list[tuple[str, Entry]]]:
-        """The conditioning of each row of a call; or all that it can be.
+        """The conditioning of each row of a call, or all candidates for it.
 
-        ComfyUI tells that of each chunk of the batch. Where another node has put the rows in
-        another order, or made conditionings of its own, their text tells.
+        ComfyUI tells the conditioning of each chunk of the batch. If another node has reordered the
+        rows, or made conditionings of its own, they are recognised by their text.
         """
         entries, texts = self.entries(), call.c_crossattn
         told = call.transformer_options.get("uuids", ())
@@ -86,9 +87,9 @@ class Prompts(NamedTuple):
         return found
 
     def _original(self, copied: tuple[str, Entry]) -> tuple[str, Entry]:
-        """The conditioning whose text an entry has.
+        """The conditioning that an entry has its text from.
 
-        Where one prompt has an area that another lacks, ComfyUI adds a copy of it to the other,
+        If one prompt has an area that another lacks, ComfyUI adds a copy of the entry to the other,
         with the other's text.
         """
         name, entry = copied
@@ -117,17 +118,18 @@ class Prompts(NamedTuple):
 
 
 ANOTHER: tuple[str, Entry] = ("", {"model_conds": {}})
-"""A conditioning of a node's own, as the empty one of Perp-Neg."""
+"""A conditioning that a node has added itself, such as Perp-Neg's empty one."""
 
 
 def positive_rows(
     call: CallArguments, prompts: Prompts | None, uuids: frozenset[Any] | None = None
 ) -> Tensor:
-    """Which rows of a call are the positive prompt's, bool ``(b,)``; of these conditionings alone.
+    """Which rows of a call are the positive prompt's, bool ``(b,)``.
 
-    Outside a run the first prompt counts as positive, as in core's CFG.
+    With ``uuids`` only those of these conditionings. Outside a run the first prompt counts as
+    positive, as in core's CFG.
 
-    Raises ValueError if it cannot be known.
+    Raises ValueError if another node has made this undecidable.
     """
     if prompts is None:
         chunks = call.transformer_options.get("cond_or_uncond") or [0]
@@ -155,7 +157,7 @@ UNTOLD = (
 
 
 def _has_text(row: Tensor | None, entry: Entry) -> bool:
-    """Whether a row ``(num_text, channels)`` holds the text of a conditioning; None for no text.
+    """Whether a row ``(num_text, channels)``, None for no text, holds a conditioning's text.
 
     To join texts of two lengths, ComfyUI repeats each of them.
     """

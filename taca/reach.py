@@ -1,7 +1,7 @@
 """How an attention override reaches the attention of a block.
 
-ComfyUI asks for an override in the ``transformer_options`` that its attention function is called
-with. Nearly all blocks are handed those; two families need another way in.
+ComfyUI's attention function looks for an override in the ``transformer_options`` that it is called
+with. Nearly all blocks get those; the families that do not need another way.
 """
 
 import inspect
@@ -18,18 +18,18 @@ ATTENTION = "optimized_attention"
 OVERRIDE = f"{ATTENTION}_override"
 
 Override = Callable[..., Tensor]
-"""``(other, func, q, k, v, heads, ...)``: ComfyUI's override, after the one that was there."""
+"""``(other, func, q, k, v, heads, ...)``: ComfyUI's override, preceded by the one before it."""
 
 Call = tuple[Forward, Args, Kwargs]
 Reach = Callable[[Forward, Args, Kwargs, Override], Call]
-"""Changes the call of a block such that its attention runs through the override. One that is there
-already becomes ``other``, and still attends."""
+"""Changes the call of a block so that its attention runs through the override. An override that is
+there already becomes ``other``, and still attends."""
 
 
 def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
-    """A block that is handed ``transformer_options``; the call's own dictionary stays as it is.
+    """A block that takes ``transformer_options``; the call's own dictionary is not changed.
 
-    Another pack's forward that does not take them is left as it is.
+    A forward that does not take them, from another pack, is left alone.
     """
     if "transformer_options" not in kwargs and not _takes_options(forward):
         return forward, args, kwargs
@@ -39,12 +39,12 @@ def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Over
 
 
 def through_handed_attention(position: int, name: str, *factories: str) -> Reach:
-    """A block that is handed an attention, as this argument, that is closed over the options.
+    """A block that takes, as this argument, an attention function that is closed over the options.
 
-    Whichever of core's factories made it makes the same one with other options. Works under
+    The one of core's ``factories`` that made it makes it again with other options. This works under
     torch.compile.
 
-    The reach raises RuntimeError if none of them did.
+    The reach raises RuntimeError if none of them made it.
     """
 
     def reach(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
@@ -71,9 +71,9 @@ def through_handed_attention(position: int, name: str, *factories: str) -> Reach
 def through_globals(forward: Forward, args: Args, kwargs: Kwargs, override: Override) -> Call:
     """Ernie-Image's attention, which calls core's attention function without any options.
 
-    A copy of the method sees that function with options; the module it comes from is not touched.
-    torch.compile cannot trace this. A forward that is not a plain method is left as it is, unless
-    it is one of ours, which chains the override that it is handed.
+    A copy of the method calls that function with options; its module is not changed. torch.compile
+    cannot trace this. A forward that is not a plain method is left alone, unless it is one of ours,
+    which chains the override in its options.
     """
     function = getattr(forward, "__func__", None)
     if getattr(forward, "chains_overrides", False):
@@ -99,6 +99,6 @@ def _takes_options(forward: Forward) -> bool:
 
 
 def _with(override: Override, held: Kwargs) -> dict[str, Any]:
-    """The ``transformer_options`` that are held, with this override."""
+    """The ``transformer_options`` among these variables, with this override."""
     options = held.get("transformer_options") or {}
     return {**options, OVERRIDE: partial(override, options.get(OVERRIDE))}

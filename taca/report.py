@@ -1,8 +1,8 @@
-"""What attention does in a run: how much of it goes to text, and where each word is looked at.
+"""What attention does in a run: how much of it goes to text, and where each word gets it.
 
 Attention is linear in V: the same attention call, with V replaced by columns that are 1 at some
-tokens and 0 elsewhere, returns how much of each query's attention goes to those tokens. So any
-kernel can be asked, no n x n matrix is built, and a sample of the image queries is enough.
+tokens and 0 elsewhere, returns how much of each query's attention goes to those tokens. So it works
+with any kernel, no n x n matrix is built, and a sample of the image queries is enough.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,17 +34,17 @@ from .word_weights import WordWeights, add_bias, image_bias
 from .words import RunWords
 
 QUERIES = 1024
-"""At most so many image queries are asked, evenly over the picture."""
+"""The largest number of image queries that are measured, evenly over the picture."""
 FRAMES = 4
-"""And of a film at most so many frames."""
+"""The largest number of a video's frames that are measured."""
 
 
 class Asked(NamedTuple):
-    """The words of a report, and whose they are."""
+    """The words of a report, and the conditioning they belong to."""
 
     words: Mapping[str, list[int]]  # word -> its tokens in the conditioning
     num_tokens: int | None = None  # of the conditioning of the prompt that they are of
-    encode: Callable[[], Tensor] | None = None  # makes its conditioning again
+    encode: Callable[[], Tensor] | None = None  # encodes that prompt again
     carrying: frozenset[Any] | None = None  # uuids of the conditionings that carry these words
 
 
@@ -56,9 +56,9 @@ class Report:
     asked: Asked = field(default_factory=lambda: Asked({}))  # of the run
     config: TacaConfig = field(default_factory=lambda: TacaConfig(Schedule(1.0)))  # of the run
     prompts: Prompts | None = None  # of the run
-    run_words: RunWords | None = None  # that weigh in it
+    run_words: RunWords | None = None  # those with weights in it
     schedule: ResolvedSchedule = NEVER  # of the run
-    own: frozenset[Any] | None = None  # conditionings of this prompt, where others are too
+    own: frozenset[Any] | None = None  # uuids of this prompt's conditionings, if there are others
     blocks: list[str] = field(default_factory=list)  # names of the joint blocks
     events: Events = field(default_factory=Events)  # of the run
     # (steps that had ended, t, block) -> for each call the share of the image queries' attention
@@ -81,14 +81,14 @@ class Report:
         return table
 
     def begin(self, guider: Any) -> None:
-        """Forget the run before."""
+        """Clear what the run before has left."""
         self.asked = self.ask(guider)
         self.config = config_of(guider.model_patcher) or TacaConfig(Schedule(1.0))
         self.shares.clear()
         self.maps.clear()
 
     def check_words(self, num_text: int, head_dim: int) -> None:
-        """Raise ValueError if these words cannot be asked for in one attention."""
+        """Raise ValueError if these words cannot be measured in one attention call."""
         for word, indices in self.asked.words.items():
             if max(indices) >= num_text:
                 raise ValueError(
@@ -103,7 +103,7 @@ class Report:
 
 
 def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
-    """A clone of a model, with TACA or without, each of whose runs fills a report."""
+    """A clone of a model, with TACA or without, whose runs fill a report."""
     patched = model.clone()
     patched.add_wrapper(WrappersMP.OUTER_SAMPLE, partial(_watch_run, report))
     transformer = uncompiled(patched.get_model_object("diffusion_model"))
@@ -120,7 +120,7 @@ def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
 
 
 def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
-    """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among those that are combined."""
+    """ComfyUI's OUTER_SAMPLE wrapper: find the prompt among combined ones."""
     guider, given = executor.class_obj, run_arguments(args, kwargs)
     if comfy.model_management.in_training:
         return executor(*args, **kwargs)
@@ -139,7 +139,7 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     try:
         return executor(*args, **kwargs)
     finally:
-        # Else the guider, and its models, would live on in a circle.
+        # Otherwise a reference cycle would keep the guider and its models alive.
         report.prompts = report.run_words = None
 
 
@@ -156,7 +156,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     transformer = uncompiled(base_model.diffusion_model)
     family, options = family_of(transformer), report.config.options
     gamma = report.schedule.gamma_at(t).to(call.t.device)
-    gamma = options.gamma_of_call(gamma, call, transformer, report.prompts)
+    gamma = options.limit(gamma, call, transformer, report.prompts)
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
     start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
     if report.asked.num_tokens is not None:
@@ -186,7 +186,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
 
 @dataclass
 class Probe:
-    """What one block of one call is asked, and where the answers go."""
+    """What to measure in one block of one call, and where the results go."""
 
     report: Report
     gamma: Tensor  # of the call's rows, as in this block
@@ -195,7 +195,7 @@ class Probe:
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
     own_places: Callable[[int], Tensor]  # as ``Family.own_places``
     is_last: bool  # whether they are in the last span of image tokens, and not the first
-    starts: list[int]  # the text tokens that the conditioning begins at, each time it is repeated
+    starts: list[int]  # the text token at which each repetition of the conditioning begins
 
     def override(
         self,
@@ -211,7 +211,7 @@ class Probe:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As ``taca_override``; attends as ever, then measures."""
+        """An override like ``taca_override``: attends as before, then measures."""
         backend = func if other is None else partial(other, func)
         result = backend(q, k, v, heads, *args, **kwargs)
         kwargs.update(zip(AFTER_HEADS, args, strict=False))
@@ -229,7 +229,7 @@ class Probe:
         return result
 
     def places(self, num_image: int) -> Tensor:
-        """The image tokens to ask ``(frames, rows, columns)``, evenly over the picture."""
+        """The image tokens to measure ``(frames, rows, columns)``, evenly over the picture."""
         places = self.own_places(num_image)
         places = places[:: -(-len(places) // FRAMES)]
         stride = 1
@@ -240,12 +240,12 @@ class Probe:
     def measure(
         self, attend: Forward, q: Tensor, k: Tensor, mask: Tensor | None, layout: Layout
     ) -> None:
-        """The share of text, with plain and with adjusted keys, and the maps of words.
+        """Measure the share of text, with plain and with adjusted keys, and the maps of words.
 
         q and k are ``(b, h, n, d)``.
 
-        Raises ValueError if a word lies outside the prompt, or there are more words than this
-        model can answer.
+        Raises ValueError if a word is outside the prompt, or there are more words than this model
+        has channels for.
         """
         queries = [span for span in layout if span.is_query]
         starts = accumulate((span.length for span in queries), initial=0)
@@ -274,7 +274,7 @@ class Probe:
             columns[:, :, text[indices], i] = 1
 
         def mass(keys: Tensor, mask: Tensor | None) -> Tensor:
-            """``(queries, d)``, averaged over rows and heads."""
+            """Attention to each column ``(queries, d)``, averaged over rows and heads."""
             out = attend(q, keys, columns, mask=mask)  # (b, queries, h * d)
             return out.float().unflatten(-1, (-1, k.shape[-1])).mean((0, 2))
 

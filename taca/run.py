@@ -22,12 +22,13 @@ from .schedule import ResolvedSchedule, Schedule
 from .swap import Wrap
 from .words import RunWords
 
-KEY = "taca"
+PATCH_KEY = "taca"
+"""The key of our wrappers and callbacks."""
 
 
 @dataclass(frozen=True)
 class TacaConfig:
-    """What a model is patched with: when and how strongly, and what limits gamma."""
+    """What a model is patched with: when and how strongly TACA acts, and what limits gamma."""
 
     schedule: Schedule
     options: Options = NO_OPTIONS
@@ -37,19 +38,19 @@ class TacaConfig:
 
 
 def config_of(patcher: ModelPatcher) -> TacaConfig | None:
-    """What a model that has TACA is patched with."""
-    wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    """What a model is patched with; None if it has no TACA."""
+    wrappers = patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, PATCH_KEY)
     return wrappers[0].args[0] if wrappers else None
 
 
 class HookSites(NamedTuple):
     """Where TACA and its LoRAs act in one running model."""
 
-    lists: dict[str, tuple[nn.Module, ...]]  # its lists of blocks, when these sites were found
-    blocks: list[JointBlock]  # those that get TACA, or only show where tokens are
+    lists: dict[str, tuple[nn.Module, ...]]  # the model's lists of blocks when they were found
+    blocks: list[JointBlock]  # blocks that get TACA, or only show where tokens are
     all_blocks: list[JointBlock]  # the same without limits: words weigh in every joint block
     refiners: list[JointBlock]  # blocks of text alone, which hide words to avoid from the prompt's
-    adjusted: frozenset[nn.Module]  # the modules that get TACA
+    adjusted: frozenset[nn.Module]  # modules that get TACA
     loras: list[LoRA]
     lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
     lora_ran: Seen  # whether any of their layers was called
@@ -57,12 +58,12 @@ class HookSites(NamedTuple):
 
 @dataclass
 class Run:
-    """One sampling run, or calls of the model outside any, which have no schedule yet."""
+    """One sampling run; without a schedule, calls of the model outside any run."""
 
     config: TacaConfig
     schedule: ResolvedSchedule | None = None
     prompts: Prompts | None = None
-    words: RunWords | None = None  # that weigh
+    words: RunWords | None = None  # those that weigh
     events: Events = field(default_factory=Events)
     word_events: Events = field(default_factory=Events)
     # Whether each attention kernel takes masks, by name.
@@ -76,8 +77,8 @@ class Run:
     def sites_of(self, base_model: BaseModel) -> HookSites:
         """Where TACA acts in a model.
 
-        Found once a run, since with a LoRA that takes long; and again where a cache has put blocks
-        of its own in place of the model's.
+        Found once a run, since with a LoRA that takes long, and again if a cache has replaced the
+        model's blocks.
         """
         transformer = uncompiled(base_model.diffusion_model)
         known = self.sites.get(base_model)
@@ -86,9 +87,9 @@ class Run:
         patcher = base_model.current_patcher  # of this device, in a run over several
         family, limit = family_of(transformer), self.config.options.blocks
         loras = loras_of(patcher) if patcher is not None else []
-        # Wrapped once, and again where another pack has replaced a forward in the meantime.
         ran = Seen()
         swaps = lora_swaps(loras, base_model, ran)
+        # Each forward is wrapped once, and again if another pack has replaced it in the meantime.
         wraps = [(each, lru_cache(maxsize=1)(wrap)) for each, wrap in swaps]
         sites = HookSites(
             _lists(transformer, (*family.before, *family.joint)),
@@ -106,5 +107,5 @@ class Run:
 
 
 def _lists(transformer: nn.Module, names: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """The lists of blocks of a model, as they are now."""
+    """The current lists of blocks of a model, by name."""
     return {name: tuple(part_of(transformer, name) or ()) for name in names}

@@ -1,7 +1,7 @@
 """When TACA acts and how strongly (arXiv 2506.07986, Eq. 11).
 
-A schedule is two things: the *window*, a set of timesteps, and gamma, what attention does inside
-it. At gamma = 1 the window is still there: the TACA LoRA belongs to it.
+A schedule is two things: the *window*, a set of timesteps, and gamma, the factor of the logits
+inside it. At gamma = 1 the window still matters: the TACA LoRA is active inside it.
 
 A kind of window is one dataclass in ``WINDOWS``; its fields are the node's widgets, and their
 metadata the widgets' limits. A schedule is resolved once per run into one gamma(t).
@@ -26,18 +26,18 @@ PAPER_TOKENS = 4096
 """Image tokens of the paper's pictures, 1024 pixels a side."""
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""A sigma is rounded: a step meant to lie on a bound may miss it by a few last places."""
+"""Sigmas are rounded: a step meant to lie on a bound may miss it by a few last places."""
 
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "step": torch.ones_like,
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + torch.cos(math.pi * x)) / 2,
 }
-"""How gamma - 1 goes from all of it at x = 0, where the window begins, to its end at x = 1."""
+"""Share of gamma_0 - 1 over x, which goes from 0 where the window begins to 1 where it ends."""
 
 
 class Sampling(NamedTuple):
-    """How a model is sampled; what belongs to a run is None outside any."""
+    """How a model is sampled; outside a run only ``percent_to_t`` is known."""
 
     percent_to_t: Callable[[float], float]  # ComfyUI's percent of the sampling, 0..1, to t
     steps: Tensor | None = None  # the t at which each step begins, and where the last one ends
@@ -57,7 +57,7 @@ class ResolvedSchedule:
 
     gamma: float  # gamma_0
     low: float  # the window is low <= t <= high
-    high: float  # infinite where it holds what a sampler's extra noise lifts above its first step
+    high: float  # infinite if it includes what a sampler's extra noise lifts above its first step
     share: Share
 
     def contains(self, t: Any) -> Any:
@@ -76,11 +76,11 @@ class ResolvedSchedule:
 
 
 NEVER = ResolvedSchedule(1.0, math.inf, -math.inf, torch.zeros_like)
-"""A window that no timestep is in."""
+"""An empty window."""
 
 
 def falling(shape: str, begin: float, end: float) -> Share:
-    """The share of a shape from one t to another."""
+    """The share as a shape over t, from ``begin`` to ``end``."""
     return lambda t: SHAPES[shape](((begin - t) / ((begin - end) or math.inf)).clamp(0, 1))
 
 
@@ -90,12 +90,12 @@ def setting(default: Any, low: float, high: float, step: float) -> Any:
 
 
 def shape_setting() -> Any:
-    """A field that says how gamma goes through the window; workflows of version 0.1 have none."""
+    """A field for the shape of gamma in the window; workflows of version 0.1 have none."""
     return field(default="step", metadata={"options": list(SHAPES), "optional": True})
 
 
 class Window:
-    """A set of timesteps, in one of the ways to say it.
+    """A set of timesteps; each subclass is one way to specify it.
 
     Raises ValueError if a setting is outside its limits.
     """
@@ -112,7 +112,10 @@ class Window:
             raise ValueError(f"TACA's {each.name} must be {allowed}, not {value!r}.")
 
     def bounds(self, sampling: Sampling) -> Bounds:
-        """The window's, in a run or outside any."""
+        """The bounds of the window, in a run or outside one.
+
+        Raises ValueError if they depend on a run and there is none.
+        """
         raise NotImplementedError
 
 
@@ -133,7 +136,7 @@ class TimestepWindow(Window):
 
 @dataclass(frozen=True)
 class PercentWindow(Window):
-    """From one percentage of the sampling to another, as ComfyUI's nodes say it."""
+    """From one percentage of the sampling to another, as in ComfyUI's nodes."""
 
     start_percent: float = setting(0.0, 0.0, 1.0, 0.001)
     end_percent: float = setting(0.1, 0.0, 1.0, 0.001)
@@ -149,7 +152,7 @@ class PercentWindow(Window):
 
     def bounds(self, sampling: Sampling) -> Bounds:
         begin, end = map(sampling.percent_to_t, (self.start_percent, self.end_percent))
-        # Closed at both ends, without rounding, as the percentages of core's nodes.
+        # Closed at both ends and without tolerance, like the percentages of core's nodes.
         return end, begin if self.start_percent else math.inf, falling(self.shape, begin, end)
 
     def __str__(self) -> str:
@@ -172,9 +175,9 @@ class FirstStepsWindow(Window):
         t = sampling.steps.tolist()
         first, later = t[: self.steps], t[self.steps : -1]
         low, high, end = -math.inf, math.inf, t[-1]
-        # Every call of a step is on the near side of where the next step begins, so that samplers
-        # with several calls a step stay right. A later step that has as much noise as the first
-        # ones cannot be told from them: a sigma that comes again, a restart.
+        # Every call of a step is on the near side of where the next step begins, so samplers with
+        # several calls a step stay right. A later step with as much noise as the first ones cannot
+        # be distinguished from them: a repeated sigma, a restart.
         if t[0] > t[-1]:
             if past := [each for each in later if each < min(first)]:
                 end = max(past)
@@ -223,18 +226,19 @@ class FittedWindow(Window):
 class CurveWindow(Window):
     """A drawn curve: share of gamma - 1, 0..1, over the share of the sampling, 0..1.
 
-    The window is from where the curve leaves 0 to where it comes back to it for good. Raises
-    ValueError if the curve is 0 throughout, or leaves 0..1.
+    The window goes from where the curve leaves 0 to where it finally returns to it.
+
+    Raises ValueError if the curve is 0 throughout, or leaves 0..1.
     """
 
     curve: Any = ((0.0, 1.0), (0.05, 1.0), (0.2, 0.0), (1.0, 0.0))
 
     def __post_init__(self) -> None:
-        if hasattr(self.curve, "interp_array"):  # the points alone are the widget's default
+        if hasattr(self.curve, "interp_array"):  # a tuple of points is only the widget's default
             self.weights()
 
     def weights(self) -> Tensor:
-        """The curve over the share of the sampling, evenly."""
+        """The curve at 1025 evenly spaced shares of the sampling, ``(1025,)``; errors as above."""
         weights = torch.as_tensor(self.curve.interp_array(np.linspace(0, 1, 1025))).float()
         if not bool(weights.isfinite().all()) or weights.min() < 0 or weights.max() > 1:
             raise ValueError("TACA's curve must stay between 0 and 1.")

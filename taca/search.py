@@ -1,16 +1,16 @@
-"""The statistics of a search for the best setting: halved early, and honest about having chosen.
+"""The statistics of a search for the best setting: successive halving, and a permutation test.
 
-A search compares settings with a first one, the baseline, on *units*: prompts or seeds that are
-judged alike for all settings, each unit by a number a setting, the larger the better. It goes on in
-rounds (successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943): after each round the
-better half of the settings stays, and the next round has as many units as all before it together.
+A search compares settings with the first one, the baseline, on *units*: prompts or seeds on which
+all settings are judged, each by one number, the larger the better. It proceeds in rounds
+(successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943): after each round the better
+half of the settings stays, and the next round has as many units as all rounds before it together.
 
-At the end there is one setting left to compare with the baseline. It was chosen because it looked
-best, so its difference is too large by chance, and the usual interval would be too narrow. Here the
-whole search is repeated on scores whose names are shuffled within each unit. If all settings are
-the same, those searches are as likely as the one that was made, halving included, so the chance to
-find a difference where there is none is 5 % whatever the scores are distributed like (a permutation
-test). The interval is the studentised difference, with the 95 % point of the shuffled searches.
+One setting is left at the end. It was chosen because it looked best, so its difference to the
+baseline is biased upwards, and the usual interval would be too narrow. So the whole search is
+repeated on scores whose settings are shuffled within each unit. If all settings are equally good,
+those searches are as likely as the real one, halving included, so the chance to find a difference
+where there is none is 5 %, whatever the distribution of the scores (a permutation test). The
+interval is the studentised difference, with the 95 % point of the shuffled searches.
 """
 
 import math
@@ -23,25 +23,25 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 SHUFFLED = 1999
-"""Searches on shuffled names: with the one that was made, 2,000."""
+"""Searches on shuffled settings: with the real one, 2,000."""
 FIRST_UNITS = 4
 """No setting is dropped after fewer units."""
 UNITS_BY_PROMPT = 6
-"""With so many prompts the prompt is the unit: the fewest that can tell two settings apart."""
+"""From this many prompts on, the prompt is the unit: fewer could never show a difference."""
 
 Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Round:
-    """How many settings are in it besides the baseline, and which units are new to it."""
+    """The number of its settings besides the baseline, and the units that are new in it."""
 
     settings: int
     units: range
 
 
 def rounds(settings: int, units: int) -> list[Round]:
-    """The rounds of a search among so many settings, not counting the baseline."""
+    """The rounds of a search among this many settings, not counting the baseline."""
     halvings = math.ceil(math.log2(settings))
     while halvings and units / 2**halvings < FIRST_UNITS:
         halvings -= 1
@@ -52,11 +52,11 @@ def rounds(settings: int, units: int) -> list[Round]:
 
 
 def units_of(prompts: int, seeds: int) -> list[list[tuple[int, int]]]:
-    """The units of a search, each by the numbers of its prompt and its seeds.
+    """The units of a search, each a list of pairs: the indices of a prompt and of a seed.
 
-    With ``UNITS_BY_PROMPT`` prompts or more a unit is a prompt with all its seeds: pictures of one
-    prompt resemble each other. With fewer it is each prompt with each seed, and what is found
-    holds for these prompts.
+    From ``UNITS_BY_PROMPT`` prompts on, a unit is a prompt with all its seeds, since pictures of
+    one prompt resemble each other. With fewer it is one prompt with one seed, and the result holds
+    for these prompts only.
     """
     if prompts >= UNITS_BY_PROMPT:
         return [[(prompt, seed) for seed in range(seeds)] for prompt in range(prompts)]
@@ -65,21 +65,21 @@ def units_of(prompts: int, seeds: int) -> list[list[tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class Finding:
-    """The setting that looked best, by its number, and its difference to the baseline.
+    """The setting that looked best, by its index, and its difference to the baseline.
 
-    ``told_apart`` is whether the interval leaves 0 out.
+    ``is_significant`` says whether the interval excludes 0.
     """
 
     best: int
     difference: float
     low: float
     high: float
-    told_apart: bool
+    is_significant: bool
 
     @property
     def winner(self) -> int | None:
-        """The setting that is better: the best, or the baseline; None where none is."""
-        if not self.told_apart:
+        """The better of the two, the best setting or the baseline; None if neither is."""
+        if not self.is_significant:
             return None
         return self.best if self.difference > 0 else 0
 
@@ -95,9 +95,9 @@ class Search:
     units: int
     plan: list[Round] = field(init=False)
     alive: list[int] = field(init=False)
-    """The settings of the next round, the baseline first; at the end the best alone follows it."""
+    """The settings of the next round, the baseline first; at the end the baseline and the best."""
     differences: dict[int, tuple[float, int]] = field(default_factory=dict, init=False)
-    """Of each setting: mean difference to the baseline, and over how many units."""
+    """For each setting its mean difference to the baseline, and over how many units."""
 
     def __post_init__(self) -> None:
         if self.settings < 2:
@@ -133,31 +133,34 @@ class Search:
         self.alive = [0, *(self.alive[1 + i] for i in order[0, :stay])]
 
     def pictures(self) -> tuple[int, int]:
-        """How many scores the search takes, and how many all settings on all units would."""
+        """Numbers of scores: those the search takes, and those of all settings on all units."""
         taken = sum((each.settings + 1) * len(each.units) for each in self.plan)
         return taken, self.settings * self.units
 
     def finding(self, shuffled: int = SHUFFLED, seed: int = 0) -> Finding:
-        """What a search that is at its end has found."""
-        made = self._statistic([block[None] for block in self._blocks])
-        statistic, mean, error = (float(each[0]) for each in made)
+        """The result of a search that has ended."""
+        real = self._statistic([block[None] for block in self._blocks])
+        statistic, mean, error = (float(each[0]) for each in real)
         random = np.random.default_rng(seed)
         sizes = np.abs(self._statistic([_shuffled(random, shuffled, b) for b in self._blocks])[0])
         limit = np.sort(sizes)[math.ceil(CONFIDENCE * (shuffled + 1)) - 1]
-        told_apart = bool(abs(statistic) > limit)
-        # Differences that are all alike do not say how much others could differ.
-        unknown = not error and not told_apart
-        half = math.inf if unknown else limit * error if error else 0.0
-        return Finding(self.alive[1], mean, mean - half, mean + half, told_apart)
+        is_significant = bool(abs(statistic) > limit)
+        half = limit * error if error else 0.0
+        if not error and not is_significant:
+            half = math.inf  # differences that are all equal do not tell how much others could vary
+        return Finding(self.alive[1], mean, mean - half, mean + half, is_significant)
 
     def _statistic(self, blocks: Sequence[Scores]) -> tuple[Scores, Scores, Scores]:
-        """Of the setting that each search ends with: difference over its error, and the two."""
+        """Of the setting that each search ends with: difference / error, difference, error.
+
+        Each is ``(searches,)``.
+        """
         order, total, square, units = self._halved(blocks)
         mean, of_squares = (
             np.take_along_axis(each, order[:, :1], 1)[:, 0] / units for each in (total, square)
         )
         variance: Scores = of_squares - mean**2
-        variance[variance < 1e-12 * of_squares] = 0  # what rounding leaves is no variance
+        variance[variance < 1e-12 * of_squares] = 0  # rounding errors alone
         error: Scores = np.sqrt(variance / (units - 1))
         with np.errstate(divide="ignore", invalid="ignore"):
             statistic = np.where(mean == 0, 0.0, mean / error)
@@ -167,9 +170,9 @@ class Search:
         """The rounds of many searches at once.
 
         ``blocks`` are the scores of each round, ``(searches, settings, units)``: the baseline
-        first, then the settings in the order they had in the round before. Returns the order after
-        the last of them, best first, as rows of that round; the sums of the rows' differences to
-        the baseline, and of their squares; and over how many units.
+        first, then the settings in the order of the round before. Returns the order after the last
+        round, best first, as indices of its rows; the sums of the rows' differences to the
+        baseline, and of their squares; and the number of units.
         """
         total = square = np.zeros(())
         units = 0
@@ -185,6 +188,6 @@ class Search:
 
 
 def _shuffled(random: np.random.Generator, searches: int, block: Scores) -> Scores:
-    """A round's scores with the settings' names in any order, another for each unit."""
+    """A round's scores with the settings in random order, drawn anew for each unit and search."""
     order = random.random((searches, *block.shape), dtype=np.float32).argsort(axis=1)
     return np.take_along_axis(block[None], order, 1)

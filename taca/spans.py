@@ -11,7 +11,7 @@ class Span(NamedTuple):
 
     kind: Kind  # "other" is neither text nor image, such as registers
     length: int
-    is_query: bool = True  # not where a model has cached the keys of its text
+    is_query: bool = True  # False where a model has cached the keys of its text
 
 
 Layout = Sequence[Span]
@@ -19,7 +19,7 @@ Layout = Sequence[Span]
 
 
 Group = tuple[bool, int, int]
-"""Consecutive queries that attend alike: ``(is_image, start, length)``."""
+"""Consecutive queries with the same keys: ``(is_image, start, length)``."""
 
 
 def query_groups(layout: Layout) -> list[Group]:
@@ -38,7 +38,7 @@ def query_groups(layout: Layout) -> list[Group]:
 
 
 def num_tokens(layout: Layout) -> tuple[int, int]:
-    """Numbers of queries and keys, by which the joint attention is recognised."""
+    """Numbers of queries and keys, which identify the joint attention."""
     num_queries = num_keys = 0
     for _, length, is_query in layout:
         num_queries += length if is_query else 0

@@ -15,17 +15,17 @@ Wrap = Callable[[Forward], Forward]
 
 
 looks_like = partial(wraps, assigned=("__name__", "__qualname__"), updated=())
-"""Decorator: name and signature of another forward, which other packs inspect.
+"""Decorator: gives a function the name and signature of a forward, which other packs inspect.
 
-Its attributes stay with it, since torch.compile keeps its own there.
+Attributes are not copied, since torch.compile keeps its own there.
 """
 
 
 @contextmanager
 def swapped_forwards(swaps: Iterable[tuple[nn.Module, Wrap]]) -> Iterator[None]:
-    """Run wrapped forwards inside this context; whatever was there before is put back.
+    """Run wrapped forwards inside this context; what was there before is restored.
 
-    ``forward`` is replaced, and not an entry of ``transformer_options``: ComfyUI compiles models
+    ``forward`` is replaced, not an entry of ``transformer_options``: ComfyUI compiles models
     without guards on those, so a compiled model would keep what they held at its first call.
     """
     swapped = []

@@ -14,15 +14,15 @@ from torch import Tensor
 from .schedule import ROUNDING, ResolvedSchedule, Sampling, Schedule
 
 FIRST_PERCENT = 1e-4
-"""Where several of core's samplers begin in place of pure noise, whose logarithm is infinite."""
+"""Where several of core's samplers begin instead of at pure noise, whose logarithm is infinite."""
 
 
 def timesteps(model_sampling: ModelSampling, sigma: Tensor) -> list[float]:
     """The t of each sigma ``(b,)``: one read, and no operation on the device.
 
-    In float64, so that t is in the order of core's sigmas to their last place. A flow model's sigma
-    is its share of noise, whatever unit of time the model itself is given. Any other model's t is
-    the place among its sigmas, from 0 to 999; less than the smallest is below 0.
+    Computed in float64, so that t has the order of core's sigmas to the last place. A flow model's
+    sigma is its share of noise, whatever unit of time the model itself takes. For any other model t
+    is the position among its sigmas, from 0 to 999; below the smallest sigma it is negative.
     """
     values = np.asarray(sigma.tolist(), np.float32).astype(np.float64)
     if _percent_to_sigma(model_sampling)(0.0) <= 1:
@@ -35,7 +35,7 @@ def timesteps(model_sampling: ModelSampling, sigma: Tensor) -> list[float]:
 
 
 def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
-    """The same as a float64 tensor on the CPU."""
+    """``timesteps`` as a float64 tensor ``(b,)`` on the CPU."""
     return torch.tensor(timesteps(model_sampling, sigma), dtype=torch.float64)
 
 
@@ -50,9 +50,11 @@ def resolve(
     sigmas: Tensor | None = None,
     num_image: float | None = None,
 ) -> ResolvedSchedule:
-    """A schedule's gamma(t) for a model's sampling, and the sigmas of a run, if it is one.
+    """A schedule's gamma(t) for a model's sampling and, in a run, its sigmas.
 
-    ``num_image`` is the size of its pictures, as from ``size_in_tokens``.
+    ``num_image`` is the size of the run's pictures, as from ``size_in_tokens``.
+
+    Raises ValueError if the window depends on a run and there is none.
     """
     to_sigma = _percent_to_sigma(model_sampling)
 

@@ -3,9 +3,9 @@
     E_{x0, t >= t_thresh} || v - v_theta(x_t, t, text, gamma(t)) ||^2
 
 The trainer draws a timestep as ``model_sampling.percent_to_sigma(uniform)`` and, to save memory,
-may compute the model again in the backward pass, when the call is over. So here alone something
-outlives a call: a hook on each block, for as long as the model is loaded. What it does is in the
-call's own options, which core keeps for the backward pass; nothing is compiled in training.
+may recompute the model in the backward pass, after the call. So here alone something outlives a
+call: a hook on each block, for as long as the model is loaded. What it does is in the call's own
+options, which core keeps for the backward pass; nothing is compiled in training.
 """
 
 import copy
@@ -23,7 +23,7 @@ from .block import Seen, taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
-from .run import KEY, Run, config_of
+from .run import PATCH_KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
 from .spans import num_tokens
 from .swap import Args, Kwargs
@@ -32,11 +32,11 @@ from .timesteps import resolve, timestep
 TRAINING_KEY = "taca_training"
 
 DRAWS = 2**14
-"""How finely the trainer's uniform draw over all timesteps is divided."""
+"""Number of equal parts into which the trainer's uniform draw over all timesteps is divided."""
 
 
 def training_window(model: ModelPatcher) -> ModelPatcher:
-    """A clone of a model with TACA, which core's trainer trains inside the window, with TACA.
+    """A clone of a model with TACA that core's trainer trains with TACA, inside its window only.
 
     Raises ValueError if the model has no TACA, if its window holds no timestep to draw or needs a
     run, or if TACA cannot act on such a model in training.
@@ -48,7 +48,7 @@ def training_window(model: ModelPatcher) -> ModelPatcher:
         )
     family = family_of(model.get_model_object("diffusion_model"))
     if family.reach is not through_options:
-        # Nothing would tell its blocks of TACA when the backward pass computes them again.
+        # Its blocks would run without TACA when the backward pass recomputes them.
         keeps = family.caches_text_keys
         why = "keeps the keys of its text" if keeps else "hands its attention no options"
         raise ValueError(
@@ -84,14 +84,17 @@ def adjust_training_call(
     state = call.initial_state()
     gamma = schedule.gamma_at(t).to(call.t.device)
     model = base_model.diffusion_model
-    gamma = run.config.options.gamma_of_call(gamma, call, model, run.prompts)
+    gamma = run.config.options.limit(gamma, call, model, run.prompts)
     adjustment = (state, partial(taca_override, gamma, None, None))
-    options = {**call.transformer_options, KEY: adjustment}
+    options = {**call.transformer_options, PATCH_KEY: adjustment}
     return executor(*call[:5], options, **call.others)
 
 
 def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSampling:
-    """A model sampling whose draws, in training, are those of the original inside the window."""
+    """A model sampling whose draws, in training, are limited to the window.
+
+    Raises ValueError if the window holds no timestep.
+    """
     percents = (torch.arange(DRAWS) + 0.5) / DRAWS
     sigmas = torch.tensor([model_sampling.percent_to_sigma(p) for p in percents.tolist()])
     resolved = resolve(schedule, model_sampling)
@@ -117,7 +120,7 @@ def _adjust_block(
     block: JointBlock, module: nn.Module, args: Args, kwargs: Kwargs
 ) -> tuple[Args, Kwargs] | None:
     """Hook before a block: an override in its options, if TACA acts in this call."""
-    adjustment = (kwargs.get("transformer_options") or {}).get(KEY)
+    adjustment = (kwargs.get("transformer_options") or {}).get(PATCH_KEY)
     if adjustment is None:
         return None
     state, override = adjustment
@@ -129,7 +132,7 @@ def _adjust_block(
 
 
 def _install(patcher: ModelPatcher) -> None:
-    """When the model is loaded, which it may be twice before it is unloaded."""
+    """Run when the model is loaded, which may happen twice before it is unloaded."""
     _remove(patcher)
     for block in _blocks(patcher):
         hook = partial(_adjust_block, block)
@@ -138,7 +141,7 @@ def _install(patcher: ModelPatcher) -> None:
 
 
 def _remove(patcher: ModelPatcher) -> None:
-    """When it is unloaded."""
+    """Run when it is unloaded."""
     for block in _blocks(patcher):
         handle = block.module.__dict__.pop(TRAINING_KEY, None)
         if handle is not None:

@@ -1,11 +1,11 @@
-"""Words that weigh in joint attention, and words to avoid. Pure torch; shapes as in attention.py.
+"""Word weights and words to avoid in joint attention. Pure torch; shapes as in attention.py.
 
     image query i:  out_i = sum_j w_j e^s_ij v_j / sum_j |w_j| e^s_ij
 
 w is 1 for all but text; s are the logits, with gamma where TACA acts. A weight of 1 changes
-nothing, 0 is as if the token were not there, 2 as if it stood there twice; a negative one attends
-by |w| and subtracts the value. In a call of attention, log |w| is added to the logits as a mask of
-one row, and values change their sign.
+nothing, 0 is as if the token were absent, 2 as if it occurred twice; a negative one attends by |w|
+and subtracts the value. In a call of attention, log |w| is added to the logits as a mask of one
+row, and the values of negative weights change their sign.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,17 @@ class WordWeights:
 
     weights: Tensor  # w, float32 (b, t)
     is_negative: Tensor | None = None  # bool (b, t); None where none is
-    # Shares of the mean value about which a negative weight mirrors, float32 (b, t); None for zero,
-    # which subtracts.
+    # Shares of each token in the mean value about which negative weights mirror, float32 (b, t);
+    # None to mirror about zero, which subtracts.
     centre: Tensor | None = None
-    # Tokens to avoid, bool (b, t): image queries and one another attend to them, other text not.
+    # Tokens to avoid, bool (b, t): image queries and these tokens attend to them, other text does
+    # not.
     avoided: Tensor | None = None
-    # What blocks have in common, by layout and dtype: made in the first of them.
+    # What blocks share, by layout and dtype: computed in the first of them.
     shared: dict[Any, "Shared"] = field(default_factory=dict)
 
     def of_rows(self, rows: Tensor) -> "WordWeights":
-        """Those of some rows of the batch, by index."""
+        """The weights of some rows of the batch; ``rows`` are indices."""
         if len(self.weights) == 1:
             return self
         is_negative, centre, avoided = (
@@ -51,11 +52,11 @@ def weigh(
 ) -> tuple[Sequence[Tensor | None], Tensor]:
     """What is added to the logits of each group of queries, and V as image queries get it.
 
-    Image queries get log |w|, ``(b, 1, 1, n)``. With tokens to avoid, other queries get what hides
-    these and the other text from one another, ``(b, 1, queries, n)``. With negative weights, V is
-    a copy in which their values stand on the other side of zero or of the centre.
+    For image queries that is log |w|, ``(b, 1, 1, n)``; for others, with tokens to avoid, a mask
+    that hides these and the other text from each other, ``(b, 1, queries, n)``, else None. With
+    negative weights V is a copy in which their values are mirrored about zero or the centre.
     """
-    if torch.compiler.is_compiling():  # as a key, a length would become a constant of the graph
+    if torch.compiler.is_compiling():  # a length used as a key would be a constant of the graph
         found = _of_layout(words, layout, groups, v)
     else:
         key = (*layout, v.dtype)
@@ -81,7 +82,7 @@ def weigh(
 
 
 def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like: Tensor) -> Shared:
-    """The biases of ``weigh``; each span of text with negative weights and the centre's shares."""
+    """The biases of ``weigh``; for each span of text its negative weights and centre shares."""
     image = image_bias(words, layout, like)
     biases = [
         image if is_image else _text_bias(words.avoided, layout, start, length, like)
@@ -101,14 +102,14 @@ def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like
 
 
 def image_bias(words: WordWeights, layout: Layout, like: Tensor) -> Tensor:
-    """What image queries get: log |w| of each key, ``(b, 1, 1, n)``, as ``like``."""
+    """The bias of image queries: log |w| of each key, ``(b, 1, 1, n)``; dtype as ``like``."""
     return over_keys(words.weights.abs().log(), layout, 0.0)[:, None, None].to(like)
 
 
 def _text_bias(
     avoided: Tensor | None, layout: Layout, start: int, length: int, like: Tensor
 ) -> Tensor | None:
-    """For text queries, ``start`` to ``start + length`` among all queries."""
+    """The bias of other queries, ``start`` to ``start + length`` among all; see ``weigh``."""
     if avoided is None:
         return None
     others = over_keys(~avoided, layout, False)
@@ -121,7 +122,7 @@ def _text_bias(
 
 
 def add_bias(mask: Tensor, bias: Tensor) -> Tensor:
-    """The model's mask, of any shape that ComfyUI's attention takes, and a bias."""
+    """The sum of a bias and the model's mask, of any shape that ComfyUI's attention takes."""
     mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -torch.inf)
@@ -129,7 +130,7 @@ def add_bias(mask: Tensor, bias: Tensor) -> Tensor:
 
 
 def over_keys(values: Tensor, layout: Layout, elsewhere: float) -> Tensor:
-    """Values of the text tokens ``(b, t)`` at their places in a sequence ``(b, n)``."""
+    """Values of text tokens ``(b, t)`` at their positions in a sequence ``(b, n)``."""
     parts, done = [], 0
     for kind, length, _ in layout:
         if kind == "text":

@@ -1,4 +1,4 @@
-"""The words of a prompt that weigh, as its conditioning carries them, and as a call needs them."""
+"""The word weights of a prompt, as its conditioning carries them and as a call needs them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,31 +17,33 @@ from .schedule import ResolvedSchedule, Schedule
 from .word_weights import WordWeights
 
 KEY = "taca_words"
-"""The words' entry in a conditioning's dictionary, which ComfyUI's nodes pass on."""
+"""The key of the words in a conditioning's dictionary, which ComfyUI's nodes pass on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """What the tokens of a conditioning are, and how much each weighs."""
+    """The tokens of a conditioning, and their weights."""
 
     prompt: PromptTokens
     weights: tuple[float, ...]  # of each token of the conditioning
-    phrases: tuple[tuple[str, float], ...]  # that weigh, and what is avoided; for messages
-    places: tuple[tuple[int, ...], ...] = ()  # the tokens of each that weighs
-    # The same of what the conditioning holds beside its text, by its name there.
+    phrases: tuple[tuple[str, float], ...]  # those with a weight, and what to avoid; for messages
+    places: tuple[
+        tuple[int, ...], ...
+    ] = ()  # for each phrase with a weight the indices of its tokens
+    # Weights for what the conditioning holds besides its text, by its name there.
     beside: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    num_avoided: int = 0  # so many of its last tokens are of what to avoid
+    num_avoided: int = 0  # number of its last tokens that are to be avoided
     about_mean: bool = False  # whether negative weights mirror about the prompt's mean value
-    schedule: Schedule | None = None  # in whose window they weigh; None for the whole run
+    schedule: Schedule | None = None  # weights act in its window; None for the whole run
     say: Say = silent
 
     @property
     def weigh(self) -> bool:
-        """Whether any token has another weight than 1."""
+        """Whether any token has a weight other than 1."""
         return bool(self.num_avoided) or any(weight != 1 for weight in self.weights)
 
     def behind(self, count: int) -> "Words":
-        """The same words behind so many tokens of pictures, which weigh 1."""
+        """The same words after ``count`` tokens of pictures, which have weight 1."""
         if not count:
             return self
         prompt = replace(self.prompt, table=(((),) * count) + self.prompt.table)
@@ -50,22 +52,22 @@ class Words:
         return replace(self, prompt=prompt, weights=weights, places=places)
 
     def weighed_tokens(self) -> dict[str, list[int]]:
-        """The tokens of each phrase that weighs in the text, wherever it does so."""
+        """For each phrase with a weight the indices of its tokens, in all its places."""
         found: dict[str, list[int]] = {}
         for (phrase, _), places in zip(self.phrases, self.places, strict=False):
             found.setdefault(phrase, []).extend(places)
         return {phrase: places for phrase, places in found.items() if places}
 
     def weighted_beside(self, name: str, share: float, count: int) -> list["Weighted"]:
-        """The same of ``count`` tokens that the model takes of what is beside the text.
+        """Weights of the ``count`` tokens that the model takes from an output besides the text.
 
-        HiDream-I1 takes Llama's tokens twice: of the last layer, and of one for each block.
+        HiDream-I1 takes Llama's tokens twice: those of the last layer, and those of each block's.
         """
         own = [Weighted(1 + share * (weight - 1)) for weight in self.beside.get(name, ())]
         return own * (count // len(own)) if own and count % len(own) == 0 else [PLAIN] * count
 
     def weighted(self, share: float) -> list["Weighted"]:
-        """What its tokens weigh with this share of the weights: at 0, as if none had been given."""
+        """The weights of its tokens at this share of them: at 0, as if none had been given."""
         num_own = len(self.weights) - self.num_avoided
         centre = self.prompt.own() if self.about_mean else [0.0] * num_own
         own = [
@@ -78,14 +80,14 @@ class Words:
 def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     """1 for each token of a conditioning that is its prompt's own, 0 for padding.
 
-    What is to be avoided counts as the prompt's, and so does what another node has appended.
+    Tokens to avoid, and those that another node has appended, count as the prompt's.
     """
     own = entry[KEY].prompt.own()
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
 
 
 def hide_avoided(prompts: Prompts) -> None:
-    """Give the ControlNets of a run their text without what is to be avoided."""
+    """Give the ControlNets of a run their text without the tokens to avoid."""
     for _, entry in prompts.entries():
         words = entry.get(KEY)
         if words and words.num_avoided and "control" in entry:
@@ -96,10 +98,10 @@ def hide_avoided(prompts: Prompts) -> None:
 
 
 class Weighted(NamedTuple):
-    """What one text token of a call weighs."""
+    """The weight of one text token of a call."""
 
     weight: float = 1.0
-    centre: float = 0.0  # its part in the prompt's mean value
+    centre: float = 0.0  # its share in the prompt's mean value
     is_avoided: bool = False
 
 
@@ -111,24 +113,24 @@ class Row(NamedTuple):
 
     words: Words | None
     length: int  # of its conditioning, in tokens
-    filled: int  # so many of them ComfyUI put in front of the encoder's
+    filled: int  # number of them that ComfyUI put in front of the encoder's
     share: float  # of the weights, at its timestep
 
 
 @dataclass
 class RunWords:
-    """The words of one run: those of its conditionings that weigh."""
+    """The words of one run: those of its conditionings that have weights."""
 
     prompts: Prompts
     schedules: dict[Words, ResolvedSchedule | None]
-    zeroed: frozenset[Any]  # entries that Zero Out left their words, by name and uuid
+    zeroed: frozenset[Any]  # entries that Zero Out emptied but for their words, by name and uuid
     tensors: dict[Any, WordWeights] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, prompts: Prompts, resolve: Callable[[Schedule], ResolvedSchedule]
     ) -> "RunWords | None":
-        """None where no word of the run weighs. ``resolve`` resolves a schedule for the run."""
+        """The words of a run; None if none has a weight. ``resolve`` resolves a schedule for it."""
         weighing = [(n, each) for n, each in prompts.entries() if KEY in each and each[KEY].weigh]
         zeroed = frozenset(
             (name, each["uuid"])
@@ -149,9 +151,9 @@ class RunWords:
     def of_call(
         self, call: CallArguments, t: list[float], transformer: nn.Module
     ) -> WordWeights | None:
-        """The weights of the rows of a call at timesteps t; None where all are 1.
+        """The weights of the rows of a call at timesteps t; None if all are 1.
 
-        Raises ValueError if a row is of several prompts, or its text of other tokens.
+        Raises ValueError if the prompt of a row is unknown, or its text has other tokens.
         """
         rows = list(self._rows(call, t))
         if not any(row.words and (row.share or row.words.num_avoided) for row in rows):
@@ -184,21 +186,21 @@ class RunWords:
             yield Row(words, length, filled, share)
 
     def _of(self, name: str, entry: dict[str, Any]) -> Words | None:
-        """The words of a conditioning, if they weigh."""
+        """The words of a conditioning, if they have weights."""
         words = entry.get(KEY)
         weighs = words in self.schedules and (name, entry["uuid"]) not in self.zeroed
         return words if weighs else None
 
 
 def _lengths(entry: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of a conditioning as the model gets them, and those that its encoder did not make."""
+    """Token counts of a conditioning: as the model gets it, and of that not from its encoder."""
     text, encoded = entry["model_conds"].get("c_crossattn"), entry.get("cross_attn")
     length = 0 if text is None else text.cond.shape[1]
     return length, 0 if encoded is None else length - encoded.shape[1]
 
 
 def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
-    """What the text tokens of one row weigh; ``num_text`` are the conditioning's of the call."""
+    """The weights of the text tokens of one row; ``num_text`` counts the call's conditioning."""
     tokens = [PLAIN] * num_text
     if row.words is not None:
         own = row.words.weighted(row.share)
@@ -208,8 +210,8 @@ def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
                 f"TACA: the word weights are for {len(own)} text tokens, and this conditioning has "
                 f"{row.length - row.filled}: another node has cut it."
             )
-        # What ComfyUI fills up in front, and what Conditioning (Concat) appends. To join texts of
-        # two lengths, ComfyUI repeats each of them.
+        # ComfyUI pads in front, Conditioning (Concat) appends. To join texts of two lengths,
+        # ComfyUI repeats each of them.
         tokens = [PLAIN] * row.filled + own + [PLAIN] * appended
         tokens *= num_text // row.length
     before, after = ([PLAIN] * len(each) for each in (extra.before, extra.after))
@@ -225,7 +227,7 @@ def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
 
 
 def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:
-    """The weights of a call; of one row where all are alike, so that no graph has their number."""
+    """The weights of a call; one row if all are equal, so that no graph depends on their number."""
     if all(row == rows[0] for row in rows):
         rows = rows[:1]
     weights, centre, avoided = (

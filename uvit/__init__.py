@@ -1,1 +1,1 @@
-"""U-ViT with early or intermediate fusion of text and image, of its own beside TACA."""
+"""U-ViT with early or intermediate fusion of text and image; independent of TACA."""

@@ -1,7 +1,5 @@
 """The shape of a U-ViT, and which of its blocks see the text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,25 +18,22 @@ class UViTConfig:
     Parameters
     ----------
     blocks, width : int
-        Number of blocks, odd: half of them before the middle one, half after. Channels of a token,
-        a multiple of 64.
+        Number of blocks, odd: as many before the middle one as after it. Channels of a token, a
+        multiple of 64.
     channels, side, patch : int
-        Of the latents: channels, height and width, height and width of the patch that is a token.
+        Channels of the latents, their height and width, and the height and width of a token.
     text_tokens, text_width : int
-        Of the encoded prompt.
+        Tokens of the encoded prompt, and their channels.
     image_blocks : int
-        So many blocks at each end do not see the text: the paper's v. 0 is early fusion.
+        Number of blocks at each end that do not see the text: the paper's v. 0 is early fusion.
     caption_blocks : int, optional
         Blocks of the text alone, before it joins: the paper's c. With a number the network is that
         of the paper's author; with None, that of the published checkpoints.
     conditioning : str
         ``"concatenation"``, or ``"cross-attention"`` from image to text: in the image's own softmax
-        where ``caption_blocks`` is a number, in one of its own where it is None.
+        if ``caption_blocks`` is a number, in a separate one if it is None.
 
-    Raises
-    ------
-    ValueError
-        If there is no such U-ViT.
+    Raises ValueError if there is no such U-ViT.
     """
 
     blocks: int = 13
@@ -89,10 +84,7 @@ class UViTConfig:
 def outside(blocks: int, count: int) -> int:
     """How many blocks lie at each end, outside the ``count`` central ones.
 
-    Raises
-    ------
-    ValueError
-        If the count is even, or not in 1 ... ``blocks``.
+    Raises ValueError if the count is even, or not in 1 ... ``blocks``.
     """
     if count % 2 == 0 or not 1 <= count <= blocks:
         raise ValueError(

@@ -1,7 +1,5 @@
 """What a U-ViT is trained on, and how a checkpoint recognises it. Pure torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,14 +9,14 @@ from torch import Tensor
 SAMPLES = 64
 """Numbers that a checkpoint keeps of each picture and each caption."""
 TOLERANCE = 2e-3
-"""Relative difference up to which they are the same: encoded anew on another GPU, a picture is not
-the same to the last bit."""
+"""Relative difference up to which data count as the same: encoded again on another GPU, a picture
+is not bit-identical."""
 PARTS = {
     "latents": "other pictures",
     "context": "other captions",
     "empty": "another empty prompt",
 }
-"""Fields of ``Data``, and what to call those of other data."""
+"""Fields of ``Data``, and what messages call them where they differ."""
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Data:
         return samples
 
     def differences(self, samples: Mapping[str, Tensor]) -> list[str]:
-        """Which parts are not those of a checkpoint's samples, in words."""
+        """The parts that differ from a checkpoint's samples, in words."""
         return [
             PARTS[name] for name, ours in self.samples().items() if not _same(ours, samples[name])
         ]

@@ -1,7 +1,5 @@
 """The diffusion process that the published U-ViTs are trained for. Pure torch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """How a U-ViT is described by its file: by the shapes of its weights and by metadata."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -14,10 +12,10 @@ from .config import PUBLISHED_TEXT_TOKENS, UViTConfig
 
 METADATA_KEY = "uvit"
 TRAINING_PREFIX = "training."
-"""Begins the keys of what a checkpoint holds, beside the averaged weights, to resume training."""
+"""Prefix of the keys of what a checkpoint holds, besides the averaged weights, to resume from."""
 PUBLISHED_LATENT_SCALE = 0.23010
-"""The published U-ViT reads latents of Stable Diffusion's VAE times this, and not times the 0.18215
-of Stable Diffusion 1."""
+"""The published U-ViT reads latents of Stable Diffusion's VAE times this, not the 0.18215 of Stable
+Diffusion 1."""
 
 _REMEDY = "Download it again, or take the file that Save U-ViT wrote."
 _NDIM = {
@@ -31,21 +29,12 @@ _BLOCK_KEY = re.compile(r"mid_block\.(norm1|attn|norm2|mlp)\.")
 
 
 def metadata_of(config: UViTConfig, latent_scale: float, **more: Any) -> dict[str, str]:
-    """Metadata for a safetensors file, of which ``read_config`` reads what the weights cannot say.
+    """Metadata for a safetensors file: what ``read_config`` cannot tell from the weights.
 
-    Parameters
-    ----------
-    config : UViTConfig
-    latent_scale : float
-        The network reads latents times this.
-    more
-        Anything else worth keeping, such as the steps of the training; JSON.
+    The network reads latents multiplied by ``latent_scale``. ``more`` is anything else to keep, as
+    JSON, such as the steps of the training.
     """
-    description = {
-        "text_tokens": config.text_tokens,
-        "latent_scale": latent_scale,
-        **more,
-    }
+    description = {"text_tokens": config.text_tokens, "latent_scale": latent_scale, **more}
     return {"format": "pt", METADATA_KEY: json.dumps(description)}
 
 
@@ -54,20 +43,11 @@ def read_config(
 ) -> tuple[UViTConfig, float]:
     """The config and the latent scale of a U-ViT's weights.
 
-    Parameters
-    ----------
-    state : dict
-        The weights, by their published names.
-    metadata : dict, optional
-        Of a safetensors file. Without it, text has CLIP's 77 tokens and the latent scale is the
-        published one.
-    name : str
-        Of the file, for messages.
+    ``state`` has the weights by their published names, ``metadata`` is the safetensors file's.
+    Without it text has CLIP's 77 tokens, and the latent scale is the published one. ``name`` is the
+    file's, for messages.
 
-    Raises
-    ------
-    ValueError
-        If these are not all the weights of a U-ViT, or do not fit together.
+    Raises ValueError if these are not all the weights of a U-ViT, or do not fit together.
     """
     _check_kind(state, name)
     text_tokens, latent_scale = _read_metadata(metadata, name)

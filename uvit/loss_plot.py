@@ -1,7 +1,5 @@
 """A plot of a training's loss."""
 
-from __future__ import annotations
-
 from PIL import Image
 
 from ..nodes.ui import pictures

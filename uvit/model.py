@@ -1,10 +1,8 @@
 """A U-ViT as a model of ComfyUI: read from a file, sampled by core, written to a file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_base
@@ -14,21 +12,19 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from .config import UViTConfig
 from .files import TRAINING_PREFIX, check_weights, metadata_of, read_config
 from .network import UViT
 
-if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-
 SAVED_PREFIX = "model.diffusion_model."
-"""Begins the names of weights in the files of ComfyUI's own saving nodes."""
+"""Prefix of the weights' names in the files of ComfyUI's own saving nodes."""
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
-    """The network reads latents times a scale."""
+    """The network reads latents multiplied by a scale."""
 
     def __init__(self, channels: int = 4, scale: float = 1.0) -> None:
         self.latent_channels, self.scale_factor = channels, scale
@@ -77,10 +73,7 @@ class ModelConfig(comfy.supported_models_base.BASE):
 def read_file(path: str) -> tuple[dict[str, Tensor], UViTConfig, float]:
     """The weights of a U-ViT, its config and its latent scale, all checked.
 
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or is not a complete U-ViT; names it.
+    Raises ValueError if the file cannot be read, or is not a complete U-ViT; names it.
     """
     name = Path(path).name
     try:
@@ -106,19 +99,11 @@ def read_file(path: str) -> tuple[dict[str, Tensor], UViTConfig, float]:
 
 
 def load_uvit(path: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """The U-ViT in a file, as a MODEL.
+    """The U-ViT in a file, as a MODEL: ``.safetensors``, or the published ``.pth``.
 
-    Parameters
-    ----------
-    path : str
-        ``.safetensors``, or the published ``.pth``, of which nothing but the weights is read.
-    disable_dynamic : bool
-        As in ComfyUI's own loaders.
+    Of a ``.pth`` nothing but the weights is read. ``disable_dynamic`` is as in ComfyUI's loaders.
 
-    Raises
-    ------
-    ValueError
-        If the file is not a complete U-ViT; names it.
+    Raises ValueError if the file is not a complete U-ViT; names it.
     """
     patcher = patcher_of(*read_file(path), disable_dynamic)
     # ComfyUI loads the model again with this, to train it or for another GPU.
@@ -145,8 +130,7 @@ def patcher_of(
     model_config.set_inference_dtype(dtype, cast)
     model_type = comfy.model_base.ModelType.EPS
     model = comfy.model_base.BaseModel(model_config, model_type, unet_model=ComfyUViT)
-    patchers = comfy.model_patcher
-    kind = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
@@ -155,18 +139,9 @@ def patcher_of(
 
 
 def save_uvit(patcher: ModelPatcher, path: str) -> None:
-    """Write a U-ViT, its LoRAs merged into the weights, to a file for ``load_uvit``.
+    """Write a U-ViT, its LoRAs merged into the weights, to a safetensors file for ``load_uvit``.
 
-    Parameters
-    ----------
-    patcher : ModelPatcher
-    path : str
-        Of a safetensors file.
-
-    Raises
-    ------
-    ValueError
-        If the model is not a U-ViT of this pack.
+    Raises ValueError if the model is not a U-ViT of this pack.
     """
     network = patcher.model.diffusion_model
     if not isinstance(network, ComfyUViT):

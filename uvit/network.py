@@ -5,7 +5,7 @@ and Rostami, arXiv 2403.16530), where it may come through blocks of its own. A b
 ``[image | time | text]``, in one softmax. By concatenation the text takes part; by cross-attention
 it is keys only, and stays what its own blocks made of it. Parameters have the names of the paper's
 code, or those of the published checkpoints. Those are early fusion by concatenation; with their
-names text may join in the middle too, or by a cross-attention beside the image's own attention.
+names text may join in the middle too, or by a cross-attention besides the image's attention.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000) -> Tens
 
 
 class Attention(nn.Module):
-    """Attention of tokens to each other, or with ``cross``, to whatever keys they are given."""
+    """Attention of tokens to each other, or with ``cross`` to the keys that they are given."""
 
     def __init__(self, width: int, cross: bool, attend: Attend, layers: Any, **kind: Any) -> None:
         super().__init__()
@@ -74,8 +74,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block, optionally with a skip connection.
 
-    ``keys`` says that its tokens attend to themselves and, in the same softmax, to the text that it
-    is given; ``apart``, that they attend to that text in a second attention.
+    With ``keys`` its tokens attend, in one softmax, to themselves and to the text that it is given;
+    with ``apart`` they attend to that text in a second attention.
     """
 
     def __init__(
@@ -247,10 +247,7 @@ class UViT(nn.Module):
         Tensor
             Of the shape of ``x``.
 
-        Raises
-        ------
-        ValueError
-            If latents or prompts do not have the network's sizes.
+        Raises ValueError if latents or prompts do not have the network's sizes.
         """
         config = self.config
         check_inputs(config, x, context)

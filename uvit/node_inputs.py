@@ -1,23 +1,19 @@
 """From the inputs of Train U-ViT to a training."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import folder_paths
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from .config import UViTConfig, outside
 from .data import Data
 from .files import PUBLISHED_LATENT_SCALE
 from .training import Recipe, Training
-
-if TYPE_CHECKING:
-    from comfy_api.latest import io
 
 
 def training_of(
@@ -28,10 +24,7 @@ def training_of(
 ) -> Training:
     """The training that the inputs of Train U-ViT describe, resumed if it has a checkpoint.
 
-    Raises
-    ------
-    ValueError
-        If the inputs do not fit together, or the checkpoint does not fit them.
+    Raises ValueError if the inputs do not fit together, or the checkpoint does not fit them.
     """
     images, context, empty = data_of(latents, positive, negative)
     config = config_of(settings, images, context)

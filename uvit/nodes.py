@@ -1,14 +1,13 @@
 """Load U-ViT, Train U-ViT, Save U-ViT."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..nodes.ui import pictures
@@ -17,11 +16,7 @@ from ..nodes.ui.text import show_text
 from .loss_plot import loss_plot
 from .model import load_uvit, save_uvit
 from .node_inputs import training_of
-
-if TYPE_CHECKING:
-    from comfy.model_patcher import ModelPatcher
-
-    from .training import Training
+from .training import Training
 
 CATEGORY = "TACA/research"
 OWN_BLOCKS = {"caption_blocks": 3, "image_blocks": 3}

@@ -4,7 +4,7 @@ The loss is E || eps - network(signal_t x_0 + noise_t eps, t, text) ||^2, with t
 1000 and eps standard normal.
 
 A checkpoint is a safetensors file: the averaged weights under their own names, so that it loads as
-a U-ViT, and beside them, under ``training.``, what it takes to resume.
+a U-ViT, and besides them, under ``training.``, what it takes to resume.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("uvit")
 BETAS, WEIGHT_DECAY = (0.9, 0.9), 0.03
 """AdamW's, in the published training."""
 MOMENTS = "exp_avg", "exp_avg_sq"
-"""AdamW's state of a weight, beside the step."""
+"""AdamW's state of a weight, besides the step."""
 UNREADABLE = SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError
 """What reading a damaged checkpoint, or another file, may raise."""
 
@@ -83,10 +83,7 @@ class Training:
     device
         Where to compute.
 
-    Raises
-    ------
-    ValueError
-        If the checkpoint is of another network, recipe or data, or cannot be read.
+    Raises ValueError if the checkpoint is of another network, recipe or data, or cannot be read.
     """
 
     def __init__(
@@ -127,10 +124,7 @@ class Training:
         after_step : callable
             What it raises, such as ComfyUI's interrupt, ends the training.
 
-        Raises
-        ------
-        RuntimeError
-            If the training diverged; the last checkpoint stays as it is.
+        Raises RuntimeError if the training diverged; the last checkpoint stays as it is.
         """
         while self.step < steps:
             loss = self._train_step(self.step + 1)
@@ -208,7 +202,7 @@ class Training:
         new.replace(self.path)
 
     def _resume(self) -> None:
-        """Take over the checkpoint; raises a ValueError if it is not of this training."""
+        """Resume from the checkpoint; raises ValueError if it is not of this training."""
         advice = "give another name for the checkpoint, or take this file away."
         try:
             with safe_open(self.path, "pt", device=str(self.device)) as file:
@@ -245,7 +239,7 @@ class Training:
     def _differences(
         self, description: dict[str, Any], config: UViTConfig, state: dict[str, Tensor]
     ) -> list[str]:
-        """Which settings and data are not those of a checkpoint, in words."""
+        """The settings and data that differ from a checkpoint's, in words."""
         differences = []
         part = f"{TRAINING_PREFIX}data."
         samples = {k.removeprefix(part): v.cpu() for k, v in state.items() if k.startswith(part)}

@@ -1,5 +1,6 @@
 """What a search found: in words, as intervals, and as one sheet with its pictures."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -12,13 +13,13 @@ from .plots import COLOURS, Axes, round_up
 WIDTH = 1200
 ROW = 26
 LEFT, RIGHT = 440, 960
-"""Of the intervals, between the settings' names and the numbers."""
+"""The plot's edges in pixels, between the settings' names and the numbers."""
 
 
 def verdict(found: Finding, labels: Sequence[str]) -> str:
     """Whether there is a better setting, in a sentence or two."""
     best, first = labels[found.best], labels[0]
-    known = found.high < float("inf")
+    known = math.isfinite(found.high)
     interval = f"95 % interval {found.low:+.3g} to {found.high:+.3g}"
     by = f"{found.difference:+.3g} ({interval if known else 'too few pictures for an interval'})"
     if found.winner is None:
@@ -29,17 +30,17 @@ def verdict(found: Finding, labels: Sequence[str]) -> str:
 
 
 def cost(drawn: int, whole: int) -> str:
-    """How many pictures a search took, and how many all settings on all units are."""
+    """A sentence on how many pictures a search took, and how many a full comparison would."""
     return f"{drawn} pictures drawn; every setting on every seed and prompt would be {whole}."
 
 
 def intervals(found: Finding, search: Search, labels: Sequence[str], unit: str) -> Image.Image:
-    """The settings' differences to the first, best first; the best one's with its interval."""
+    """A plot of the settings' differences to the first, best first; for the best, its interval."""
     order = sorted(
         search.differences,
         key=lambda i: (i != found.best, *(-x for x in search.differences[i][::-1])),
     )
-    ends = [each for each in (found.low, found.high) if abs(each) < float("inf")]
+    ends = [each for each in (found.low, found.high) if math.isfinite(each)]
     values = [0.0, *ends, *(difference for difference, _ in search.differences.values())]
     reach = round_up(max(map(abs, values)))
     low, high = min(0.0, *values), max(0.0, *values)

@@ -1,4 +1,4 @@
-"""A table of probabilities: what was asked, and a shaded number for each picture."""
+"""A table of probabilities: the questions, and a shaded number for each picture."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from .pictures import INK, PAPER, blank, font, stack
 from .plots import COLOURS, GRID
 
 SIZE, LINE, GAP, CELL = 14, 20, 12, 58
-ASKED = 380  # pixels for what was asked, which is some 50 letters
-ABREAST = 8  # pictures; more of them stand under each other
+QUESTION = 380  # pixels for a question, some 50 letters
+COLUMNS = 8  # pictures side by side; more of them go into further tables below
 MEAN = "geometric mean"
 
 
 @dataclass
 class Graded:
-    """Of one text: the rows, and a column for each picture with its name and its mean."""
+    """The grades of one text: its rows, and a column for each picture, the mean last."""
 
     text: str
     rows: Sequence[str]
@@ -30,15 +30,14 @@ class Graded:
 
 
 def page_of(tables: Sequence[Graded], note: str) -> Image.Image:
-    """All tables under each other, and a note."""
-    most = min(ABREAST, max(len(table.columns) for table in tables))
-    width = max(ASKED + most * CELL, 620) + 2 * GAP
-    parts = [_text(note, width)]
-    for table in reversed(tables):
-        for start in reversed(range(0, len(table.columns), ABREAST)):
-            parts.insert(0, _block(table, start, width))
-        parts.insert(0, _text(table.text, width))
-    return stack(parts)
+    """All tables, one below the other, and a note."""
+    most = min(COLUMNS, max(len(table.columns) for table in tables))
+    width = max(QUESTION + most * CELL, 620) + 2 * GAP
+    parts = []
+    for table in tables:
+        parts.append(_text(table.text, width))
+        parts += [_block(table, i, width) for i in range(0, len(table.columns), COLUMNS)]
+    return stack([*parts, _text(note, width)])
 
 
 def _text(text: str, width: int) -> Image.Image:
@@ -51,21 +50,23 @@ def _text(text: str, width: int) -> Image.Image:
 
 
 def _block(table: Graded, start: int, width: int) -> Image.Image:
-    """The columns of some pictures, numbered where there are more, with their names under them."""
-    columns = table.columns[start : start + ABREAST]
+    """The columns from ``start`` on, numbered if there are several, with their names below."""
+    columns = table.columns[start : start + COLUMNS]
     numbers = [str(start + i + 1) if len(table.columns) > 1 else "" for i in range(len(columns))]
     named = [f"{n}  {table.names[start + i]}".strip() for i, n in enumerate(numbers)]
     legend = [n for n in named if n and not n.isdigit()]
-    asked = [textwrap.wrap(row, round(ASKED / SIZE / 0.55)) or [""] for row in [*table.rows, MEAN]]
+    questions = [
+        textwrap.wrap(row, round(QUESTION / SIZE / 0.55)) or [""] for row in [*table.rows, MEAN]
+    ]
     head = LINE if numbers[0] else 0
-    height = head + sum(len(some) * LINE for some in asked) + len(legend) * LINE + 2 * GAP
+    height = head + sum(len(some) * LINE for some in questions) + len(legend) * LINE + 2 * GAP
     page = blank(width, height)
     draw = ImageDraw.Draw(page)
-    lefts = [GAP + ASKED + i * CELL for i in range(len(columns))]
+    lefts = [GAP + QUESTION + i * CELL for i in range(len(columns))]
     for left, number in zip(lefts, numbers, strict=True):
         draw.text((left + CELL / 2, GAP / 2), number, fill=INK, font=font(SIZE), anchor="ma")
     top = GAP / 2 + head
-    for i, some in enumerate(asked):
+    for i, some in enumerate(questions):
         bottom = top + len(some) * LINE
         if i == len(table.rows):
             draw.line((GAP, top, lefts[-1] + CELL, top), fill=INK)

@@ -1,4 +1,4 @@
-"""Pictures and labelled sheets of them, by Pillow, which ComfyUI brings."""
+"""Pictures and labelled sheets of them, drawn with Pillow, which ComfyUI requires."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 INK, PAPER = "#1b1f24", "#ffffff"
 font = cache(ImageFont.load_default)
-"""Pillow's own font, in a size."""
+"""Pillow's default font, by size."""
 
 
 def blank(width: int, height: int) -> Image.Image:
@@ -25,7 +25,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """A picture of an IMAGE's ``(H, W, 3)``."""
+    """A picture from one image of an IMAGE, ``(H, W, 3)``."""
     pixels = image[..., :3].cpu().float().clamp(0, 1).numpy() * 255 + 0.5
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -36,7 +36,7 @@ def heat(values: Tensor) -> Image.Image:
 
 
 def stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures over each other, as wide as the widest."""
+    """Pictures, one below the other, as wide as the widest."""
     page = blank(max(p.width for p in pictures), sum(p.height for p in pictures))
     for i, picture in enumerate(pictures):
         page.paste(picture, (0, sum(p.height for p in pictures[:i])))
@@ -44,9 +44,9 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Image.Image:
-    """Rows of cells under a header, as many side by side as a page of this width holds.
+    """Rows of cells under a header, in as many columns as fit into ``width`` pixels.
 
-    The page in ComfyUI's new nodes runs a text's lines together, but not a picture's.
+    A picture, since ComfyUI's new nodes do not keep the line breaks of a text.
     """
     size, gap = 14, 24
     cells = [header, *rows]
@@ -69,7 +69,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> I
 def sheet(
     pictures: Sequence[Image.Image], labels: Sequence[str], columns: int, title: str = ""
 ) -> Image.Image:
-    """Pictures in rows, each under its label; all in cells of the largest one's size."""
+    """Pictures in rows, each below its label, in cells of the largest size."""
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     size, gap = max(14, min(28, width // 20)), 8
     labels = [textwrap.fill(label, max(8, round(width / size / 0.55))) for label in labels]

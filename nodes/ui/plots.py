@@ -1,4 +1,4 @@
-"""Plots, by Pillow."""
+"""Plots, drawn with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -60,17 +60,17 @@ class Axes:
             self.draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
 
     def band(self, low: float, high: float, colour: str) -> None:
-        """A vertical band between two x."""
+        """A vertical band from x = ``low`` to ``high``."""
         _, top, _, bottom = self.box
         self.draw.rectangle((self.at(low, 0)[0], top, self.at(high, 0)[0], bottom), fill=colour)
 
     def steps(self, values: Sequence[float], colour: str) -> None:
-        """A line that holds the i-th value from i - 0.5 to i + 0.5, counted from 1."""
+        """A step function with the i-th value from i - 0.5 to i + 0.5, i from 1."""
         self.line([(i + at, v) for i, v in enumerate(values, 1) for at in (-0.5, 0.5)], colour)
 
 
 def ticks(names: Sequence[str], most: int = 16) -> dict[float, str]:
-    """Names at 1, 2, 3 ..., thinned out."""
+    """Names at 1, 2, 3 ..., thinned out to at most ``most``."""
     step = max(1, -(-len(names) // most))
     return {float(i + 1): names[i] for i in range(0, len(names), step)}
 

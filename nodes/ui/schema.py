@@ -1,4 +1,4 @@
-"""Schemas, with the texts that ``locales/en/nodeDefs.json`` has for their sockets."""
+"""Schemas of nodes, with their texts from ``locales/en/nodeDefs.json``."""
 
 import json
 from functools import cache
@@ -24,7 +24,7 @@ def schema(
     category: str = "TACA",
     **more: Any,
 ) -> io.Schema:
-    """A node's schema, whose name, description and tooltips are those of the English locale.
+    """A node's schema with the name, description and tooltips of the English locale.
 
     All other arguments are ``io.Schema``'s.
     """
@@ -45,7 +45,7 @@ def schema(
 
 
 def _add_tooltips(inputs: list[io.Input], texts: dict[str, Any], parent: str = "") -> None:
-    """The page writes ``_`` between an input and those that depend on its choice."""
+    """In the locale ``_`` joins the ids of an input and of one that depends on its choice."""
     for socket in inputs:
         socket.tooltip = texts[parent + socket.id]["tooltip"]
         for option in getattr(socket, "options", None) or []:

@@ -14,7 +14,7 @@ from .pictures import to_tensor
 
 
 def node_in_page() -> str | None:
-    """The node that is running, or that it is a copy of, by its id in the page."""
+    """The id in the page of the running node, or of the node that it is a copy of."""
     context = get_executing_context()
     if context is None:
         return None
@@ -22,11 +22,11 @@ def node_in_page() -> str | None:
 
 
 def show_text(text: str, node_id: str | None = None) -> None:
-    """Show a text under a node, or the one that is running, which its ``ui`` alone does not do."""
+    """Show a text under a node, by default the running one; its ``ui`` alone does not do that."""
     if running := node_in_page():
         from server import PromptServer
 
-        # The page folds spaces; those as wide as a digit keep columns apart.
+        # The page collapses spaces, but not those as wide as a digit.
         wide = re.sub(" {2,}", lambda spaces: "\u2007" * len(spaces[0]), text)
         PromptServer.instance.send_progress_text(wide, node_id or running)
 
@@ -34,10 +34,10 @@ def show_text(text: str, node_id: str | None = None) -> None:
 class NodeText:
     """The text under the node that is running now: what the last runs did, and ``warnings``.
 
-    Before the first run it is ``plan`` and the warnings. Runs come first, since the page shows no
-    more than some three lines: two of a prompt (a first pass and an upscale), or the last of
-    ``total``. Its node has to be ``not_idempotent``, or ComfyUI would hand what it made, with this
-    text, to another node of the same inputs.
+    Before the first run it is ``plan`` and the warnings. Runs come first, since the page shows only
+    about three lines: the last two of a prompt (a first pass and an upscale), or the last of
+    ``total``. The node has to be ``not_idempotent``, or ComfyUI would give its output, with this
+    text, to another node with the same inputs.
     """
 
     def __init__(self, *warnings: str, plan: str = "", total: int | None = None) -> None:
@@ -64,7 +64,7 @@ class NodeText:
 def show(
     pictures: Sequence[Image.Image], text: str, node: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Show both in a node that is running: each picture as an IMAGE, and the node's ``ui``."""
+    """Show pictures and a text in a running node; returns the IMAGEs, and the node's ``ui``."""
     show_text(text)
     images = [to_tensor(picture) for picture in pictures]
     shown = [ui.PreviewImage(image, cls=node).as_dict() for image in images]
