@@ -33,6 +33,8 @@ LARGEST = 1000.0
 
 log = logging.getLogger("taca")
 
+_IN_EMBEDDING = re.compile(r"(?:^|\s)embedding:\S*$")
+
 
 class WeighHook(comfy.hooks.TransformerOptionsHook):
     """Brings the weights' wrapper to whatever model a conditioning is sampled with.
@@ -78,7 +80,8 @@ def parse(text: str) -> WeightedText:
 
     Raises ValueError if a weight is no number, or a very large one.
     """
-    plain, weights, phrases = "", [], []
+    plain, phrases = "", []
+    weights: list[float] = []
     for segment, weight in token_weights(escape_important(text), 1.0):
         if re.search("[()]", segment):
             log.warning(
@@ -92,6 +95,10 @@ def parse(text: str) -> WeightedText:
                 f"TACA: the weight of {segment!r} must be a number between -{LARGEST:g} and "
                 f"{LARGEST:g}, not {weight}."
             )
+        # ComfyUI reads each piece by itself: an embedding's name ends with it, and begins a word.
+        glued = _IN_EMBEDDING.search(plain) and not re.match(r",*(?:\s|$)", segment)
+        if glued or (segment.startswith("embedding:") and plain and not plain[-1].isspace()):
+            plain, weights = plain + " ", [*weights, 1.0]
         if weight != 1 and segment.strip():
             phrases.append((len(plain), len(plain) + len(segment), weight))
         weights += [weight] * len(segment)
@@ -142,8 +149,9 @@ def _of_tokens(table: Table, parsed: WeightedText) -> tuple[float, ...]:
     """A weight for each token of a conditioning: the mean of its characters'."""
     weights = []
     for tokens in table:
+        lost = {i for t in tokens if t.is_unknown for i in range(t.start, t.end)}
         known = [t for t in tokens if t.start < t.end and not t.is_unknown]
-        spans = [range(t.start, t.end) for t in known]
+        spans = [[i for i in range(t.start, t.end) if i not in lost] for t in known]
         written = [[i for i in span if not parsed.text[i].isspace()] or span for span in spans]
         own = [parsed.weights[i] for span in written for i in span]
         # Exactly the weight itself where all are the same.

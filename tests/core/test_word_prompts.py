@@ -113,6 +113,33 @@ def test_an_embedding(tmp_path):
     assert [w for w in extras[KEY].weights if w != 1] == [1.5] * 3
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(embedding:style:1.5), a cat",
+        "(embedding:style:1.2)(embedding:other:1.3)",
+        "a cat(embedding:style:1.5)",
+        "embedding:style,(cat:2)",
+        "(embedding:style:1.5)cat, (a embedding:other:0.5)-x",
+        "(embedding:style<x:2), embedding:other",
+        "'sembedding:style and (embedding:style:2)",
+    ],
+)
+def test_an_embedding_beside_brackets(tmp_path, text):
+    """Read as core reads it: tokens and weights are those of core's own tokenizer."""
+    for name in ("style", "other"):
+        torch.save(
+            {key: torch.randn(2, 32) for key in ("clip_l", "clip_g")}, tmp_path / f"{name}.pt"
+        )
+    clip = clip_of(*SD3_WITHOUT_T5, str(tmp_path), t5=False)
+    parsed = conditioning.parse(text)
+    [theirs], [ours] = (clip.tokenize(each)["l"] for each in (text, parsed.text))
+    plain = [[torch.is_tensor(t) or t for t, _ in each] for each in (theirs, ours)]
+    assert plain[0] == plain[1]
+    weights = conditioning.words_of(clip, parsed).weights
+    assert list(weights) == pytest.approx([weight for _, weight in theirs])
+
+
 def test_a_word_that_is_cut_off_or_unknown():
     """Z-Image's cut-off is none; Mochi-like limits are: by a tokenizer that stops at 77."""
     clip = clip_named("FLUX.1")
