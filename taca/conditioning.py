@@ -13,7 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from .patch import watch_run
 from .prompt_tokens import PromptTokens, Table, text_of
@@ -33,6 +33,9 @@ LARGEST = 1000.0
 
 log = logging.getLogger("taca")
 
+_LIKE_A_WEIGHT = re.compile(
+    r"：\s*[-+]?[\d.,]*\d\s*[)）]|:\s*[-+]?[\d.,]*\d\s*）|:\s*[-+]?\d*,\d+\s*\)"
+)
 _IN_EMBEDDING = re.compile(r"(?:^|\s)embedding:\S*$")
 
 
@@ -73,6 +76,7 @@ class WeightedText(NamedTuple):
     text: str  # as ComfyUI takes it: a bracket that is meant has a backslash before it
     weights: tuple[float, ...]  # of each character
     phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of those that weigh
+    warnings: tuple[str, ...] = ()  # of what was meant as a weight, it seems, and is text
 
 
 def parse(text: str) -> WeightedText:
@@ -80,14 +84,17 @@ def parse(text: str) -> WeightedText:
 
     Raises ValueError if a weight is no number, or a very large one.
     """
-    plain, phrases = "", []
+    escaped, plain, phrases = escape_important(text), "", []
     weights: list[float] = []
-    for segment, weight in token_weights(escape_important(text), 1.0):
-        if re.search("[()]", segment):
-            log.warning(
-                "TACA: a bracket has no partner in %r, so it and the weights behind it are taken "
-                "as text. Write \\( or \\) for a bracket that you mean.",
-                text,
+    warnings = [
+        f"TACA: {found[0]!r} is no weight and is taken as text. Write weights as in (word:1.5)."
+        for found in _LIKE_A_WEIGHT.finditer(escaped)
+    ]
+    for segment, weight in token_weights(escaped, 1.0):
+        if lone := re.search("[()].{,30}", segment):
+            warnings.append(
+                f"TACA: a bracket has no partner at {unescape_important(lone[0])!r}, so it and "
+                f"weights behind it are text. Write \\( or \\) for a bracket that you mean."
             )
         segment = unescape_important(segment).replace("(", r"\(").replace(")", r"\)")
         if not abs(weight) <= LARGEST:
@@ -103,7 +110,7 @@ def parse(text: str) -> WeightedText:
             phrases.append((len(plain), len(plain) + len(segment), weight))
         weights += [weight] * len(segment)
         plain += segment
-    return WeightedText(plain, tuple(weights), tuple(phrases))
+    return WeightedText(plain, tuple(weights), tuple(phrases), tuple(warnings))
 
 
 def encode(
@@ -121,16 +128,18 @@ def encode(
 
     Raises ValueError if the CLIP hides its tokens, or has none for a word that weighs.
     """
-    parsed = parse(text)
+    parsed, avoided = parse(text), parse(avoid)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     words = words_of(clip, parsed, **how)
-    if avoid.strip():
-        conditioning, words = avoiding(clip, conditioning, words, parse(avoid), avoid_strength)
+    if avoided.text.strip():
+        conditioning, words = avoiding(clip, conditioning, words, avoided, avoid_strength)
     return attach(conditioning, words, any_model=any_model)
 
 
 def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
     """What the tokens of a prompt weigh; errors as ``encode``."""
+    for warning in parsed.warnings:
+        log.warning(warning)
     prompt = PromptTokens.of(clip, parsed.text)
     phrases = tuple((parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases)
     places = tuple(tuple(prompt.covering(start, end)) for start, end, _ in parsed.phrases)
@@ -211,6 +220,7 @@ def attach(
     """
     carrying = []
     for text, extras in conditioning:
+        extras = _without_hook(extras)  # of the words that it had before
         more = text.shape[1] - len(words.weights)
         if more < 0 or (more and not _sees_pictures(clip)):
             raise ValueError(
@@ -220,7 +230,7 @@ def attach(
         if more:
             log.info("TACA takes %d tokens before those of the text for pictures'.", more)
         carrying.append([text, {**extras, KEY: words.behind(more)}])
-        if KEY in (waiting := extras.get("model_conds", {})):  # for the words that it had before
+        if KEY in (waiting := extras.get("model_conds", {})):  # for those words too
             carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != KEY}
     if not words.weigh:
         return carrying
@@ -234,11 +244,25 @@ def attach(
     return comfy.hooks.set_hooks_for_conditioning(carrying, hooks)
 
 
+def _without_hook(extras: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary of a conditioning without what ``attach`` may have put among its hooks."""
+    given = extras.get("hooks") or comfy.hooks.HookGroup()
+    hooks = given.clone()
+    for hook in given.hooks:
+        if isinstance(hook, WeighHook):
+            hooks.remove(hook)
+    if len(hooks) == len(given):
+        return extras
+    rest = {name: each for name, each in extras.items() if name != "hooks"}
+    return rest | ({"hooks": hooks} if len(hooks) else {})
+
+
 def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
     """Raise ValueError if a conditioning with padding, as long for every text, is of another text.
 
     It need not be what the CLIP makes of the text, for another node may have weighed embeddings or
-    mixed texts. But then many of its tokens are more like their own place there than any other.
+    mixed texts. But then many of its tokens are more like their own place there than any other, and
+    none that weighs is, with its neighbour, more like another place.
     """
     own = torch.tensor(words.prompt.own()).bool()
     theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]
@@ -247,13 +271,20 @@ def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
     made = text_of(clip, words.prompt.text)[0][own].float().cpu()
     middle = made.mean(0)
     made = normalize(made - middle, dim=1)
+    places, weighs = own.nonzero().flatten(), torch.tensor(words.weights)[own] != 1
     for text in theirs:
-        alike = normalize(text[own].float().cpu() - middle, dim=1) @ made.T
-        in_place = alike.diagonal() >= alike.amax(1) - 0.05  # a word may stand there twice
-        if in_place.float().mean() < 0.3:
+        alike = normalize(text.float().cpu() - middle, dim=1) @ made.T
+        here = alike[own].diagonal() + 0.05  # a word may stand there twice
+        most, at = alike.max(0)
+        # Of each token how far it has moved; a word before it moves its neighbours as far.
+        moved = torch.where(here < most, at - places, 0)
+        together = moved[1:] == moved[:-1]
+        together = pad(together, (0, 1)) | pad(together, (1, 0))
+        is_moved = bool((weighs & together & (moved != 0)).any())
+        if is_moved or (here >= alike[own].amax(1)).float().mean() < 0.3:
             raise ValueError(
                 "TACA: this conditioning is of another text, so the weights would be on the wrong "
-                "words. Connect the CLIP and the text that made it."
+                "words. Connect the CLIP and the text that made it, there without brackets."
             )
 
 
