@@ -28,7 +28,7 @@ class Trials:
     def seed_of(self, pair: Pair) -> int:
         """The sampler's: with the same noise for all prompts, what is found might be its doing."""
         prompt, seed = pair
-        return self.seeds[seed] + APART * prompt
+        return (self.seeds[seed] + APART * prompt) % 2**64  # no sampler takes a larger one
 
 
 TACATrials = io.Custom("TACA_TRIALS")
