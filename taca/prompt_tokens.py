@@ -1,6 +1,7 @@
 """Which token of a conditioning stands for which characters of its prompt."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ class PromptTokens:
         pattern = r"\s+".join(map(re.escape, word.split()))
         before = rf"(?<!{letter})" if re.match(letter, word) else ""
         behind = rf"(?!{letter})" if re.match(letter, word[-1]) else ""
-        matches = list(re.finditer(f"{before}{pattern}{behind}", self.text))
+        finds = re.finditer(f"{before}{pattern}{behind}", self.text)
+        matches = [each for each in finds if _is_whole(self.text, *each.span())]
         if not matches:
             raise ValueError(f"TACA does not find {word!r} in the prompt: write it as it is there.")
         found = sorted({i for match in matches for i in self.covering(*match.span())})
@@ -119,6 +121,13 @@ class PromptTokens:
                 f"off. Choose another word."
             )
         return found
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Whether no accent and no joined emoji belongs to what stands here."""
+    before, behind = text[start - 1 : start], text[end : end + 1]
+    is_accented = unicodedata.category(behind or " ")[0] == "M" and behind != "\ufe0f"
+    return not is_accented and "\u200d" not in (before, behind)
 
 
 def _covering(table: Table, start: int, end: int) -> list[int]:

@@ -50,6 +50,8 @@ def ids_at(clip, name, tokens, word):
         ("(a (cat:1.3):0.8) and a cat's cat_toy", "cat", 3),
         (r"a \(big\) cat (x:1.2)", "big", 1),
         ("(1:1.1)(1:1.3) 11", "1", 2),
+        ("a cafe\u0301 by the sea", "cafe", 0),
+        ("a cat\u200dlike dog", "cat", 0),
     ],
 )
 @pytest.mark.parametrize("encoder", ["t5xxl", "l"])
