@@ -10,6 +10,7 @@ from torch import Tensor
 from ..taca.judge import QUESTION, Judge, geometric_mean
 from .sweep import lines
 from .ui.grades import Graded, page_of
+from .ui.pictures import in_rgb, require_pictures
 from .ui.schema import schema
 from .ui.text import show
 
@@ -60,6 +61,7 @@ class TACAPromptCheck(io.ComfyNode):
         find_phrases: list[bool],
         label: list[str] | None = None,
     ) -> io.NodeOutput:
+        require_pictures("TACA Prompt Check", image)
         count = len(image)
         texts, own = spread("text", text, count), spread("phrases", phrases, count)
         labels = spread("label", label or [""], count)
@@ -80,7 +82,7 @@ class TACAPromptCheck(io.ComfyNode):
             questions = [QUESTION.format(atom) for atom in some]
             each = []
             for picture in batch:
-                answers = judge.ask(picture[None], questions, lambda: bar.update(1))
+                answers = judge.ask(in_rgb(picture[None]), questions, lambda: bar.update(1))
                 each.append(geometric_mean(answers))
                 table.add(name, answers, each[-1])
             scores.append(fmean(each))

@@ -142,9 +142,12 @@ def as_numbers(given: list[Any], count: int) -> list[float]:
             f"{FIND} got {len(given)} scores for {count} pictures: between {TRIAL} and the score "
             f"there may be no node that makes one of several."
         )
-    numbers = [float(each) for each in given]
+    try:
+        numbers = [float(each) for each in given]
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several
+        numbers = [math.nan]
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{FIND} got a score that is not a finite number: {numbers}.")
+        raise ValueError(f"{FIND} got a score that is not a finite number: {given!s:.200}.")
     return numbers
 
 

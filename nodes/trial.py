@@ -31,7 +31,8 @@ class Trials:
         Prompts differ in it: with one noise for all of them, the result might hold for it alone.
         """
         prompt, seed = pair
-        return self.seeds[seed] + SEED_STRIDE * prompt
+        # No sampler takes a larger one.
+        return (self.seeds[seed] + SEED_STRIDE * prompt) % 2**64
 
 
 TACATrials = io.Custom("TACA_TRIALS")

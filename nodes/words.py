@@ -69,7 +69,8 @@ class TACATextEncode(io.ComfyNode):
         schedule: Schedule | None = None,
         any_model: bool = True,
     ) -> io.NodeOutput:
-        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": NodeText()}
+        say = NodeText(*parse(text).warnings, *parse(avoid).warnings)
+        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": say}
         return io.NodeOutput(encode(clip, text, avoid, avoid_strength, any_model, **how))
 
 
@@ -101,8 +102,10 @@ class TACAWeighWords(io.ComfyNode):
         schedule: Schedule | None = None,
         any_model: bool = True,
     ) -> io.NodeOutput:
-        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": NodeText()}
-        words = words_of(clip, parse(text), **how)
+        parsed = parse(text)
+        say = NodeText(*parsed.warnings)
+        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": say}
+        words = words_of(clip, parsed, **how)
         check_text(conditioning, clip, words)
         return io.NodeOutput(attach(conditioning, words, clip, any_model))
 
@@ -136,5 +139,5 @@ class TACAWordSweep(io.ComfyNode):
         values = parsed("TACA Word Sweep", "weights", weights, float)
         texts = [text.replace(":w)", f":{value})") for value in values]
         labels = [f"w = {value:g}" for value in values]
-        say = NodeText(total=len(texts))
+        say = NodeText(*parse(texts[0]).warnings, total=len(texts))
         return io.NodeOutput([encode(clip, each, say=say) for each in texts], labels)

@@ -13,7 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from .patch import watch_run
 from .prompt_tokens import PromptTokens, Table, text_of
@@ -32,6 +32,12 @@ LARGEST = 1000.0
 """The largest absolute weight: the attention's exponentials have to stay finite."""
 
 log = logging.getLogger("taca")
+
+# With a full-width colon or bracket, or with a decimal comma.
+_LIKE_A_WEIGHT = re.compile(
+    r"\uff1a\s*[-+]?[\d.,]*\d\s*[)\uff09]|:\s*[-+]?[\d.,]*\d\s*\uff09|:\s*[-+]?\d*,\d+\s*\)"
+)
+_IN_EMBEDDING = re.compile(r"(?:^|\s)embedding:\S*$")
 
 
 class WeighHook(comfy.hooks.TransformerOptionsHook):
@@ -70,6 +76,7 @@ class WeightedText(NamedTuple):
     text: str  # as ComfyUI takes it: literal brackets have a backslash before them
     weights: tuple[float, ...]  # of each character
     phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of each with a weight
+    warnings: tuple[str, ...] = ()  # about text that looks like a weight and is none
 
 
 def parse(text: str) -> WeightedText:
@@ -77,13 +84,17 @@ def parse(text: str) -> WeightedText:
 
     Raises ValueError if a weight is not a number, or too large.
     """
-    plain, weights, phrases = "", [], []
-    for segment, weight in token_weights(escape_important(text), 1.0):
-        if re.search("[()]", segment):
-            log.warning(
-                "TACA: a bracket has no partner in %r, so it and the weights behind it are taken "
-                "as text. Write \\( or \\) for a bracket that you mean.",
-                text,
+    escaped, plain, phrases = escape_important(text), "", []
+    weights: list[float] = []
+    warnings = [
+        f"TACA: {found[0]!r} is no weight and is taken as text. Write weights as in (word:1.5)."
+        for found in _LIKE_A_WEIGHT.finditer(escaped)
+    ]
+    for segment, weight in token_weights(escaped, 1.0):
+        if lone := re.search("[()].{,30}", segment):
+            warnings.append(
+                f"TACA: a bracket has no partner at {unescape_important(lone[0])!r}, so it and "
+                f"weights behind it are text. Write \\( or \\) for a bracket that you mean."
             )
         segment = unescape_important(segment).replace("(", r"\(").replace(")", r"\)")
         if not abs(weight) <= LARGEST:
@@ -91,11 +102,15 @@ def parse(text: str) -> WeightedText:
                 f"TACA: the weight of {segment!r} must be a number between -{LARGEST:g} and "
                 f"{LARGEST:g}, not {weight}."
             )
+        # ComfyUI reads each piece by itself: an embedding's name ends with it, and begins a word.
+        glued = _IN_EMBEDDING.search(plain) and not re.match(r",*(?:\s|$)", segment)
+        if glued or (segment.startswith("embedding:") and plain and not plain[-1].isspace()):
+            plain, weights = plain + " ", [*weights, 1.0]
         if weight != 1 and segment.strip():
             phrases.append((len(plain), len(plain) + len(segment), weight))
         weights += [weight] * len(segment)
         plain += segment
-    return WeightedText(plain, tuple(weights), tuple(phrases))
+    return WeightedText(plain, tuple(weights), tuple(phrases), tuple(warnings))
 
 
 def encode(
@@ -113,16 +128,18 @@ def encode(
 
     Raises ValueError if the CLIP hides its tokens, or has none for a word with a weight.
     """
-    parsed = parse(text)
+    parsed, avoided = parse(text), parse(avoid)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     words = words_of(clip, parsed, **how)
-    if avoid.strip():
-        conditioning, words = avoiding(clip, conditioning, words, parse(avoid), avoid_strength)
+    if avoided.text.strip():
+        conditioning, words = avoiding(clip, conditioning, words, avoided, avoid_strength)
     return attach(conditioning, words, any_model=any_model)
 
 
 def words_of(clip: CLIP, parsed: WeightedText, **how: Any) -> Words:
     """The weights of a prompt's tokens; errors as ``encode``."""
+    for warning in parsed.warnings:
+        log.warning(warning)
     prompt = PromptTokens.of(clip, parsed.text)
     phrases = tuple((parsed.text[start:end].strip(), w) for start, end, w in parsed.phrases)
     places = tuple(tuple(prompt.covering(start, end)) for start, end, _ in parsed.phrases)
@@ -141,8 +158,9 @@ def _of_tokens(table: Table, parsed: WeightedText) -> tuple[float, ...]:
     """The weight of each token of a conditioning: the mean of its characters' weights."""
     weights = []
     for tokens in table:
+        lost = {i for t in tokens if t.is_unknown for i in range(t.start, t.end)}
         known = [t for t in tokens if t.start < t.end and not t.is_unknown]
-        spans = [range(t.start, t.end) for t in known]
+        spans = [[i for i in range(t.start, t.end) if i not in lost] for t in known]
         written = [[i for i in span if not parsed.text[i].isspace()] or span for span in spans]
         own = [parsed.weights[i] for span in written for i in span]
         # Where all weights are equal, exactly that weight, without rounding.
@@ -203,6 +221,7 @@ def attach(
     """
     carrying = []
     for text, extras in conditioning:
+        extras = _without_hook(extras)  # of the words that it had before
         more = text.shape[1] - len(words.weights)
         if more < 0 or (more and not _sees_pictures(clip)):
             raise ValueError(
@@ -226,11 +245,25 @@ def attach(
     return comfy.hooks.set_hooks_for_conditioning(carrying, hooks)
 
 
+def _without_hook(extras: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary of a conditioning without what ``attach`` may have put among its hooks."""
+    given = extras.get("hooks") or comfy.hooks.HookGroup()
+    hooks = given.clone()
+    for hook in given.hooks:
+        if isinstance(hook, WeighHook):
+            hooks.remove(hook)
+    if len(hooks) == len(given):
+        return extras
+    rest = {name: each for name, each in extras.items() if name != "hooks"}
+    return rest | ({"hooks": hooks} if len(hooks) else {})
+
+
 def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
     """Raise ValueError if a conditioning padded to a fixed length is of a different text.
 
     It need not equal what the CLIP makes of the text: another node may have weighed embeddings or
-    mixed texts. But even then many of its tokens resemble the token at their own place most.
+    mixed texts. But even then many of its tokens resemble the token at their own place most, and
+    none with a weight, together with its neighbour, resembles another place more.
     """
     own = torch.tensor(words.prompt.own()).bool()
     theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]
@@ -239,13 +272,20 @@ def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
     made = text_of(clip, words.prompt.text)[0][own].float().cpu()
     middle = made.mean(0)
     made = normalize(made - middle, dim=1)
+    places, weighs = own.nonzero().flatten(), torch.tensor(words.weights)[own] != 1
     for text in theirs:
-        alike = normalize(text[own].float().cpu() - middle, dim=1) @ made.T
-        in_place = alike.diagonal() >= alike.amax(1) - 0.05  # a word may stand there twice
-        if in_place.float().mean() < 0.3:
+        alike = normalize(text.float().cpu() - middle, dim=1) @ made.T
+        here = alike[own].diagonal() + 0.05  # a word may stand there twice
+        most, at = alike.max(0)
+        # Of each token how far it has moved; a word before it moves its neighbours as far.
+        moved = torch.where(here < most, at - places, 0)
+        together = moved[1:] == moved[:-1]
+        together = pad(together, (0, 1)) | pad(together, (1, 0))
+        is_moved = bool((weighs & together & (moved != 0)).any())
+        if is_moved or (here >= alike[own].amax(1)).float().mean() < 0.3:
             raise ValueError(
                 "TACA: this conditioning is of another text, so the weights would be on the wrong "
-                "words. Connect the CLIP and the text that made it."
+                "words. Connect the CLIP and the text that made it, there without brackets."
             )
 
 

@@ -6,6 +6,7 @@ embeddings, so that their own code shows what is joined, padded and cut off.
 
 import copy
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class TokenId(int):
     start: int
     end: int
     is_unknown: bool
+    dropped: list[int]  # characters in it, or next to it, that have no token
 
 
 class OffsetTokenizer:
@@ -46,7 +48,8 @@ class OffsetTokenizer:
     def __call__(self, text: str, **kwargs: Any) -> dict[str, list[TokenId]]:
         ids = list(self.tokenizer(text, **kwargs)["input_ids"])
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        return {"input_ids": self.recorded(text, ids, self._spans(text, ids, kwargs), unknown)}
+        spans, dropped = self._spans(text, ids, kwargs)
+        return {"input_ids": self.recorded(text, ids, spans, unknown, dropped)}
 
     def encode(self, text: str, **kwargs: Any) -> list[TokenId]:
         """Like SentencePiece's processor, inside core's SPieceTokenizer."""
@@ -65,30 +68,44 @@ class OffsetTokenizer:
         return self.recorded(text, ids, _within(ids, own, offsets), self.tokenizer.unk_id())
 
     def recorded(
-        self, text: str, ids: list[int], spans: Sequence[tuple[int, int]], unknown: int | None
+        self,
+        text: str,
+        ids: list[int],
+        spans: Sequence[tuple[int, int]],
+        unknown: int | None,
+        dropped: Sequence[int] = (),
     ) -> list[TokenId]:
         self.ids = []
         for each, (start, end) in zip(ids, spans, strict=True):
             token = TokenId(each)
             token.string, token.start, token.end = len(self.strings), start, end
-            token.is_unknown = each == unknown
+            token.is_unknown, token.dropped = each == unknown, []
             self.ids.append(token)
+        own = [token for token in self.ids if token.start < token.end]
+        for i in dropped if own else ():
+            next((token for token in own if token.end > i), own[-1]).dropped.append(i)
         self.strings.append(text)
         return self.ids
 
-    def _spans(self, text: str, ids: list[int], kwargs: Any) -> Sequence[tuple[int, int]]:
+    def _spans(
+        self, text: str, ids: list[int], kwargs: Any
+    ) -> tuple[Sequence[tuple[int, int]], Sequence[int]]:
+        """The characters of each id, and those that have none."""
         written = [i for i, c in enumerate(text) if not c.isspace()]
+        # Without accents, joiners and the like, which normalisers join to others or take out.
+        plain = [i for i in written if unicodedata.category(text[i])[0] not in "CM"]
         told: Sequence[tuple[int, int]] = [(0, 0)] * len(ids)
         if getattr(self.tokenizer, "is_fast", False):
             told = self.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
-            if {*written} <= {i for span in told for i in range(*span)}:
-                return told
+            if {*plain} <= {i for span in told for i in range(*span)}:
+                return told, ()
         # It gives no offsets, or wrong ones, as transformers 5 does for HunyuanVideo's: decode.
+        tries: tuple[list[int], ...]
         try:
-            found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            tries = (list(self.tokenizer(text, add_special_tokens=False)["input_ids"]),)
         except TypeError:  # a tokenizer of core's own, which may begin with a token of its own
-            found = ids
-        for own in (found, found[1:]):
+            tries = (ids, ids[1:])
+        for own in tries:
             decoded = (self.tokenizer.decode(own[:i], **WHOLE) for i in range(len(own) + 1))
             parts = ["".join(part.split()) for part in decoded]
             # It may drop characters that it does not know, as HunyuanVideo's does then.
@@ -97,7 +114,7 @@ class OffsetTokenizer:
             if parts[-1].lower() == "".join(text[i] for i in kept).lower():
                 break
         else:
-            return told
+            return told, ()
         ends = [len(part.rstrip("\ufffd")) for part in parts]
         spans = [(0, 0)] * (len(own) + 1)
         for i in reversed(range(len(own))):
@@ -105,7 +122,7 @@ class OffsetTokenizer:
                 spans[i] = kept[ends[i]], kept[ends[i + 1] - 1] + 1
             elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
                 spans[i] = spans[i + 1]
-        return _within(ids, own, spans)
+        return _within(ids, own, spans), sorted({*plain} - {*kept})
 
 
 def _within(ids: list[int], own: list[int], spans: Sequence[tuple[int, int]]) -> list[Any]:
@@ -153,7 +170,8 @@ def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
 
 def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int, Sequence[int]]:
     """The characters of a textual inversion's name, by the ``id()`` of each of its vectors."""
-    pattern = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()]+?)(?=:[^\s():]*\)|[\s()]|$)"
+    word = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()<\[]+?),*"
+    pattern = rf"(?<![^\s()])(?<!\\[()]){word}(?=:[^\s():]*\)|[\s()<\[]|$)"
     has_any = tokenizer.embedding_directory is not None
     names = re.finditer(pattern, text) if has_any else ()
     found = iter([n for n in names if tokenizer._try_get_embedding(n[1])[0] is not None])
@@ -163,7 +181,7 @@ def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int
         file = vector.untyped_storage().data_ptr()  # one for each time that a name was read
         if file != last:
             name, last = next(found, None), file
-            at = range(*name.span()) if name else range(0)
+            at = range(name.start(), name.end(1)) if name else range(0)
         places[id(vector)] = at
     return places
 

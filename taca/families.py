@@ -133,9 +133,8 @@ class Family:
         """Indices of the picture's own tokens among image tokens, ``(frames, rows, columns)``."""
         frames, rows, columns = grid
         count = math.prod(grid)
-        if self.own_image == "left" and num_image >= 2 * count:
-            whole = torch.arange(2 * count).view(frames, rows, 2 * columns)
-            return whole[:, :, :columns]
+        if self.own_image == "left":
+            return torch.arange(num_image).view(frames, rows, -1)[:, :, :columns]
         # Z-Image pads the picture too, at its end.
         multiple = getattr(diffusion_model, "pad_tokens_multiple", None) or 1
         first = num_image - -(-count // multiple) * multiple if self.own_image == "last" else 0

@@ -1,6 +1,7 @@
 """Which token of a conditioning stands for which characters of its prompt."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ class PromptTokens:
 
     text: str
     # For each token of the conditioning those of the encoders whose embeddings are joined in it,
-    # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up.
+    # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up. A character that has no
+    # token is an unknown one beside it.
     table: Table
     # The same of what the conditioning holds beside its text, by its name there.
     beside: Mapping[str, Table] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class PromptTokens:
             )
         frames = tokenized(clip, MARK)[1]
         chunks_of, parts = tokenized(clip, text)
-        tokens = [Token("", 0, 0, True, False)]
+        tokens: list[tuple[Token, ...]] = [(Token("", 0, 0, True, False),)]
         numbered: dict[str, Chunks] = {}
         for name, chunks in chunks_of.items():
             part, numbered[name] = parts[name], []
@@ -71,15 +73,17 @@ class PromptTokens:
                 numbered[name].append([(each, len(tokens) + i) for i, each in enumerate(ids)])
                 for each, is_padding in zip(ids, padding_of(ids, part), strict=True):
                     at: Sequence[int] = spans_of.get(id(each), ())
-                    is_unknown = False
+                    is_unknown, lost = False, []
                     if isinstance(each, TokenId):
-                        characters = places[each.string][each.start : each.end]
-                        at = [place for place in characters if place is not None]
+                        within = places[each.string]
+                        at = [i for i in within[each.start : each.end] if i is not None]
+                        lost = [i for i in map(within.__getitem__, each.dropped) if i is not None]
                         is_unknown = each.is_unknown
                     span = (min(at), max(at) + 1) if at else (0, 0)
-                    tokens.append(Token(name, *span, is_padding, is_unknown))
+                    token = Token(name, *span, is_padding, is_unknown)
+                    tokens.append((token, *(Token(name, i, i + 1, False, True) for i in lost)))
         tables = {
-            name: tuple(tuple(tokens[n] for n in row) for row in rows)
+            name: tuple(tuple(t for n in row for t in tokens[n]) for row in rows)
             for name, rows in encoded(encoder, numbered).items()
         }
         return cls(text, tables.pop(""), tables)
@@ -106,7 +110,8 @@ class PromptTokens:
         pattern = r"\s+".join(map(re.escape, word.split()))
         before = rf"(?<!{letter})" if re.match(letter, word) else ""
         behind = rf"(?!{letter})" if re.match(letter, word[-1]) else ""
-        matches = list(re.finditer(f"{before}{pattern}{behind}", self.text))
+        finds = re.finditer(f"{before}{pattern}{behind}", self.text)
+        matches = [each for each in finds if _is_whole(self.text, *each.span())]
         if not matches:
             raise ValueError(f"TACA does not find {word!r} in the prompt: write it as it is there.")
         found = sorted({i for match in matches for i in self.covering(*match.span())})
@@ -116,6 +121,13 @@ class PromptTokens:
                 f"off. Choose another word."
             )
         return found
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Whether no accent and no joined emoji belongs to what stands here."""
+    before, behind = text[start - 1 : start], text[end : end + 1]
+    is_accented = unicodedata.category(behind or " ")[0] == "M" and behind != "\ufe0f"
+    return not is_accented and "\u200d" not in (before, behind)
 
 
 def _covering(table: Table, start: int, end: int) -> list[int]:

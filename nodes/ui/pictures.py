@@ -25,9 +25,27 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """A picture from one image of an IMAGE, ``(H, W, 3)``."""
-    pixels = image[..., :3].cpu().float().clamp(0, 1).numpy() * 255 + 0.5
+    """A picture from one image of an IMAGE, ``(H, W, channels)``."""
+    pixels = in_rgb(image).cpu().float().clamp(0, 1).numpy() * 255 + 0.5
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def in_rgb(image: Tensor) -> Tensor:
+    """An IMAGE without transparency, and a grey one in three channels: ``(..., H, W, 3)``."""
+    colours = image[..., : 3 if image.shape[-1] >= 3 else 1]
+    return colours.expand(*image.shape[:-1], 3)
+
+
+def require_pictures(node: str, batches: Sequence[Tensor]) -> None:
+    """Raise ValueError if a node's batches of IMAGE have no pictures, or pixels without a value."""
+    if not batches or not all(len(batch) for batch in batches):
+        raise ValueError(f"{node} has no picture to look at: the batch is empty.")
+    for i, picture in enumerate((each for batch in batches for each in batch), 1):
+        if not bool(picture.isfinite().all()):
+            raise ValueError(
+                f"{node}: picture {i} has pixels that are no numbers (NaN), as where a model or "
+                f"VAE overflows in fp16. Run that one in bf16 or fp32."
+            )
 
 
 def heat(values: Tensor) -> Image.Image:

@@ -95,13 +95,27 @@ def test_is_reported(case, folder, apply_taca, monkeypatch):
     model = families.load(case, folder, monkeypatch)
     spans = case.spans(case.text[0], case.tokens)
     queries = [kind for kind, length, *no_query in spans for _ in range(0 if no_query else length)]
-    keys = torch.tensor([kind == "text" for kind, length, *_ in spans for _ in range(length)])
     image = torch.tensor([i for i, kind in enumerate(queries) if kind == "image"])
     frames, rows, columns = FRAMES.get(case.name, 1), *((4, 4) if case.tokens == 16 else (4, 3))
     first = BEFORE.get(case.name, 0)
     own = image[first : first + frames * rows * columns].view(frames, rows, columns)
     if case.name == "HiDream-E1":  # side by side
         own = image.view(1, 4, 6)[:, :, :3]
+    assert_reported(case, model, apply_taca, own)
+
+
+@pytest.mark.parametrize("case", named("HiDream-E1"), ids=str, indirect=True)
+def test_a_picture_beside_another_is_reported(case, folder, apply_taca, monkeypatch):
+    """The two are 22 latents wide, so that one column of tokens has a half of each."""
+    model = families.load(case, folder, monkeypatch)
+    odd = replace(case, latent=(16, 8, 11), tokens=22)
+    assert_reported(odd, model, apply_taca, torch.arange(44).view(1, 4, 11)[:, :, :6])
+
+
+def assert_reported(case, model, apply_taca, own):
+    """Shares and maps are those of these queries, in the dense model."""
+    spans = case.spans(case.text[0], case.tokens)
+    keys = torch.tensor([kind == "text" for kind, length, *_ in spans for _ in range(length)])
     shares, maps = [], []
 
     def looks(q, k, adjusted, mask):
@@ -118,7 +132,7 @@ def test_is_reported(case, folder, apply_taca, monkeypatch):
     table = report.table()
     close = {"atol": 1e-5, "rtol": 1e-3}
     torch.testing.assert_close(table[1, 0].double(), torch.stack(shares), **close)
-    assert report.maps[0].shape == (1, rows, columns)
+    assert report.maps[0].shape == (1, *own.shape[1:])
     ours = torch.stack(report.maps)[:, 0].double()
     torch.testing.assert_close(ours, torch.stack(maps), **close)
 

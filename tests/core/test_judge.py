@@ -221,6 +221,38 @@ def test_lists_that_do_not_fit(check, qwen3):
         check(pictures(64, 64), " ", qwen3)
 
 
+def test_pictures_of_which_nothing_can_be_said(pack, check, qwen3):
+    broken = pictures(8, 8)
+    broken[0, 3, 3, 1] = torch.nan
+    whole = pictures(8, 8)
+    nodes = (
+        ("Prompt Check", lambda image: check(image, "a cat", qwen3)),
+        (
+            "Alignment Score",
+            lambda image: pack["TACAAlignmentScore"].execute(image[-1], "a cat", None, None),
+        ),
+    )
+    for name, run in nodes:
+        with pytest.raises(ValueError, match=f"TACA {name} has no picture to look at"):
+            run([whole, whole[:0]])
+        with pytest.raises(
+            ValueError, match=rf"TACA {name}: picture \d has pixels that are no num"
+        ):
+            run([whole, torch.cat([whole, broken])])
+
+
+def test_a_grey_picture(pack, check, qwen3):
+    """As the same in three channels; also where a picture is shown behind a map."""
+    grey = pictures(56, 84)[..., :1]
+    of_three, of_one, of_two = (
+        check(each, "a cat", qwen3)[0]
+        for each in (grey.expand(-1, -1, -1, 3), grey, torch.cat([grey, grey * 0], -1))
+    )
+    assert of_one == of_two == of_three
+    shown = sys.modules["taca_pack.nodes.ui.pictures"].to_picture
+    assert shown(grey[0]).tobytes() == shown(grey[0].expand(-1, -1, 3)).tobytes()
+
+
 def test_is_interrupted(qwen3):
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -50,6 +50,8 @@ def ids_at(clip, name, tokens, word):
         ("(a (cat:1.3):0.8) and a cat's cat_toy", "cat", 3),
         (r"a \(big\) cat (x:1.2)", "big", 1),
         ("(1:1.1)(1:1.3) 11", "1", 2),
+        ("a cafe\u0301 by the sea", "cafe", 0),
+        ("a cat\u200dlike dog", "cat", 0),
     ],
 )
 @pytest.mark.parametrize("encoder", ["t5xxl", "l"])
@@ -165,6 +167,22 @@ def test_characters_that_a_tokenizer_drops():
     if "猫" not in clip.tokenizer.llama.tokenizer.decode(ids):
         with pytest.raises(ValueError, match="does not know it"):
             tokens.word("猫")
+    for prompt, word in (("x😀y", "😀"), ("a cat😀dog", "😀"), ("ﬁsh", "ﬁsh"), ("cat😀", "cat😀")):
+        prompt_tokens = of(clip, prompt)
+        start = prompt.index(word)
+        assert prompt_tokens.covering(start, start + len(word)) == []
+        assert not prompt_tokens.knows(start, start + len(word))
+
+
+@pytest.mark.parametrize("text", ["e\u0301 dog", "a\u200bb c", "x\ufeffy", "cafe\u0301 1"])
+@pytest.mark.parametrize("encoder", ["t5xxl", "l"])
+def test_accents_and_joiners_of_their_own(text, encoder):
+    """Each token but start and end is of characters, also where a normaliser has joined some."""
+    clip = clip_of(*FLUX) if encoder == "t5xxl" else clip_of(*SD3_WITHOUT_T5, t5=False)
+    tokens = of(clip, text)
+    own = int(sum(tokens.own())) - (1 if encoder == "t5xxl" else 2)
+    first = 0 if encoder == "t5xxl" else 1
+    assert tokens.covering(0, len(text)) == [*range(first, first + own)]
 
 
 def test_words_as_users_write_them():

@@ -2,6 +2,7 @@
 
 import sys
 
+import comfy.hooks
 import pytest
 import torch
 
@@ -77,14 +78,45 @@ def test_a_weight_that_is_no_number():
             conditioning.parse(f"a (fog:{weight})")
 
 
-def test_a_bracket_without_its_partner(caplog):
-    assert conditioning.parse("smile :) (red:2)").phrases == ()
-    assert "a bracket has no partner in 'smile :) (red:2)'" in caplog.text
+@pytest.mark.parametrize(
+    ("text", "plain", "says"),
+    [
+        ("smile :) (red:2)", r"smile :\) \(red:2\)", "a bracket has no partner at ') (red:2)'"),
+        ("a (fog:1,5)", "a fog:1,5", "':1,5)' is no weight"),
+        ("(猫：1.5)", "猫：1.5", "'：1.5)' is no weight"),
+        ("（fog:2）", "（fog:2）", "':2）' is no weight"),
+        ("((a:1.5): 0,8)", "a: 0,8", "': 0,8)' is no weight"),
+        (r"at 10:30, \(a:1,5\), （猫）, (16:9) (b:-.5)", r"at 10:30, \(a:1,5\), （猫）, 16 b", ""),
+    ],
+)
+def test_what_is_no_weight_is_told(text, plain, says, pack, monkeypatch, caplog):
+    parsed = conditioning.parse(text)
+    assert parsed.text == plain
+    shown = []
+    text_module = sys.modules["taca_pack.nodes.ui.text"]
+    monkeypatch.setattr(text_module, "show_text", lambda *args: shown.append(args[0]))
+    clip = clip_named("Qwen-Image")
+    ((_, extras),) = pack["TACATextEncode"].execute(clip, text).result[0]
+    pack["TACAWeighWords"].execute([[torch.zeros(1, len(extras[KEY].weights), 8), {}]], clip, text)
+    if not says:
+        assert not parsed.warnings
+        assert not shown
+        return
+    (warning,) = parsed.warnings
+    assert says in warning
+    assert shown == [warning] * 2
+    assert warning in caplog.text
 
 
 def test_what_to_avoid_is_known():
     with pytest.raises(ValueError, match="TACA cannot avoid '\U0001f9e3'"):
         conditioning.encode(clip_named("FLUX.1"), "a cat", "\U0001f9e3")
+
+
+def test_brackets_around_nothing_avoid_nothing():
+    plain, empty = (conditioning.encode(clip_named("FLUX.1"), "a cat", x) for x in ("", "( ())"))
+    assert torch.equal(plain[0][0], empty[0][0])
+    assert not empty[0][1][KEY].num_avoided
 
 
 def test_what_to_avoid_is_not_asked_for():
@@ -111,6 +143,33 @@ def test_an_embedding(tmp_path):
     clip = clip_of(*SD3_WITHOUT_T5, str(tmp_path), t5=False)
     ((_, extras),) = conditioning.encode(clip, "a cat, (embedding:style:1.5) embedding:style")
     assert [w for w in extras[KEY].weights if w != 1] == [1.5] * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(embedding:style:1.5), a cat",
+        "(embedding:style:1.2)(embedding:other:1.3)",
+        "a cat(embedding:style:1.5)",
+        "embedding:style,(cat:2)",
+        "(embedding:style:1.5)cat, (a embedding:other:0.5)-x",
+        "(embedding:style<x:2), embedding:other",
+        "'sembedding:style and (embedding:style:2)",
+    ],
+)
+def test_an_embedding_beside_brackets(tmp_path, text):
+    """Read as core reads it: tokens and weights are those of core's own tokenizer."""
+    for name in ("style", "other"):
+        torch.save(
+            {key: torch.randn(2, 32) for key in ("clip_l", "clip_g")}, tmp_path / f"{name}.pt"
+        )
+    clip = clip_of(*SD3_WITHOUT_T5, str(tmp_path), t5=False)
+    parsed = conditioning.parse(text)
+    [theirs], [ours] = (clip.tokenize(each)["l"] for each in (text, parsed.text))
+    plain = [[torch.is_tensor(t) or t for t, _ in each] for each in (theirs, ours)]
+    assert plain[0] == plain[1]
+    weights = conditioning.words_of(clip, parsed).weights
+    assert list(weights) == pytest.approx([weight for _, weight in theirs])
 
 
 def test_a_word_that_is_cut_off_or_unknown():
@@ -144,8 +203,21 @@ def test_a_text_that_its_padding_makes_as_long(pack):
     for other in ("a red house by the lake, two dogs", "portrait of a man, oil on canvas, 1890"):
         with pytest.raises(ValueError, match="this conditioning is of another text"):
             weigh(plain(clip, other)[0], clip, TEXT)
+    # A word more or less, before one that weighs; core's brackets, which give T5 another token.
+    for other_text in (
+        "a very blue scarf on a chair, fog and pillows",
+        "a scarf on a chair, fog and pillows",
+        "a blue scarf on a chair, fog and soft pillows",
+        "a blue scarf on a (chair:3), fog and pillows",
+    ):
+        with pytest.raises(ValueError, match="this conditioning is of another text"):
+            weigh(plain(clip, other_text)[0], clip, TEXT)
     (theirs,) = plain(clip, other)
-    for another in ("a (blue:1.4) scarf on a chair, (fog:0.5) and pillows", PLAIN):
+    for another in (
+        "a (blue:1.4) scarf on a chair, (fog:0.5) and pillows",
+        f"{PLAIN} in a house by the sea",
+        PLAIN,
+    ):
         own = plain(clip, another)[0]
         mixed = nodes.ConditioningAverage().addWeighted(own, theirs, 0.6)[0]
         for each in (own, mixed, nodes.ConditioningZeroOut().zero_out(own)[0]):
@@ -176,6 +248,22 @@ def test_words_that_weigh_no_more_need_no_taca(pack):
         assert KEY not in extras["model_conds"]
         assert ("hooks" in extras) == (text == TEXT)
     assert KEY in weigh(waiting, clip, TEXT, any_model=False).result[0][0][1]["model_conds"]
+
+
+def test_one_hook_at_most(pack):
+    """Weighed once more, the first weights' hook goes; what else has hooked in stays."""
+    clip, weigh = clip_named("FLUX.1"), pack["TACAWeighWords"].execute
+    (first,) = pack["TACATextEncode"].execute(clip, TEXT).result
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.TransformerOptionsHook())
+    both = comfy.hooks.set_hooks_for_conditioning(first, hooks)
+    for text, any_model, count in ((TEXT, True, 1), (TEXT, False, 0), (PLAIN, True, 0)):
+        for given, others in ((first, 0), (both, 1)):
+            ((_, extras),) = weigh(given, clip, text, any_model=any_model).result[0]
+            found = extras["hooks"].hooks if "hooks" in extras else []
+            ours = [each for each in found if isinstance(each, conditioning.WeighHook)]
+            assert (len(ours), len(found)) == (count, count + others)
+    assert len(both[0][1]["hooks"]) == 2
 
 
 def test_words_of_what_is_beside_the_text():

@@ -33,7 +33,15 @@ class MeanOfAll(Mean):
     def judge(self, image, times):
         return (sum(float(each.mean()) for each in image),)
 
-NODE_CLASS_MAPPINGS = {"Mean": Mean, "MeanOfAll": MeanOfAll}
+class Word(Mean):
+    def judge(self, image, times):
+        return ("good",)
+
+class Nothing(Mean):
+    def judge(self, image, times):
+        return (None,)
+
+NODE_CLASS_MAPPINGS = {"Mean": Mean, "MeanOfAll": MeanOfAll, "Word": Word, "Nothing": Nothing}
 """
 
 
@@ -206,6 +214,12 @@ def test_words_and_seeds(server):
     assert sorted({(p, s) for p, s, _, _ in record["scores"]}) == [(0, s) for s in range(4)]
 
 
+def test_the_largest_seed(server):
+    """The noise of the second prompt would be of a larger one."""
+    graph = judged_by(graph_of(2**64 - 1, captions=CAPTIONS[:2], steps=1), "Mean")
+    assert len(record_of(server.run(graph))["scores"]) == 10
+
+
 REFUSED = {
     "score and image must come from": {"find": {"score": ["other", 0]}},
     "leave the seeds and prompts of TACA Sweep empty": {"sweep": {"seeds": "1, 2"}},
@@ -229,6 +243,8 @@ def test_what_cannot_be_searched_is_refused(problem, server):
     [
         ("MeanOfAll", 1.0, "got 1 scores for 5 pictures"),
         ("Mean", 1e400, "got a score that is not a finite number"),
+        ("Word", 1.0, "got a score that is not a finite number: .'good'"),
+        ("Nothing", 1.0, "got a score that is not a finite number: .None"),
     ],
 )
 def test_scores_that_say_nothing_are_refused(kind, times, problem, server):
