@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def private(tmp_path, monkeypatch):
     """A .dev/ of the test's own."""
     monkeypatch.setattr(dev, "DEV", tmp_path / ".dev")
     return dev.DEV
+
+
+def test_the_tests_run_in_a_folder_of_any_name(tmp_path):
+    """Such as the repository's, whose hyphen no package may have."""
+    clone = tmp_path / "taca-attention"
+    apart = shutil.ignore_patterns(".*", "benchmarks", "assets", "workflows", "web")
+    shutil.copytree(ROOT, clone, ignore=apart)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/pure/test_schedule.py"], cwd=clone, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- the command line -----------------------------------------------------------------------------
