@@ -170,18 +170,21 @@ def padding_of(chunk: Sequence[Any], tokenizer: SDTokenizer) -> list[bool]:
 
 def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int, Sequence[int]]:
     """The characters of a textual inversion's name, by the ``id()`` of each of its vectors."""
-    word = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()<\[]+?),*"
-    pattern = rf"(?<![^\s()])(?<!\\[()]){word}(?=:[^\s():]*\)|[\s()<\[]|$)"
+    word = rf"{re.escape(tokenizer.embedding_identifier)}([^\s()]+?)"
+    pattern = rf"(?<![^\s()])(?<!\\[()]){word}(?=:[^\s():]*\)|[\s()]|$)"
     has_any = tokenizer.embedding_directory is not None
-    names = re.finditer(pattern, text) if has_any else ()
-    found = iter([n for n in names if tokenizer._try_get_embedding(n[1])[0] is not None])
+    names = []
+    for name in re.finditer(pattern, text) if has_any else ():
+        embedding, *_, rest = tokenizer._try_get_embedding(name[1])
+        if embedding is not None:  # what is left is read as text, such as a comma
+            names.append(range(name.start(), name.end() - len("".join(rest.split()))))
+    found = iter(names)
     places: dict[int, Sequence[int]] = {}
     last, at = None, range(0)
     for vector in (each for chunk in chunks for each, *_ in chunk if isinstance(each, Tensor)):
         file = vector.untyped_storage().data_ptr()  # one for each time that a name was read
         if file != last:
-            name, last = next(found, None), file
-            at = range(name.start(), name.end(1)) if name else range(0)
+            at, last = next(found, range(0)), file
         places[id(vector)] = at
     return places
 

@@ -153,7 +153,7 @@ def test_an_embedding(tmp_path):
         "a cat(embedding:style:1.5)",
         "embedding:style,(cat:2)",
         "(embedding:style:1.5)cat, (a embedding:other:0.5)-x",
-        "(embedding:style<x:2), embedding:other",
+        "embedding:style<x and (embedding:other:2), x",
         "'sembedding:style and (embedding:style:2)",
     ],
 )
