@@ -139,8 +139,8 @@ def as_numbers(given: list[Any], count: int) -> list[float]:
     """
     if len(given) != count:
         raise ValueError(
-            f"{FIND} got {len(given)} scores for {count} pictures: between {TRIAL} and the score "
-            f"there may be no node that makes one of several."
+            f"{FIND} got {len(given)} scores for {count} pictures. Take out the node between "
+            f"{TRIAL} and the score that changes their number, for instance by joining them."
         )
     try:
         numbers = [float(each) for each in given]

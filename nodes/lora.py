@@ -42,7 +42,7 @@ class LoadTACALoRA(io.ComfyNode):
         if config_of(model) is None and lacks_taca(cls.hidden):
             raise ValueError(
                 "Load TACA LoRA acts inside the window of TACA, which this model does not get: add "
-                "the TACA node before or behind it. For a LoRA that is on in every step use "
+                "the TACA node before or after it. For a LoRA that is on in every step use "
                 "Load LoRA."
             )
         state = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name))

@@ -195,7 +195,7 @@ class Judge:
         Raises ValueError if no file is known, or it lacks the vision model or the head.
         """
         needs_head = self.family.is_headless or self.model.model.config.lm_head
-        lacks = "eyes (visual or vision_model)"
+        lacks = "vision model (visual or vision_model)"
         for file in opened(self.clip):
             names = list(file.keys())
             if not any(part in name for name in names for part in ("visual.", "vision_model.")):

@@ -290,7 +290,9 @@ def test_what_cannot_answer_is_refused(pair, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"does not generate text with Qwen2.5-VL.*Qwen3-VL"):
             judge_of.Judge(clip).phrases("a cat")
     monkeypatch.setattr(clip.patcher, "cached_patcher_init", None)
-    with pytest.raises(ValueError, match=r"has no eyes.*does not say which file.*all weights"):
+    with pytest.raises(
+        ValueError, match=r"has no vision model.*does not say which file.*all weights"
+    ):
         judge_of.Judge(clip)
 
 
@@ -307,7 +309,7 @@ def test_files_that_lack_what_makes_answers(tmp_path):
     judge_of.Judge(clip)
     blind_file = judges.saved("qwen3", blind, tmp_path / "blind.safetensors")
     clip.patcher.cached_patcher_init = (None, ([str(blind_file)],))
-    with pytest.raises(ValueError, match=r"Qwen3-VL has no eyes"):
+    with pytest.raises(ValueError, match=r"Qwen3-VL has no vision model"):
         judge_of.Judge(clip)
     with pytest.raises(ValueError, match=r"cut off below its last layers"):
         judge_of.Judge(judges.load("qwen3", file, final_norm=False, lm_head=False))
@@ -405,5 +407,5 @@ def test_encoders_as_their_models_load_them(name):
         clip = clip_of(*CLIPS[name])
     except ImportError:
         pytest.skip(f"this ComfyUI has no {name}")
-    with pytest.raises(ValueError, match="has no eyes"):
+    with pytest.raises(ValueError, match="has no vision model"):
         judge_of.Judge(clip)
