@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..taca.prompt_tokens import PromptTokens, find_words, text_of
 from ..taca.report import Asked, Report, watched
-from ..taca.words import KEY, own_tokens
+from ..taca.words import WORDS_KEY, own_tokens
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks
 from .ui.schema import schema
@@ -155,23 +155,23 @@ def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
         found = find_words(words, tokens)
         return Asked(found, len(tokens.table), partial(text_of, clip, prompt))
     positive = getattr(guider, "original_conds", {}).get("positive", ())
-    carrying = [each for each in positive if KEY in each]
+    carrying = [each for each in positive if WORDS_KEY in each]
     if not carrying:
         return Asked(find_words(words, None))
     chosen, found = _carried(words, carrying)
-    same = (each["uuid"] for each in carrying if each[KEY] is chosen[KEY])
+    same = (each["uuid"] for each in carrying if each[WORDS_KEY] is chosen[WORDS_KEY])
     return Asked(found, len(own_tokens(chosen)), carrying=frozenset(same))
 
 
 def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
     """The first conditioning with all of these words, or with weights; and their tokens."""
     if not words.strip():
-        chosen = next((each for each in carrying if each[KEY].weigh), carrying[0])
-        return chosen, chosen[KEY].weighed_tokens()
+        chosen = next((each for each in carrying if each[WORDS_KEY].weigh), carrying[0])
+        return chosen, chosen[WORDS_KEY].weighed_tokens()
     for each in carrying[:-1]:
         with suppress(ValueError):
-            return each, find_words(words, each[KEY].prompt)
-    return carrying[-1], find_words(words, carrying[-1][KEY].prompt)
+            return each, find_words(words, each[WORDS_KEY].prompt)
+    return carrying[-1], find_words(words, carrying[-1][WORDS_KEY].prompt)
 
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize, pad
 from .patch import watch_run
 from .prompt_tokens import PromptTokens, Table, text_of
 from .run import PATCH_KEY
-from .words import KEY, Words
+from .words import WORDS_KEY, Words
 
 Conditioning = list[list[Any]]
 """ComfyUI's: a list of ``[text (b, num_text, channels), dictionary]``."""
@@ -230,14 +230,16 @@ def attach(
             )
         if more:
             log.info("TACA takes %d tokens before those of the text for pictures'.", more)
-        carrying.append([text, {**extras, KEY: words.behind(more)}])
-        if KEY in (waiting := extras.get("model_conds", {})):  # of the words that it had before
-            carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != KEY}
+        carrying.append([text, {**extras, WORDS_KEY: words.behind(more)}])
+        if WORDS_KEY in (
+            waiting := extras.get("model_conds", {})
+        ):  # of the words that it had before
+            carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != WORDS_KEY}
     if not words.weigh:
         return carrying
     if not any_model:
         for _, extras in carrying:
-            guard = {KEY: NeedsTaca(torch.zeros(1))}
+            guard = {WORDS_KEY: NeedsTaca(torch.zeros(1))}
             extras["model_conds"] = {**extras.get("model_conds", {}), **guard}
         return carrying
     hooks = comfy.hooks.HookGroup()

@@ -126,7 +126,7 @@ class Events:
         """
         (count, total), bypass = self.counts(), ""
         if self.elsewhere:
-            blocks, of, who = map(max, zip(*self.elsewhere, strict=True))
+            blocks, of, who = max(self.elsewhere)
             bypassed = f"in {len(self.elsewhere)} calls inside the window {blocks} of {of} blocks"
             if not count:
                 raise RuntimeError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arguments import CallArguments
 from .families import family_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
-from .words import KEY, own_tokens
+from .words import WORDS_KEY, own_tokens
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Options:
             return [(self.prompt, prompts.limited if prompts else None)]
         if not self.prompt_only or prompts is None:
             return []
-        found = [each for each in prompts.positive() if KEY in each]
+        found = [each for each in prompts.positive() if WORDS_KEY in each]
         if not found:
             raise ValueError(
                 "TACA Options cannot tell the prompt's own tokens: encode the positive prompt with "

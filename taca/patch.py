@@ -45,8 +45,7 @@ from .prompt_calls import Prompts
 from .run import PATCH_KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolver, timestep, timesteps
-from .words import KEY as WORDS_KEY
-from .words import RunWords, hide_avoided
+from .words import WORDS_KEY, RunWords, hide_avoided
 
 log = logging.getLogger("taca")
 

@@ -16,7 +16,7 @@ from .prompt_tokens import PromptTokens
 from .schedule import ResolvedSchedule, Schedule
 from .word_weights import WordWeights
 
-KEY = "taca_words"
+WORDS_KEY = "taca_words"
 """The key of the words in a conditioning's dictionary, which ComfyUI's nodes pass on."""
 
 
@@ -82,14 +82,14 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
 
     Tokens to avoid, and those that another node has appended, count as the prompt's.
     """
-    own = entry[KEY].prompt.own()
+    own = entry[WORDS_KEY].prompt.own()
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
 
 
 def hide_avoided(prompts: Prompts) -> None:
     """Give the ControlNets of a run their text without the tokens to avoid."""
     for _, entry in prompts.entries():
-        words = entry.get(KEY)
+        words = entry.get(WORDS_KEY)
         if words and words.num_avoided and "control" in entry:
             end = len(words.weights)
             text = entry["cross_attn"]
@@ -131,14 +131,18 @@ class RunWords:
         cls, prompts: Prompts, resolve: Callable[[Schedule], ResolvedSchedule]
     ) -> "RunWords | None":
         """The words of a run; None if none has a weight. ``resolve`` resolves a schedule for it."""
-        weighing = [(n, each) for n, each in prompts.entries() if KEY in each and each[KEY].weigh]
+        weighing = [
+            (n, each)
+            for n, each in prompts.entries()
+            if WORDS_KEY in each and each[WORDS_KEY].weigh
+        ]
         zeroed = frozenset(
             (name, each["uuid"])
             for name, each in weighing
             if each.get("cross_attn") is not None and not bool(each["cross_attn"].any())
         )
         schedules = {
-            each[KEY]: resolve(each[KEY].schedule) if each[KEY].schedule else None
+            each[WORDS_KEY]: resolve(each[WORDS_KEY].schedule) if each[WORDS_KEY].schedule else None
             for name, each in weighing
             if (name, each["uuid"]) not in zeroed
         }
@@ -187,7 +191,7 @@ class RunWords:
 
     def _of(self, name: str, entry: dict[str, Any]) -> Words | None:
         """The words of a conditioning, if they have weights."""
-        words = entry.get(KEY)
+        words = entry.get(WORDS_KEY)
         weighs = words in self.schedules and (name, entry["uuid"]) not in self.zeroed
         return words if weighs else None
 

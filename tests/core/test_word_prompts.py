@@ -10,7 +10,7 @@ import nodes
 from support.clips import CLIPS, FLUX, SD3_WITHOUT_T5, clip_of
 
 conditioning = sys.modules["taca_pack.taca.conditioning"]
-KEY = sys.modules["taca_pack.taca.words"].KEY
+KEY = sys.modules["taca_pack.taca.words"].WORDS_KEY
 TEXT = "a (blue scarf:1.5) on a chair, (fog:0) and (pillows:-1)"
 PLAIN = "a blue scarf on a chair, fog and pillows"
 ENCODERS = CLIPS | {"FLUX.1": FLUX, "SD3": SD3_WITHOUT_T5}
