@@ -158,7 +158,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     gamma = report.schedule.gamma_at(t).to(call.t.device)
     gamma = options.limit(gamma, call, transformer, report.prompts)
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
-    start, num_text = 0, 0 if call.c_crossattn is None else call.c_crossattn.shape[1] // repeats
+    start, num_text = 0, call.num_text // repeats
     if report.asked.num_tokens is not None:
         extra = family.extra_text_of(transformer, report.asked.num_tokens * repeats, call)
         start = len(extra.before)

@@ -170,7 +170,7 @@ class RunWords:
                 f"meets the picture. Leave avoid empty; give a word of the prompt a negative "
                 f"weight, or use a negative prompt."
             )
-        num_text = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
+        num_text = call.num_text
         extra = family.extra_text_of(transformer, num_text, call)
         sizes = num_text, len(extra.before), len(extra.after), extra.num_cut
         key = (*rows, sizes, call.t.device)
