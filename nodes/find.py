@@ -116,7 +116,7 @@ class TACAFindSetting(io.ComfyNode):
 
 
 def advance(search: Search, units: list[list[Pair]], judged: dict[Pair, dict[int, float]]) -> bool:
-    """Add the rounds whose scores are there to a search; returns whether that was the last."""
+    """Add the rounds whose scores are there to a search; returns whether it is finished."""
     while search.todo:
         pairs = [pair for unit in search.todo.units for pair in units[unit]]
         if pairs[0] not in judged:

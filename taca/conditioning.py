@@ -231,9 +231,8 @@ def attach(
         if more:
             log.info("TACA takes %d tokens before those of the text for pictures'.", more)
         carrying.append([text, {**extras, WORDS_KEY: words.behind(more)}])
-        if WORDS_KEY in (
-            waiting := extras.get("model_conds", {})
-        ):  # of the words that it had before
+        waiting = extras.get("model_conds", {})
+        if WORDS_KEY in waiting:  # of the words that it had before
             carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != WORDS_KEY}
     if not words.weigh:
         return carrying

@@ -45,7 +45,7 @@ FUZZ = int(os.environ.get("TACA_FUZZ", "0"))
 LONG = "TACA_PROMPTS" in os.environ
 PROMPTS = int(os.environ.get("TACA_PROMPTS", "40"))
 SETTLED = min(100, PROMPTS * 3 // 5)  # prompts; at 100 a server holds what it needs
-GROWTH = 48 if LONG else 96  # MiB a server may hold more at the end than then: ComfyUI's own
+GROWTH = 24 if LONG else 96  # MiB a server may hold more at the end than then
 
 
 @pytest.fixture(scope="module")
