@@ -48,7 +48,14 @@ class Deprecations(logging.Handler):
 logging.getLogger().addHandler(Deprecations(logging.WARNING))
 
 
-LONGEST = ("test_long_run.py", "test_server.py", "test_compile.py", "test_families.py")
+LONGEST = (
+    "test_long_run.py",
+    "test_server.py",
+    "test_uvit_demo.py",
+    "test_compile.py",
+    "test_page.py",
+    "test_families.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """Load U-ViT, Train U-ViT, Save U-ViT."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .model import load_uvit, save_uvit
 from .node_inputs import training_of
 from .training import Training
 
+log = logging.getLogger("taca")
 CATEGORY = "TACA/research"
 OWN_BLOCKS = {"caption_blocks": 3, "image_blocks": 3}
 """Blocks of the text alone and, at each end, of the image alone, as the paper's code sets them."""
@@ -108,6 +110,14 @@ class TrainUViT(io.ComfyNode):
         chosen = OWN_BLOCKS | {name: value[0] for name, value in settings.items()}
         with torch.inference_mode(False), torch.enable_grad():
             training = training_of(latents, positive, negative, chosen)
+            advice = ""
+            if training.recipe.bf16 and not comfy.model_management.should_use_bf16(training.device):
+                advice = (
+                    "Train U-ViT: this device has no bf16, and computes it many times slower: "
+                    "choose fp32 as precision."
+                )
+                log.warning(advice)
+                show_text(advice)
             bar = comfy.utils.ProgressBar(chosen["steps"])
 
             def after_step(running: Training) -> None:
@@ -116,7 +126,7 @@ class TrainUViT(io.ComfyNode):
 
             training.run(chosen["steps"], chosen["checkpoint_every"], after_step)
         plot = pictures.to_tensor(loss_plot(training.losses))
-        message = f"{training.step} steps; {training.path.name} is in output/uvit."
+        message = f"{training.step} steps; {training.path.name} is in output/uvit. {advice}".strip()
         show_text(message)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), **ui.PreviewText(message).as_dict()}
         return io.NodeOutput(load_uvit(str(training.path)), plot, ui=shown)
