@@ -41,7 +41,7 @@ def read_lora(path: str) -> dict[str, Tensor]:
         )
     try:
         state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        return _with_alphas(state, metadata or {})
+        return _named_as_core(_with_alphas(state, metadata or {}))
     except Exception as error:
         raise ValueError(
             f"{name} cannot be read: it is damaged, or only a part of it. Get it again. ({error})"
@@ -69,6 +69,53 @@ def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str
     return state | alphas
 
 
+def _named_as_core(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, and PEFT's biases and DoRA magnitudes under the names that ComfyUI looks for.
+
+    A magnitude keeps its one axis, by which ``fit_lora`` knows it from other files' DoRA.
+    """
+    named = {}
+    for key, tensor in state.items():
+        if found := re.fullmatch(r"(.+)\.lora_B\.bias", key):
+            base = found[1]
+            alpha, rank = state.get(f"{base}.alpha"), len(state[f"{base}.lora_A.weight"])
+            tensor = tensor * (1.0 if alpha is None else alpha.item() / rank)
+            key = f"{base}.diff_b"
+        elif found := re.fullmatch(r"(.+)\.lora_magnitude_vector(\.default)?(\.weight)?", key):
+            key, tensor = f"{found[1]}.dora_scale", tensor.flatten()
+        named[key] = tensor
+    return named
+
+
+class PeftDoRA(LoRAAdapter):
+    """DoRA by PEFT's rule: each row of ``W + s B A`` gets the length of its magnitude.
+
+    Core's own divides by the lengths of W's rows.
+    """
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        up, down, alpha, _, magnitude, *_ = (
+            part.to(weight) if isinstance(part, Tensor) else part for part in self.weights
+        )
+        scale = 1.0 if alpha is None else alpha / len(down)
+        delta = scale * up.flatten(1) @ down.flatten(1)
+        moved = weight.flatten(1) + function(delta)
+        length = moved.norm(dim=1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
+        moved *= function(magnitude[:, None]) / length
+        weight += strength * (moved.view(weight.shape) - weight)
+        return weight
+
+
 def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: float) -> LoRA:
     """A LoRA for a model, from a file's tensors under any keys that ComfyUI knows.
 
@@ -79,24 +126,34 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
     keys = comfy.lora.model_lora_keys_unet(model, {})
     # The model may be compiled. Core knows PEFT's own prefix for some models only.
     keys = {re.sub(r"_orig_mod[._]", "", key): target for key, target in keys.items()}
-    keys = {re.sub(r"^transformer\.", PEFT_PREFIX, key): to for key, to in keys.items()} | keys
+    for key, target in list(keys.items()):
+        keys.setdefault(re.sub(r"^transformer\.", PEFT_PREFIX, key), target)
     try:
         state = comfy.lora_convert.convert_lora(state)
         loaded = comfy.lora.load_lora(state, keys, log_missing=False)
+        for key, target in keys.items():  # core knows no bias of a part of a fused layer
+            if isinstance(target, tuple) and f"{key}.diff_b" in state:
+                part = (re.sub("weight$", "bias", target[0]), *target[1:])
+                loaded[part] = ("diff", (state[f"{key}.diff_b"],))
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{name} is not a whole LoRA: a part is missing or misshapen ({error}). Get it again."
         ) from error
     dora = {id(tensor) for key, tensor in state.items() if key.endswith(".dora_scale")}
+    known = model.state_dict().keys()
     deltas: dict[str, list[LoRADelta]] = {}
     used: set[int] = set()
     for key, value in loaded.items():
         target, *slice_of = key if isinstance(key, tuple) else (key,)
+        if target not in known:  # a bias of what has none
+            continue
         module_name, _, parameter = target.replace("_orig_mod.", "").rpartition(".")
         parts = parts_of(value)
         _check_numbers(parts, target, name)
         tensors = {id(part) for part in parts if isinstance(part, Tensor)}
         module = submodule(model, module_name)
+        if isinstance(value, LoRAAdapter) and parts[4] is not None and parts[4].ndim == 1:
+            value = PeftDoRA(value.loaded_keys, parts)
         if hasattr(module, "in_features"):
             try:
                 value = _flat(value)
@@ -111,13 +168,15 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
             is_sum = value[0] == "diff"
         additive = is_sum and hasattr(module, "in_features")
         delta = LoRADelta(Place(parameter, *slice_of), value, strength, additive)
-        if (additive or hasattr(module, "weight_function")) and _fits(delta, module):
+        if (additive or _is_adjustable(module, parameter)) and _fits(delta, module):
             _check_weight(delta, module, target, name)
             used |= tensors
             deltas.setdefault(module_name, []).append(delta)
     counted = {key: tensor for key, tensor in state.items() if not key.endswith(SCALES)}
     missed = [key for key, tensor in counted.items() if id(tensor) not in used]
     first = ", ".join(missed[:3])
+    if not counted:
+        raise ValueError(f"{name} is not a LoRA: it holds no weights. Get it again.")
     if not deltas:
         raise ValueError(
             f"{name} does not fit this model ({type(model).__name__}): none of its {len(counted)} "
@@ -144,21 +203,36 @@ def _flat(value: Any) -> Any:
     the merge's counts. One with both factors whole has no rank, and core's merge ignores its alpha;
     ``h(x)`` would divide by it.
     """
+    parts: tuple[Any, ...]
     if isinstance(value, LoRAAdapter):
         up, down, alpha, mid, *more = value.weights
         if mid is not None and mid[0, 0].numel() == 1:
             down, mid = mid.float().flatten(1) @ down.float().flatten(1), None
         parts = (up.flatten(1), down.flatten(1), alpha, mid, *more)
-    elif isinstance(value, LoKrAdapter) and value.weights[0] is None is value.weights[1]:
-        _, w2, alpha, w1_a, w1_b, *more = value.weights
-        parts = (w1_a.float() @ w1_b.float(), w2, alpha, None, None, *more)
-    elif isinstance(value, LoKrAdapter) and value.weights[0] is not None is not value.weights[1]:
-        parts = (*value.weights[:2], None, *value.weights[3:])
+    elif isinstance(value, LoHaAdapter) and value.weights[5] is not None:
+        w1_a, w1_b, alpha, w2_a, w2_b, t1, t2, *more = value.weights
+        parts = (*_untucked(w1_a, w1_b, t1), alpha, *_untucked(w2_a, w2_b, t2), None, None, *more)
+    elif isinstance(value, LoKrAdapter):
+        w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, *more = value.weights
+        if t2 is not None:
+            w2_a, w2_b = _untucked(w2_a, w2_b, t2)
+            t2 = None
+        w2 = None if w2 is None else w2.flatten(1)
+        if w1 is None is w2:
+            w1, w1_a, w1_b = w1_a.float() @ w1_b.float(), None, None
+        elif w1 is not None is not w2:
+            alpha = None
+        parts = (w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, *more)
     else:
         return value
     flat = copy.copy(value)
     flat.weights = parts
     return flat
+
+
+def _untucked(a: Tensor, b: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """The two matrices that three tensors of a Tucker decomposition come to, if its kernel is 1."""
+    return a.float().T, core.float().flatten(1) @ b.float()
 
 
 def _check_numbers(parts: Any, target: str, name: str) -> None:
@@ -182,6 +256,12 @@ def _check_weight(delta: LoRADelta, module: Any, target: str, name: str) -> None
             f"{name} needs the weights themselves (DoRA, OFT, GLoRA ...), and {target} of this "
             f"model is packed (GGUF). Use the model as bf16 or fp8, or a LoRA without DoRA."
         )
+
+
+def _is_adjustable(module: Any, parameter: str) -> bool:
+    """Whether ``reparametrized_forward`` can change a parameter: by core's hook, or of a norm."""
+    own = module._parameters.get(parameter)
+    return hasattr(module, f"{parameter}_function") or (own is not None and own.ndim == 1)
 
 
 def _fits(delta: LoRADelta, module: Any) -> bool:

@@ -22,15 +22,20 @@ def lora_swaps(
     ``inside`` is bool ``(b,)``: which rows of the batch are inside the window; None for all.
     ``ran`` is told when any of them is called.
     """
+    by_module: dict[str, list[Any]] = {}
     for lora in loras:
         for name, deltas in zip(lora.module_names, lora.deltas, strict=True):
-            module, own = submodule(model, name), list(deltas)  # type: ignore[call-overload]
-            if others := [delta for delta in own if not delta.additive]:
-                wrap = partial(reparametrized_forward, name=name, deltas=others)
-                yield module, partial(wrap, module=module, ran=ran, inside=inside)
-            for delta in [delta for delta in own if delta.additive]:
-                wrap = partial(additive_forward, delta=delta)
-                yield module, partial(wrap, module=module, ran=ran, inside=inside)
+            by_module.setdefault(name, []).extend(deltas)  # type: ignore[arg-type]
+    for name, own in by_module.items():
+        module = submodule(model, name)
+        # What is no sum depends on what came before it: as in a merge, all of it in its order.
+        changed = {delta.place.parameter for delta in own if not delta.additive}
+        if others := [delta for delta in own if delta.place.parameter in changed]:
+            wrap = partial(reparametrized_forward, name=name, deltas=others)
+            yield module, partial(wrap, module=module, ran=ran, inside=inside)
+        for delta in [delta for delta in own if delta.place.parameter not in changed]:
+            wrap = partial(additive_forward, delta=delta)
+            yield module, partial(wrap, module=module, ran=ran, inside=inside)
 
 
 def additive_forward(
@@ -63,7 +68,8 @@ def reparametrized_forward(
 ) -> Forward:
     """A module's forward with changed weights, by ComfyUI's hook on each use of a weight.
 
-    This is for norms, which core's trainer changes, and for all adapters that are not a sum.
+    This is for norms, which core's trainer changes, and for all adapters that are not a sum. Some
+    families have norms of their own without that hook: their weights are replaced.
     """
     parameters = sorted({delta.place.parameter for delta in deltas})
 
@@ -72,18 +78,24 @@ def reparametrized_forward(
         ran.called = ran.attended = True
         used = set()
 
-        def adjust(parameter: str, weight: Tensor) -> Tensor:
+        def adjust(parameter: str, weight: Any) -> Tensor:
             used.add(parameter)
             entries = [d.entry(weight.device) for d in deltas if d.place.parameter == parameter]
             key = f"{name}.{parameter}"
             return comfy.lora.calculate_weight(entries, weight.float().clone(), key).to(weight)
 
-        hooks = {parameter: getattr(module, f"{parameter}_function") for parameter in parameters}
+        names = [p for p in parameters if hasattr(module, f"{p}_function")]
+        hooks = {parameter: getattr(module, f"{parameter}_function") for parameter in names}
+        plain = {p: module._parameters[p] for p in parameters if p not in hooks}
         try:
+            for parameter, weight in plain.items():
+                adjusted = nn.Parameter(adjust(parameter, weight), requires_grad=False)
+                module._parameters[parameter] = adjusted
             for parameter, others in hooks.items():
                 setattr(module, f"{parameter}_function", [*others, partial(adjust, parameter)])
             y = forward(x, *args, **kwargs)
         finally:
+            module._parameters.update(plain)
             for parameter, others in hooks.items():
                 setattr(module, f"{parameter}_function", others)
         if len(used) < len(parameters):
