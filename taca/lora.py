@@ -83,15 +83,14 @@ class LoRADelta(nn.Module):
         """The delta as ``comfy.lora.calculate_weight`` takes it."""
         return (self.strength, self.value(device), 1.0, *self.place[1:])
 
-    def add_to(self, y: Tensor, x: Tensor, inside: Tensor | None) -> None:
+    def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add to the output y of a linear layer at x, in place.
 
-        y and x are ``(b, ..., out_features)`` and ``(b, ..., in_features)``. ``inside`` is bool and
-        broadcasts to y: the rows inside the window; None for all.
+        y and x are ``(..., out_features)`` and ``(..., in_features)``.
         """
         parameter, rows, permute = self.place
         y = y if rows is None else y.narrow(-1, *rows[1:])
-        if self._scale is not None and inside is None:
+        if self._scale is not None:
             # Without a copy of y's size, and without an adapter: a model has hundreds of layers.
             up: Any = self._parameters["tensor0"]
             down: Any = self._parameters["tensor1"]
@@ -108,8 +107,7 @@ class LoRADelta(nn.Module):
             delta = delta if parameter == "bias" else F.linear(x, delta)
         if permute is not None:
             delta = permute(delta.movedim(-1, 0)).movedim(0, -1)
-        # Selected, not multiplied by 0, since 0 times an overflow is NaN.
-        y += delta if inside is None else delta.where(inside, 0)
+        y += delta
 
 
 def parts_of(value: Value) -> Any:
@@ -140,6 +138,12 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
             f"a cache, has put its own blocks there. Take out that node or Load TACA LoRA."
         )
     return found
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module has parameters, of one axis all of them."""
+    own = [each for each in module._parameters.values() if each is not None]
+    return bool(own) and all(each.ndim == 1 for each in own)
 
 
 def loras_of(patcher: ModelPatcher) -> list[LoRA]:

@@ -15,7 +15,7 @@ from comfy.model_base import BaseModel
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
-from .lora import LoRA, LoRADelta, Place, parts_of, submodule
+from .lora import LoRA, LoRADelta, Place, is_norm, parts_of, submodule
 
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
 """Adapters that, without DoRA, only add ``h(x)`` to a linear layer's output."""
@@ -168,7 +168,8 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
             is_sum = value[0] == "diff"
         additive = is_sum and hasattr(module, "in_features")
         delta = LoRADelta(Place(parameter, *slice_of), value, strength, additive)
-        if (additive or _is_adjustable(module, parameter)) and _fits(delta, module):
+        adjustable = hasattr(module, f"{parameter}_function") or is_norm(module)
+        if (additive or adjustable) and _fits(delta, module):
             _check_weight(delta, module, target, name)
             used |= tensors
             deltas.setdefault(module_name, []).append(delta)
@@ -258,12 +259,6 @@ def _check_weight(delta: LoRADelta, module: Any, target: str, name: str) -> None
         )
 
 
-def _is_adjustable(module: Any, parameter: str) -> bool:
-    """Whether ``reparametrized_forward`` can change a parameter: by core's hook, or of a norm."""
-    own = module._parameters.get(parameter)
-    return hasattr(module, f"{parameter}_function") or (own is not None and own.ndim == 1)
-
-
 def _fits(delta: LoRADelta, module: Any) -> bool:
     """Whether the shapes of a delta fit the module."""
     value, place = delta.value(torch.device("cpu")), delta.place
@@ -278,6 +273,8 @@ def _fits(delta: LoRADelta, module: Any) -> bool:
         return isinstance(value, WeightAdapterBase) or value[1][0].shape == own.shape
     # Not the weight's own shape: it may differ if quantised.
     rows = place.rows[2] if place.rows else module.out_features
+    if place.rows and sum(place.rows[1:]) > module.out_features:
+        return False  # core's table of parts is for other proportions (Lumina 2's fewer keys)
     if isinstance(value, WeightAdapterBase):
         if value.name == "glora":  # a1 a2 and b1 b2, or in older files a2 a1 and b2 b1
             a1, a2, b1, b2 = (part.shape for part in value.weights[:4])

@@ -22,6 +22,12 @@ def replaced(model):
     ]
 
 
+def key_of(naming, name):
+    """The key of a module of the model in a naming."""
+    key = naming.format(name.removeprefix("diffusion_model."))
+    return key.replace(".", "_") if naming.startswith("lora_") else key
+
+
 def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, seed=1, only=""):
     """A LoRA as core's trainer would write it: every weight and bias, or those named."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,14 +37,14 @@ def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, se
         return torch.randn(shape, generator=generator) * scale
 
     for name, module in model.model.named_modules():
-        if algorithm == "norms" and getattr(getattr(module, "weight", None), "ndim", 0) == 1:
-            key = naming.format(name.removeprefix("diffusion_model.").replace(".", "_"))
-            state[f"{key}.w_norm"] = random(*module.weight.shape, scale=0.5)
+        if algorithm == "norms" and only in name:
+            for name_of, own in module.named_parameters(recurse=False):
+                if own.ndim == 1 and "bias" not in name_of:
+                    ending = "" if name_of == "weight" else f".{name_of}"
+                    state[f"{key_of(naming, name)}{ending}.diff"] = random(*own.shape, scale=0.5)
         if algorithm == "norms" or not hasattr(module, "weight_function") or only not in name:
             continue
-        key = naming.format(name.removeprefix("diffusion_model."))
-        if "{}" in naming and naming.startswith("lora_"):
-            key = key.replace(".", "_")
+        key = key_of(naming, name)
         weight = module.weight
         if weight is not None and weight.ndim >= 2:
             rows, columns = weight.shape[0], weight[0].numel()
