@@ -48,6 +48,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         seen.append(sites.lora_ran)
     lora_swaps = sites.lora_swaps if any(inside) else ()
     if not swaps and not lora_swaps:
+        if run.schedule is not None:
+            run.events.unchanged.append(None)
         return executor(*args, **kwargs)
     kernel = call.transformer_options.get(OVERRIDE) or attention.optimized_attention
     run.fallback.guard(executor, kernel)
