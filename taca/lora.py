@@ -110,6 +110,35 @@ class LoRADelta(nn.Module):
         y += delta
 
 
+class PeftDoRA(LoRAAdapter):
+    """DoRA by PEFT's rule: each row of ``W + s B A`` gets the length of its magnitude.
+
+    Core's own divides by the lengths of W's rows.
+    """
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        up, down, alpha, _, magnitude, *_ = (
+            part.to(weight) if isinstance(part, Tensor) else part for part in self.weights
+        )
+        scale = 1.0 if alpha is None else alpha / len(down)
+        delta = scale * up.flatten(1) @ down.flatten(1)
+        moved = weight.flatten(1) + function(delta)
+        length = moved.norm(dim=1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
+        moved *= function(magnitude[:, None]) / length
+        weight += strength * (moved.view(weight.shape) - weight)
+        return weight
+
+
 def parts_of(value: Value) -> Any:
     """The tensors and numbers of a value."""
     return value.weights if isinstance(value, WeightAdapterBase) else value[1]

@@ -15,7 +15,7 @@ from comfy.model_base import BaseModel
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
-from .lora import LoRA, LoRADelta, Place, is_norm, parts_of, submodule
+from .lora import LoRA, LoRADelta, PeftDoRA, Place, is_norm, parts_of, submodule
 
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
 """Adapters that, without DoRA, only add ``h(x)`` to a linear layer's output."""
@@ -50,7 +50,7 @@ def read_lora(path: str) -> dict[str, Tensor]:
 
 def _with_alphas(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
     """The tensors, and PEFT's scale as the ``alpha`` tensors that ComfyUI looks for."""
-    config = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    config = json.loads(metadata.get("lora_adapter_metadata") or "{}") or {}
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
     if "lora_alpha" not in config:
         return state
@@ -85,35 +85,6 @@ def _named_as_core(state: dict[str, Tensor]) -> dict[str, Tensor]:
             key, tensor = f"{found[1]}.dora_scale", tensor.flatten()
         named[key] = tensor
     return named
-
-
-class PeftDoRA(LoRAAdapter):
-    """DoRA by PEFT's rule: each row of ``W + s B A`` gets the length of its magnitude.
-
-    Core's own divides by the lengths of W's rows.
-    """
-
-    def calculate_weight(
-        self,
-        weight: Tensor,
-        key: str,
-        strength: float,
-        strength_model: float,
-        offset: Any,
-        function: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        up, down, alpha, _, magnitude, *_ = (
-            part.to(weight) if isinstance(part, Tensor) else part for part in self.weights
-        )
-        scale = 1.0 if alpha is None else alpha / len(down)
-        delta = scale * up.flatten(1) @ down.flatten(1)
-        moved = weight.flatten(1) + function(delta)
-        length = moved.norm(dim=1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
-        moved *= function(magnitude[:, None]) / length
-        weight += strength * (moved.view(weight.shape) - weight)
-        return weight
 
 
 def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: float) -> LoRA:
@@ -169,7 +140,7 @@ def fit_lora(state: dict[str, Tensor], model: BaseModel, name: str, strength: fl
         additive = is_sum and hasattr(module, "in_features")
         delta = LoRADelta(Place(parameter, *slice_of), value, strength, additive)
         adjustable = hasattr(module, f"{parameter}_function") or is_norm(module)
-        if (additive or adjustable) and _fits(delta, module):
+        if (additive or (adjustable and _merges(delta, module))) and _fits(delta, module):
             _check_weight(delta, module, target, name)
             used |= tensors
             deltas.setdefault(module_name, []).append(delta)
@@ -257,6 +228,31 @@ def _check_weight(delta: LoRADelta, module: Any, target: str, name: str) -> None
             f"{name} needs the weights themselves (DoRA, OFT, GLoRA ...), and {target} of this "
             f"model is packed (GGUF). Use the model as bf16 or fp8, or a LoRA without DoRA."
         )
+
+
+def _merges(delta: LoRADelta, module: Any) -> bool:
+    """Whether core can merge what is no sum: it only logs that it cannot. Tried without numbers."""
+    meta = torch.device("meta")
+    value, own = delta.value(meta), getattr(module, delta.place.parameter, None)
+    if own is None or not isinstance(value, WeightAdapterBase) or value.name in ("oft", "boft"):
+        return own is not None  # OFT looks at its numbers
+    is_linear = hasattr(module, "in_features")  # of which the weight may be packed
+    shape = (module.out_features, module.in_features) if is_linear else own.shape
+    errors: list[logging.LogRecord] = []
+
+    def caught(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record)
+        return record.levelno < logging.ERROR
+
+    logging.getLogger().addFilter(caught)
+    try:
+        comfy.lora.calculate_weight([delta.entry(meta)], torch.empty(shape, device=meta), "")
+    except (RuntimeError, IndexError):
+        return False
+    finally:
+        logging.getLogger().removeFilter(caught)
+    return not errors
 
 
 def _fits(delta: LoRADelta, module: Any) -> bool:

@@ -79,6 +79,27 @@ def test_what_the_model_has_no_parameter_for(folder, load_lora, key, caplog):
     assert f"left out, for example {key}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [
+        ("double_blocks.0.img_attn.qkv.dora_scale", (77, 1)),
+        ("double_blocks.0.img_attn.qkv.lora_magnitude_vector", (77,)),
+        ("double_blocks.0.img_attn.norm.key_norm.hada_w1_a", (128, 2)),
+    ],
+)
+def test_what_core_cannot_merge(folder, load_lora, part, shape, caplog):
+    """Its merge only logs an error, at each use: left out, and told once."""
+    model, name = tiny.load(folder, "flux"), f"diffusion_model.{part}"
+    state = random_lora(model) | {name: torch.ones(shape)}
+    if "hada" in part:
+        for each, size in (("1_b", (2, 128)), ("2_a", (128, 2)), ("2_b", (2, 128))):
+            state[name.replace("1_a", each)] = torch.ones(size)
+    load_lora(model, state)
+    left_out = 4 if "hada" in part else 3
+    assert f"TACA: {left_out} of " in caplog.text
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("state", [{}, {"lora_unet_img_in.alpha": torch.ones(())}], ids=len)
 def test_a_file_without_weights(folder, load_lora, state):
     with pytest.raises(ValueError, match=r"is not a LoRA: it holds no weights"):
