@@ -1,5 +1,6 @@
 """One call of the model: what is installed for its length."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor, nn
 from .arguments import CallArguments
 from .block import Seen, joint_forward, taca_override
 from .kernels import for_masks
-from .lora_forward import lora_swaps
 from .reach import OVERRIDE
 from .run import Run
 from .schedule import ResolvedSchedule
-from .swap import Wrap, swapped_forwards
+from .swap import Forward, Swap, swapped
 from .timesteps import resolve, timesteps
 from .training import adjust_training_call
 from .word_weights import WordWeights
@@ -46,16 +46,19 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if not swaps:  # a LoRA alone acts
         sites.lora_ran.called = sites.lora_ran.attended = False
         seen.append(sites.lora_ran)
-    if all(inside):
-        swaps += sites.lora_swaps
-    elif any(inside):
-        rows = to_device(torch.tensor(inside), call.t.device)
-        swaps += lora_swaps(sites.loras, base_model, sites.lora_ran, rows)
-    if not swaps:
+    lora_swaps = sites.lora_swaps if any(inside) else ()
+    if not swaps and not lora_swaps:
+        if run.schedule is not None:
+            run.events.unchanged.append(None)
         return executor(*args, **kwargs)
     kernel = call.transformer_options.get(OVERRIDE) or attention.optimized_attention
     run.fallback.guard(executor, kernel)
-    with swapped_forwards(swaps):
+    if all(inside):
+        swaps += lora_swaps
+    elif lora_swaps:  # of the model itself, inside all other wrappers, so that they see one call
+        rows = to_device(torch.tensor(inside), call.t.device)
+        executor.original = in_some_rows(executor.original, lora_swaps, rows)
+    with swapped(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is not None:
         if any(inside):
@@ -65,6 +68,21 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     return result
 
 
+def in_some_rows(model: Forward, swaps: Sequence[Swap], rows: Tensor) -> Forward:
+    """A model's call with the swaps in some rows, bool ``(b,)``: once with and once without them.
+
+    A layer cannot do so itself: some get tokens of the rows in another order, or only their weight.
+    """
+
+    def twice(*args: Any, **kwargs: Any) -> Tensor:
+        with swapped(swaps):
+            inside = model(*args, **kwargs)
+        outside = model(*args, **kwargs)
+        return torch.where(rows.view(-1, *(1,) * (inside.ndim - 1)), inside, outside)
+
+    return twice
+
+
 def block_swaps(
     run: Run,
     base_model: BaseModel,
@@ -72,7 +90,7 @@ def block_swaps(
     gamma: Tensor | None,
     words: WordWeights | None,
     seen: list[Seen],
-) -> list[tuple[nn.Module, Wrap]]:
+) -> list[Swap]:
     """The blocks to swap in a call, and wraps of their forwards, which add to ``seen``."""
     if gamma is None and words is None:
         return []
@@ -85,11 +103,11 @@ def block_swaps(
             blocks = [*blocks, *sites.refiners]
     adjusting = partial(taca_override, gamma, words, instead)
     plain = partial(taca_override, None, words, instead)
-    swaps: list[tuple[nn.Module, Wrap]] = []
+    swaps: list[Swap] = []
     for block in blocks:
         override = adjusting if block.module in sites.adjusted else plain
         wrap = partial(joint_forward, block=block, state=state, override=override, seen=seen)
-        swaps.append((block.module, wrap))
+        swaps.append((block.module, "forward", wrap))
     return swaps
 
 

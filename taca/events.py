@@ -50,6 +50,7 @@ class Events:
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     idle: list[None] = field(default_factory=list)  # calls in which no block met text
+    unchanged: list[None] = field(default_factory=list)  # calls with gamma 1 and no LoRA
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
@@ -143,14 +144,19 @@ class Events:
                 f" In {len(self.idle)} calls in the window no block that gets TACA ran with text: "
                 f"TACA Options may choose blocks that another node leaves out."
             )
+        if not count and self.unchanged:
+            advice += (
+                f" In {len(self.unchanged)} calls in the window there was nothing to do: gamma is "
+                f"1, or the prompt that TACA Options limits it to was not in them."
+            )
         if not count and not advice:
             # Some samplers pass the model a t other than their steps'.
             advice = " The model was not called."
             if self.called_at:
                 at = f"{max(self.called_at):.0f} to {min(self.called_at):.0f}"
                 advice = (
-                    f" No step was inside the window: the model was called at t = {at}. Lower the "
-                    f"threshold, or use more steps."
+                    f" No step was inside the window: the model was called at t = {at}. Widen the "
+                    f"window, or use more steps."
                 )
         level = logging.INFO if count else logging.WARNING
         log.log(level, "TACA: %s acted on %d of %d steps, %s.%s", what, count, total, where, advice)

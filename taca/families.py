@@ -70,6 +70,7 @@ class Family:
     refiner: str = ""  # path of blocks in which the text attends to itself first
     mixes_text: bool = False  # whether it does so where TACA does not reach
     before_run: tuple[str, ...] = ()  # modules that ComfyUI runs on the text before the first step
+    past_hooks: tuple[str, ...] = ()  # norms whose weights are read past ComfyUI's hook on them
     # Whether ComfyUI caches the keys of the text from step to step and from run to run, with what a
     # LoRA made of them.
     caches_text_keys: bool = False
@@ -291,6 +292,7 @@ FAMILIES = (
         own_image="last",
         mixes_text=True,
         before_run=("condition_proj", "token_refiner"),
+        past_hooks=(".q_norm", ".k_norm"),
     ),
     Family(
         "Ernie-Image",

@@ -83,15 +83,14 @@ class LoRADelta(nn.Module):
         """The delta as ``comfy.lora.calculate_weight`` takes it."""
         return (self.strength, self.value(device), 1.0, *self.place[1:])
 
-    def add_to(self, y: Tensor, x: Tensor, inside: Tensor | None) -> None:
+    def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add to the output y of a linear layer at x, in place.
 
-        y and x are ``(b, ..., out_features)`` and ``(b, ..., in_features)``. ``inside`` is bool and
-        broadcasts to y: the rows inside the window; None for all.
+        y and x are ``(..., out_features)`` and ``(..., in_features)``.
         """
         parameter, rows, permute = self.place
         y = y if rows is None else y.narrow(-1, *rows[1:])
-        if self._scale is not None and inside is None:
+        if self._scale is not None:
             # Without a copy of y's size, and without an adapter: a model has hundreds of layers.
             up: Any = self._parameters["tensor0"]
             down: Any = self._parameters["tensor1"]
@@ -108,8 +107,36 @@ class LoRADelta(nn.Module):
             delta = delta if parameter == "bias" else F.linear(x, delta)
         if permute is not None:
             delta = permute(delta.movedim(-1, 0)).movedim(0, -1)
-        # Selected, not multiplied by 0, since 0 times an overflow is NaN.
-        y += delta if inside is None else delta.where(inside, 0)
+        y += delta
+
+
+class PeftDoRA(LoRAAdapter):
+    """DoRA by PEFT's rule: each row of ``W + s B A`` gets the length of its magnitude.
+
+    Core's own divides by the lengths of W's rows.
+    """
+
+    def calculate_weight(
+        self,
+        weight: Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        up, down, alpha, _, magnitude, *_ = (
+            part.to(weight) if isinstance(part, Tensor) else part for part in self.weights
+        )
+        scale = 1.0 if alpha is None else alpha / len(down)
+        delta = scale * up.flatten(1) @ down.flatten(1)
+        moved = weight.flatten(1) + function(delta)
+        length = moved.norm(dim=1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny)
+        moved *= function(magnitude[:, None]) / length
+        weight += strength * (moved.view(weight.shape) - weight)
+        return weight
 
 
 def parts_of(value: Value) -> Any:
@@ -140,6 +167,12 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
             f"a cache, has put its own blocks there. Take out that node or Load TACA LoRA."
         )
     return found
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module has parameters, of one axis all of them."""
+    own = [each for each in module._parameters.values() if each is not None]
+    return bool(own) and all(each.ndim == 1 for each in own)
 
 
 def loras_of(patcher: ModelPatcher) -> list[LoRA]:

@@ -1,6 +1,6 @@
-"""What a module's forward becomes where a LoRA acts on it."""
+"""What is swapped in a module where a LoRA acts on it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,32 +10,79 @@ from comfy.model_base import BaseModel
 from torch import Tensor, nn
 
 from .block import Seen
-from .lora import LoRA, LoRADelta, submodule
-from .swap import Forward, Wrap, looks_like
+from .lora import LoRA, LoRADelta, is_norm, submodule
+from .swap import Forward, Swap, looks_like
+
+Adjust = Callable[[Tensor], Tensor]
+"""A parameter -> what it is inside the window."""
 
 
-def lora_swaps(
-    loras: list[LoRA], model: BaseModel, ran: Seen, inside: Tensor | None = None
-) -> Iterator[tuple[nn.Module, Wrap]]:
-    """Each module of the running model that LoRAs change, and a wrap of its forward.
-
-    ``inside`` is bool ``(b,)``: which rows of the batch are inside the window; None for all.
-    ``ran`` is told when any of them is called.
-    """
+def lora_swaps(loras: list[LoRA], model: BaseModel, ran: Seen) -> Iterator[Swap]:
+    """What LoRAs swap in the running model. ``ran`` is told when any of their layers is called."""
+    by_module: dict[str, list[Any]] = {}
     for lora in loras:
         for name, deltas in zip(lora.module_names, lora.deltas, strict=True):
-            module, own = submodule(model, name), list(deltas)  # type: ignore[call-overload]
-            if others := [delta for delta in own if not delta.additive]:
-                wrap = partial(reparametrized_forward, name=name, deltas=others)
-                yield module, partial(wrap, module=module, ran=ran, inside=inside)
-            for delta in [delta for delta in own if delta.additive]:
-                wrap = partial(additive_forward, delta=delta)
-                yield module, partial(wrap, module=module, ran=ran, inside=inside)
+            by_module.setdefault(name, []).extend(deltas)  # type: ignore[arg-type]
+    for name, own in by_module.items():
+        module = submodule(model, name)
+        # What is no sum depends on what came before it: as in a merge, all of it in its order.
+        changed = sorted({delta.place.parameter for delta in own if not delta.additive})
+        adjust: dict[str, Adjust] = {
+            p: partial(adjusted, name, [delta for delta in own if delta.place.parameter == p], p)
+            for p in changed
+        }
+        if is_norm(module):
+            yield from norm_swaps(module, adjust, ran)
+        elif adjust:
+            wrap = partial(reparametrized_forward, module=module, ran=ran, name=name, adjust=adjust)
+            yield module, "forward", wrap
+        for delta in [delta for delta in own if delta.place.parameter not in changed]:
+            wrap = partial(additive_forward, module=module, ran=ran, delta=delta)
+            yield module, "forward", wrap
 
 
-def additive_forward(
-    forward: Forward, module: nn.Module, ran: Seen, delta: LoRADelta, inside: Tensor | None
-) -> Forward:
+def adjusted(name: str, deltas: list[LoRADelta], parameter: str, weight: Tensor) -> Tensor:
+    """A parameter of the module of this name with deltas, by core's merge in float32."""
+    entries = [delta.entry(weight.device) for delta in deltas]
+    key = f"{name}.{parameter}"
+    return comfy.lora.calculate_weight(entries, weight.float().clone(), key).to(weight)
+
+
+def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], ran: Seen) -> Iterator[Swap]:
+    """What is swapped in a norm for the length of a call.
+
+    ComfyUI's hook on each use of a weight; some families use a norm's weight in a fused kernel
+    and never call the norm. Norms without that hook get other weights.
+    """
+
+    def hooked(others: list[Any], own: Adjust) -> list[Any]:
+        def use(weight: Tensor) -> Tensor:
+            ran.called = ran.attended = True
+            return own(weight)
+
+        return [*others, use]
+
+    def hiding(weight: Tensor, own: Adjust) -> Tensor:
+        return own(weight.float())
+
+    def seen(forward: Forward) -> Forward:
+        @looks_like(forward)
+        def lora_forward(*args: Any, **kwargs: Any) -> Any:
+            ran.called = ran.attended = True
+            return forward(*args, **kwargs)
+
+        return lora_forward
+
+    for parameter, own in adjust.items():
+        if hasattr(module, f"{parameter}_function"):
+            yield module, f"{parameter}_function", partial(hooked, own=own)
+        else:
+            # An attribute hides the parameter. In float32, which float8 would round.
+            yield module, parameter, partial(hiding, own=own)
+            yield module, "forward", seen
+
+
+def additive_forward(forward: Forward, module: nn.Module, ran: Seen, delta: LoRADelta) -> Forward:
     """A linear layer's forward, with a delta added to its output."""
     # Another pack's forward may keep what it returns: only a layer's own output is added to.
     is_own = forward == type(module).forward.__get__(module) or hasattr(forward, "taca_lora")
@@ -46,7 +93,7 @@ def additive_forward(
         y = forward(x, *args, **kwargs)
         y = y.contiguous() if is_own else y.clone(memory_format=torch.contiguous_format)
         if y.numel():  # an expert may get no tokens
-            delta.add_to(y, x, None if inside is None else _rows(inside, x))
+            delta.add_to(y, x)
         return y
 
     lora_forward.taca_lora = True  # type: ignore[attr-defined]
@@ -54,55 +101,35 @@ def additive_forward(
 
 
 def reparametrized_forward(
-    forward: Forward,
-    module: nn.Module,
-    ran: Seen,
-    name: str,
-    deltas: list[LoRADelta],
-    inside: Tensor | None,
+    forward: Forward, module: nn.Module, ran: Seen, name: str, adjust: dict[str, Adjust]
 ) -> Forward:
     """A module's forward with changed weights, by ComfyUI's hook on each use of a weight.
 
-    This is for norms, which core's trainer changes, and for all adapters that are not a sum.
+    This is for all adapters that are not a sum.
     """
-    parameters = sorted({delta.place.parameter for delta in deltas})
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ran.called = ran.attended = True
         used = set()
 
-        def adjust(parameter: str, weight: Tensor) -> Tensor:
+        def use(parameter: str, weight: Tensor) -> Tensor:
             used.add(parameter)
-            entries = [d.entry(weight.device) for d in deltas if d.place.parameter == parameter]
-            key = f"{name}.{parameter}"
-            return comfy.lora.calculate_weight(entries, weight.float().clone(), key).to(weight)
+            return adjust[parameter](weight)
 
-        hooks = {parameter: getattr(module, f"{parameter}_function") for parameter in parameters}
+        hooks = {parameter: getattr(module, f"{parameter}_function") for parameter in adjust}
         try:
             for parameter, others in hooks.items():
-                setattr(module, f"{parameter}_function", [*others, partial(adjust, parameter)])
+                setattr(module, f"{parameter}_function", [*others, partial(use, parameter)])
             y = forward(x, *args, **kwargs)
         finally:
             for parameter, others in hooks.items():
                 setattr(module, f"{parameter}_function", others)
-        if len(used) < len(parameters):
+        if len(used) < len(adjust):
             raise RuntimeError(
                 f"TACA LoRA cannot adjust the weight of {name} ({type(module).__name__}). "
                 f"Use a model that is not quantised this way, or a LoRA without DoRA, OFT or norms."
             )
-        if inside is None:
-            return y
-        return torch.where(_rows(inside, y), y, forward(x, *args, **kwargs))
+        return y
 
     return lora_forward
-
-
-def _rows(inside: Tensor, x: Tensor) -> Tensor:
-    """``inside``, ``(b,)``, with axes to broadcast over x; ValueError if x does not have b rows."""
-    if x.shape[0] != inside.shape[0]:
-        raise ValueError(
-            f"TACA LoRA: a layer got {x.shape[0]} rows for a batch of {inside.shape[0]}, of which "
-            f"only some are inside the window. Sample them one by one (batch size 1)."
-        )
-    return inside.view(-1, *(1,) * (x.ndim - 1))

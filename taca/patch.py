@@ -104,12 +104,14 @@ def patch_lora(model: ModelPatcher, lora: LoRA) -> ModelPatcher:
             f"keys of this model's text. Take out Load TACA LoRA."
         )
     early = tuple(f"diffusion_model.{part}." for part in family.before_run)
-    idle = sum(f"{name}.".startswith(early) for name in lora.module_names)
+    names = lora.module_names
+    idle = sum(f"{n}.".startswith(early) or n.endswith(family.past_hooks) for n in names)
     if idle:
         log.warning(
-            "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step.",
+            "TACA: %d of the %d modules of %s have no effect: %s runs them before the first step, "
+            "or never asks for their weights.",
             idle,
-            len(lora.module_names),
+            len(names),
             lora.name,
             family.name,
         )

@@ -15,7 +15,7 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arguments import CallArguments, run_arguments, with_callback
 from .attention import scale_text_keys
@@ -28,7 +28,7 @@ from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .run import TacaConfig, config_of
 from .schedule import NEVER, ResolvedSchedule, Schedule
 from .spans import Layout, Span
-from .swap import Forward, Wrap, swapped_forwards
+from .swap import Forward, Swap, swapped
 from .timesteps import resolver, timestep
 from .word_weights import WordWeights, add_bias, image_bias
 from .words import RunWords
@@ -170,7 +170,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
     words = report.run_words and report.run_words.of_call(call, t.tolist(), transformer)
     state = call.initial_state()
-    swaps: list[tuple[nn.Module, Wrap]] = []
+    swaps: list[Swap] = []
     for block in family.observed_blocks(transformer):
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (*moment, index.get(block.module, -1))  # -1: no joint attention to measure
@@ -179,8 +179,8 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
             report, own, words or None, place, positive, places, family.own_image == "last", starts
         )
         wrap = partial(joint_forward, block=block, state=state, override=probe.override, seen=[])
-        swaps.append((block.module, wrap))
-    with swapped_forwards(swaps), uncompiled_calls:
+        swaps.append((block.module, "forward", wrap))
+    with swapped(swaps), uncompiled_calls:
         return executor(*args, **kwargs)
 
 

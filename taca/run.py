@@ -19,7 +19,7 @@ from .lora_forward import lora_swaps
 from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .schedule import ResolvedSchedule, Schedule
-from .swap import Wrap
+from .swap import Swap
 from .words import RunWords
 
 PATCH_KEY = "taca"
@@ -52,7 +52,7 @@ class HookSites(NamedTuple):
     refiners: list[JointBlock]  # blocks of text alone, which hide words to avoid from the prompt's
     adjusted: frozenset[nn.Module]  # modules that get TACA
     loras: list[LoRA]
-    lora_swaps: Sequence[tuple[nn.Module, Wrap]]  # for calls wholly inside the window
+    lora_swaps: Sequence[Swap]
     lora_ran: Seen  # whether any of their layers was called
 
 
@@ -90,7 +90,10 @@ class Run:
         ran = Seen()
         swaps = lora_swaps(loras, base_model, ran)
         # Each forward is wrapped once, and again if another pack has replaced it in the meantime.
-        wraps = [(each, lru_cache(maxsize=1)(wrap)) for each, wrap in swaps]
+        wraps = [
+            (each, name, lru_cache(maxsize=1)(wrap) if name == "forward" else wrap)
+            for each, name, wrap in swaps
+        ]
         sites = HookSites(
             _lists(transformer, (*family.before, *family.joint)),
             family.observed_blocks(transformer, limit),

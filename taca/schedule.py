@@ -128,7 +128,9 @@ class TimestepWindow(Window):
 
     def bounds(self, sampling: Sampling) -> Bounds:
         low = self.timestep_threshold
-        return low * (1 - ROUNDING), math.inf, falling(self.shape, 1000.0, low)
+        # Below a discrete model's smallest sigma t is negative, and 0 means every step.
+        bound = low * (1 - ROUNDING) or -math.inf
+        return bound, math.inf, falling(self.shape, 1000.0, low)
 
     def __str__(self) -> str:
         return f"t >= {self.timestep_threshold:g}"
@@ -234,12 +236,17 @@ class CurveWindow(Window):
     curve: Any = ((0.0, 1.0), (0.05, 1.0), (0.2, 0.0), (1.0, 0.0))
 
     def __post_init__(self) -> None:
-        if hasattr(self.curve, "interp_array"):  # a tuple of points is only the widget's default
-            self.weights()
+        self.weights()
 
     def weights(self) -> Tensor:
         """The curve at 1025 evenly spaced shares of the sampling, ``(1025,)``; errors as above."""
-        weights = torch.as_tensor(self.curve.interp_array(np.linspace(0, 1, 1025))).float()
+        x = np.linspace(0, 1, 1025)
+        if isinstance(self.curve, tuple):  # the widget's default
+            xp, fp = zip(*self.curve, strict=True)
+            values = np.interp(x, xp, fp)
+        else:
+            values = self.curve.interp_array(x)
+        weights = torch.as_tensor(values).float()
         if not bool(weights.isfinite().all()) or weights.min() < 0 or weights.max() > 1:
             raise ValueError("TACA's curve must stay between 0 and 1.")
         if not bool(weights.any()):

@@ -10,8 +10,11 @@ from torch import nn
 Forward = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-Wrap = Callable[[Forward], Forward]
-"""A module's forward -> what runs in its place."""
+Wrap = Callable[[Any], Any]
+"""A module's forward, or another attribute -> what is in its place."""
+
+Swap = tuple[nn.Module, str, Wrap]
+"""A module, the name of an attribute, and a wrap of it."""
 
 
 looks_like = partial(wraps, assigned=("__name__", "__qualname__"), updated=())
@@ -22,23 +25,23 @@ Attributes are not copied, since torch.compile keeps its own there.
 
 
 @contextmanager
-def swapped_forwards(swaps: Iterable[tuple[nn.Module, Wrap]]) -> Iterator[None]:
-    """Run wrapped forwards inside this context; what was there before is restored.
+def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
+    """Modules with wrapped forwards or other attributes inside this context; then as before.
 
     ``forward`` is replaced, not an entry of ``transformer_options``: ComfyUI compiles models
     without guards on those, so a compiled model would keep what they held at its first call.
     """
-    swapped = []
+    before = []
     try:
-        for module, wrap in swaps:
-            forward = wrap(module.forward)
-            swapped.append((module, module.__dict__.get("forward")))
+        for module, name, wrap in swaps:
+            wrapped = wrap(getattr(module, name))
+            before.append((module.__dict__, name, module.__dict__.get(name)))
             # Setting the attribute would first search the parameters for that name.
-            module.__dict__["forward"] = forward
+            module.__dict__[name] = wrapped
         yield
     finally:
-        for module, own in reversed(swapped):
+        for attributes, name, own in reversed(before):
             if own is None:
-                module.__dict__.pop("forward", None)
+                attributes.pop(name, None)
             else:
-                module.__dict__["forward"] = own
+                attributes[name] = own

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
 from torch import Tensor
 
-from .schedule import ROUNDING, ResolvedSchedule, Sampling, Schedule
+from .schedule import ROUNDING, FirstStepsWindow, ResolvedSchedule, Sampling, Schedule
 
 FIRST_PERCENT = 1e-4
 """Where several of core's samplers begin instead of at pure noise, whose logarithm is infinite."""
@@ -63,7 +63,7 @@ def resolve(
 
     steps = None if sigmas is None else timestep(model_sampling, sigmas)
     low, high, share = schedule.window.bounds(Sampling(percent_to_t, steps, num_image))
-    if steps is not None:
+    if steps is not None and not isinstance(schedule.window, FirstStepsWindow):
         low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))
     return ResolvedSchedule(schedule.gamma, low, high, share)
 
@@ -78,5 +78,15 @@ def resolver(
 
 
 def _percent_to_sigma(model_sampling: ModelSampling) -> Callable[[float], float]:
-    """TACA Training Window replaces percent_to_sigma, and keeps the original here."""
-    return getattr(model_sampling, "taca_percent_to_sigma", model_sampling.percent_to_sigma)
+    """ComfyUI's percent of the sampling, 0..1, to sigma.
+
+    TACA Training Window replaces percent_to_sigma, and keeps the original here. Another pack's
+    sampling may have none, as few nodes ask for it: then it is the share of the model's sigmas.
+    """
+
+    def of_sigmas(percent: float) -> float:
+        known = [0.0, *model_sampling.sigmas.tolist()]
+        return float(np.interp((1 - percent) * (len(known) - 1), range(len(known)), known))
+
+    own = getattr(model_sampling, "percent_to_sigma", of_sigmas)
+    return getattr(model_sampling, "taca_percent_to_sigma", own)

@@ -551,6 +551,20 @@ def test_equal_nodes_have_texts_of_their_own(pack, monkeypatch):
     assert len(set(asyncio.run(keys()).values())) == len(graph)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 1.4])
+def test_steps_in_which_there_was_nothing_to_do(folder, gamma):
+    """The window held steps, but gamma is 1, or the positive prompt begins later."""
+    said, begin = [], 0.0 if gamma == 1 else 0.5
+    limits = Options(positive_only=True)
+    schedule = Schedule(gamma, TimestepWindow(800.0))
+    model = patch.patch_model(tiny.load(folder, "flux"), schedule, limits, said.append)
+    later = tiny.conditioning("flux", 7, start_percent=begin, end_percent=1.0)
+    sample(model, "flux", steps=4, positive=later)
+    assert "acted on 0 of 4 steps. In " in said[0]
+    assert "calls in the window there was nothing to do: gamma is 1, or the prompt" in said[0]
+    assert "No step was inside" not in said[0]
+
+
 def test_what_a_run_did_is_told(folder, apply_taca, pack):
     """Under each node that had a part in it: what acted, or why nothing did."""
     said, others = [], []
@@ -565,7 +579,7 @@ def test_what_a_run_did_is_told(folder, apply_taca, pack):
     guider.set_conds(*conds("positive", "negative"))
     run(guider, sigmas=torch.tensor([0.64, 0.3, 0.0]))
     assert said[1].startswith("gamma 1.2 at t >= 750 acted on 0 of 2 steps. No step was inside")
-    assert "the model was called at t = 640 to 300. Lower the threshold" in said[1]
+    assert "the model was called at t = 640 to 300. Widen the window" in said[1]
 
     def lowering(model, x, sigmas, extra_args, **kwargs):  # tells the model another sigma
         return model(x, 0.7 * sigmas[:1], **extra_args)

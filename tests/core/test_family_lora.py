@@ -12,7 +12,7 @@ from support.loras import random_lora
 
 
 def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypatch):
-    """On every linear layer of the model, in the keys that core's own trainer writes."""
+    """On every linear layer and norm of the model, in the keys that core's own trainer writes."""
     if "HiDream-O1" in case.name or "Qwen-Image 2.1" in case.name:
         pytest.skip(f"{case.name}: refused, for the LoRA would stay in the keys that core keeps")
     model = families.load(case, folder, monkeypatch)
@@ -23,6 +23,8 @@ def test_equals_the_merged_lora(case, folder, pack, apply_taca, loras, monkeypat
         for k, v in state.items()
         if v.ndim < 3 and not ("MiniMax" in case.name and ("refiner" in k or "condition_proj" in k))
     }
+    if "MiniMax" not in case.name:  # whose norms of queries and keys no LoRA of the window reaches
+        state |= random_lora(model, "norms")
     save_file(state, loras / "lora.safetensors")
     ours = pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "lora.safetensors", 0.5).result[0]
     plain, result = sample(model, case), sample(ours, case)
@@ -74,6 +76,12 @@ def test_what_runs_before_the_run_is_told(
     assert len(told) == wide
     assert not wide or "MiniMax-H3" in told[0]
     assert not wide or "lora.safetensors" in told[0]
+    caplog.clear()
+    norms = random_lora(model, "norms", only="blocks.0")
+    norms = {k: v for k, v in norms.items() if "refiner" not in k and "blocks.0." in k}
+    save_file(norms, loras / "norms.safetensors")
+    pack["LoadTACALoRA"].execute(apply_taca(model, 1.0), "norms.safetensors", 0.5)
+    assert f"2 of the {len(norms)} modules" in caplog.text
 
 
 @pytest.mark.parametrize("case", named("HiDream-O1"), ids=str, indirect=True)

@@ -76,6 +76,10 @@ def publish(kind, folder, **settings):
     settings = {"r": 4, "lora_alpha": 6, **settings}
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False, **settings)
     transformer.add_adapter(config)
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in transformer.named_parameters():
+        if "magnitude" in name:  # training moves them from the lengths of W + B A
+            parameter.data *= 1 + 0.5 * torch.rand(parameter.shape, generator=generator)
     pipeline = FluxPipeline if kind == "flux" else StableDiffusion3Pipeline
     pipeline.save_lora_weights(
         str(folder / "lora"),
@@ -165,6 +169,18 @@ def test_scales_of_peft(tmp_path, apply_taca, load_lora, loras, kind, settings):
     torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=atol, rtol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dora_and_biases_of_peft(tmp_path, apply_taca, load_lora, loras, kind, settings, caplog):
+    """The lengths of rows as peft defines them, biases of B scaled; in fused layers too."""
+    kind, model, file, merged = publish(kind, tmp_path, use_rslora=True, **settings)
+    ours = load_lora(apply_taca(model, 1.0, 0.0), copy_to(loras, file))
+    assert "left out" not in caplog.text
+    expected = sample(merged, kind, steps=3)
+    atol = 2e-5 * float(expected.abs().max())
+    torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=atol, rtol=1e-4)
+
+
 def test_confined_to_the_window(published, apply_taca, load_lora, loras):
     """Merged in the first steps, the plain model's bits from there; again for a second picture."""
     kind, model, file, merged = published
@@ -217,6 +233,9 @@ def test_no_window_no_cost(published, apply_taca, load_lora, loras):
         ("tucker", "generic"),
         ("LoKr, both", "generic"),
         ("LoKr, whole", "generic"),
+        ("LoHa, tucker", "kohya"),
+        ("set", "generic"),
+        ("norms", "kohya"),
     ],
 )
 def test_formats(folder, apply_taca, load_lora, kind, algorithm, naming):
@@ -266,6 +285,21 @@ def test_pefts_prefix_keeps_alpha_and_dora(published, load_lora, apply_taca, cap
     ours = load_lora(apply_taca(model, 1.0, 0.0), renamed)
     torch.testing.assert_close(sample(ours, kind, steps=3), expected, atol=3e-4, rtol=3e-4)
     assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("algorithm", ["dora", "OFT", "GLoRA", "set"])
+def test_several_that_are_no_sums(folder, apply_taca, load_lora, algorithm, order):
+    """In their order, as core merges one into what the one before it left."""
+    model = tiny.load(folder, "sd3")
+    states = [random_lora(model, each, seed=len(each)) for each in ("lora", algorithm)][::order]
+    merged, ours = model, apply_taca(model, 1.0, 0.0)
+    for state in states:
+        merged = merged_by_core(merged, state, 0.7)
+        ours = load_lora(ours, state, 0.7)
+    expected = sample(merged, "sd3", steps=3)
+    atol = 2e-5 * float(expected.abs().max())
+    torch.testing.assert_close(sample(ours, "sd3", steps=3), expected, atol=atol, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,10 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from support import tiny
-from support.loras import (
-    NAMINGS,
-    random_lora,
-)
+from support.loras import NAMINGS, merged_by_core, random_lora
 from support.tiny import sample
 
 
@@ -50,6 +47,82 @@ def test_fits_partly(folder, load_lora, caplog):
     load_lora(model, state)
     assert f"2 of {weights + 2} tensors" in caplog.text
     assert "lora_te1_text_model" in caplog.text
+
+
+def test_one_layer_under_two_names(folder, load_lora, caplog):
+    """Core keeps the last of the names that it knows; the other one is told."""
+    model, names = tiny.load(folder, "flux"), ("transformer.", "")
+    state = {
+        f"{prefix}transformer_blocks.0.attn.to_q.lora_{which}.weight": torch.full(
+            shape, 1.0 + len(prefix)
+        )
+        for prefix in names
+        for which, shape in (("A", (1, 128)), ("B", (128, 1)))
+    }
+    lora = load_lora(model, state).get_additional_models_with_key("taca_lora")[0].model
+    [key] = (k for k in merged_by_core(model, state).patches if "qkv" in k)
+    [patch] = merged_by_core(model, state).patches[key]
+    [delta] = lora.deltas[0]
+    assert torch.equal(delta.value(torch.device("cpu")).weights[0], patch[1].weights[0])
+    assert "2 of 4 tensors" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["transformer.transformer_blocks.0.attn.to_q.b_norm", "diffusion_model.pos_embed.diff_b"],
+)
+def test_what_the_model_has_no_parameter_for(folder, load_lora, key, caplog):
+    """Core makes names of such keys that no model has."""
+    model = tiny.load(folder, "sd3" if "pos" in key else "flux")
+    beside = {key.replace("b_norm", "w_norm"): torch.ones(128, 128), key: torch.ones(128)}
+    load_lora(model, random_lora(model) | beside)
+    assert f"left out, for example {key}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [
+        ("double_blocks.0.img_attn.qkv.dora_scale", (77, 1)),
+        ("double_blocks.0.img_attn.qkv.lora_magnitude_vector", (77,)),
+        ("double_blocks.0.img_attn.norm.key_norm.hada_w1_a", (128, 2)),
+    ],
+)
+def test_what_core_cannot_merge(folder, load_lora, part, shape, caplog):
+    """Its merge only logs an error, at each use: left out, and told once."""
+    model, name = tiny.load(folder, "flux"), f"diffusion_model.{part}"
+    state = random_lora(model) | {name: torch.ones(shape)}
+    if "hada" in part:
+        for each, size in (("1_b", (2, 128)), ("2_a", (128, 2)), ("2_b", (2, 128))):
+            state[name.replace("1_a", each)] = torch.ones(size)
+    load_lora(model, state)
+    left_out = 4 if "hada" in part else 3
+    assert f"TACA: {left_out} of " in caplog.text
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("state", [{}, {"lora_unet_img_in.alpha": torch.ones(())}], ids=len)
+def test_a_file_without_weights(folder, load_lora, state):
+    with pytest.raises(ValueError, match=r"is not a LoRA: it holds no weights"):
+        load_lora(tiny.load(folder, "flux"), state)
+
+
+def test_lokr_of_three_tensors(folder, load_lora, apply_taca):
+    """Its second factor as a Tucker decomposition, on a linear layer: core's merge fails at it."""
+    model, generator = tiny.load(folder, "flux"), torch.Generator().manual_seed(5)
+    name = "diffusion_model.double_blocks.0.img_attn.proj.lokr_"
+    w1, a, b, t = (
+        torch.randn(shape, generator=generator) * 0.5
+        for shape in ((8, 8), (16, 16), (16, 16), (16, 16, 1, 1))
+    )
+    w2 = torch.einsum("i j k l, j r, i p -> p r", t, b, a)
+    three = {"w1": w1, "w2_a": a, "w2_b": b, "t2": t}
+    expected, ours = (
+        load_lora(apply_taca(model, 1.0, 0.0), {f"{name}{k}": v for k, v in state.items()})
+        for state in ({"w1": w1, "w2": w2}, three)
+    )
+    torch.testing.assert_close(
+        sample(ours, "flux", 3), sample(expected, "flux", 3), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "header", "empty"])

@@ -8,6 +8,7 @@ import comfy.model_sampling
 import pytest
 import torch
 from comfy.k_diffusion.sampling import offset_first_sigma_for_snr
+from comfy.model_sampling import V_PREDICTION
 from comfy.samplers import calculate_sigmas
 from comfy_extras.nodes_custom_sampler import FlipSigmas
 from hypothesis import given
@@ -229,6 +230,64 @@ def test_first_steps_of_sigmas_that_come_again(sigmas, first, inside):
     plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
     steps = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
     assert steps == [i < inside for i in range(len(steps))]
+
+
+def test_first_steps_hold_no_step_that_is_almost_at_pure_noise():
+    """Steps so close together that a sampler's first call is allowed to lie as low."""
+    zsnr = type("Sampling", (comfy.model_sampling.ModelSamplingDiscrete, V_PREDICTION), {})
+    for model_sampling, sigmas in (
+        (zsnr(zsnr=True), [4518.76, 4405.79, 10.0, 0.0]),  # of core's linear_quadratic
+        (sampling("flux"), [1.2, 1.0, 0.8, 0.0]),
+    ):
+        sigmas = torch.tensor(sigmas)
+        plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(1)), model_sampling, sigmas)
+        inside = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
+        assert inside == [True, False, False]
+
+
+def test_threshold_0_is_every_step():
+    """Also from a picture without noise, below a discrete model's smallest sigma."""
+    model_sampling, sigmas = sampling("discrete"), torch.tensor([0.0, 0.02, 5.0, 14.6])
+    plan = resolve(Schedule(1.2, TimestepWindow(0.0)), model_sampling, sigmas)
+    assert plan.contains(timestep(model_sampling, sigmas)).all()
+
+
+class FlowOfAnotherPack(comfy.model_sampling.CONST, torch.nn.Module):
+    """What core's schedulers and samplers ask for, and no percent_to_sigma."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sigmas", torch.linspace(0.001, 1, 1000))
+
+    sigma_min = property(lambda self: self.sigmas[0])
+    sigma_max = property(lambda self: self.sigmas[-1])
+
+
+@pytest.mark.parametrize(
+    ("window", "inside"),
+    [
+        (TimestepWindow(800.0), 3),
+        (schedule.PercentWindow(0.0, 0.3), 4),
+        (schedule.FirstStepsWindow(2), 2),
+        (schedule.FittedWindow(), 1),
+    ],
+    ids=str,
+)
+def test_a_sampling_without_percents(window, inside):
+    """Its percent is the share of its sigmas."""
+    model_sampling, sigmas = FlowOfAnotherPack(), torch.linspace(1, 0, 11)
+    plan = resolve(Schedule(1.2, window), model_sampling, sigmas, 4096.0)
+    acted = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
+    assert acted == [i < inside for i in range(10)]
+
+
+def test_the_curve_of_the_widget():
+    """Where a workflow brings none: all of gamma in the first 5 %, then falling to 20 %."""
+    model_sampling = sampling("flux")
+    plan = resolve(Schedule(2.0, schedule.CurveWindow()), model_sampling)
+    sigmas = [model_sampling.percent_to_sigma(p) for p in (0.02, 0.125, 0.25)]
+    gamma = plan.gamma_at(timestep(model_sampling, torch.tensor(sigmas))).tolist()
+    assert gamma == pytest.approx([2.0, 1.5, 1.0], abs=2e-3)
 
 
 def test_first_steps_need_a_run():

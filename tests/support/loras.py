@@ -22,6 +22,12 @@ def replaced(model):
     ]
 
 
+def key_of(naming, name):
+    """The key of a module of the model in a naming."""
+    key = naming.format(name.removeprefix("diffusion_model."))
+    return key.replace(".", "_") if naming.startswith("lora_") else key
+
+
 def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, seed=1, only=""):
     """A LoRA as core's trainer would write it: every weight and bias, or those named."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,11 +37,14 @@ def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, se
         return torch.randn(shape, generator=generator) * scale
 
     for name, module in model.model.named_modules():
-        if not hasattr(module, "weight_function") or only not in name:
+        if algorithm == "norms" and only in name:
+            for name_of, own in module.named_parameters(recurse=False):
+                if own.ndim == 1 and "bias" not in name_of:
+                    ending = "" if name_of == "weight" else f".{name_of}"
+                    state[f"{key_of(naming, name)}{ending}.diff"] = random(*own.shape, scale=0.5)
+        if algorithm == "norms" or not hasattr(module, "weight_function") or only not in name:
             continue
-        key = naming.format(name.removeprefix("diffusion_model."))
-        if "{}" in naming and naming.startswith("lora_"):
-            key = key.replace(".", "_")
+        key = key_of(naming, name)
         weight = module.weight
         if weight is not None and weight.ndim >= 2:
             rows, columns = weight.shape[0], weight[0].numel()
@@ -53,6 +62,15 @@ def random_lora(model, algorithm="lora", naming="diffusion_model.{}", rank=4, se
                 if algorithm == "tucker":
                     state[f"{key}.lora_mid.weight"] = random(rank, rank, *kernel, scale=0.6)
                 state[f"{key}.alpha"] = torch.tensor(2.0)
+            elif algorithm == "LoHa, tucker":  # a kernel of 1 is also written for linear layers
+                kernel = weight.shape[2:] or (1, 1)
+                for part in ("1", "2"):
+                    state[f"{key}.hada_w{part}_a"] = random(rank, rows, scale=0.4)
+                    state[f"{key}.hada_w{part}_b"] = random(rank, weight.shape[1], scale=0.4)
+                    state[f"{key}.hada_t{part}"] = random(rank, rank, *kernel, scale=0.4)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
+            elif algorithm == "set":
+                state[f"{key}.set_weight"] = weight + random(*weight.shape, scale=0.02)
             elif algorithm == "LoKr, both":  # factors decomposed, with a rank each
                 outer = (4, 4) if rows % 4 == 0 == weight.shape[1] % 4 else (1, 1)
                 inner = rows // outer[0], weight.shape[1] // outer[1]
