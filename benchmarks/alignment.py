@@ -73,14 +73,14 @@ class Pictures(Subject):
 
     def patched(self, setting: Setting, lora: Path | None) -> Any:
         """The model as the nodes make it."""
-        patch, schedule, lora_module = parts("patch", "schedule", "lora_file")
+        patch, schedule, reading, fitting = parts("patch", "schedule", "lora_file", "lora_fit")
         model = self.model
         if setting.gamma != 1 or setting.lora:
             window = schedule.TimestepWindow(setting.threshold(self.tokens))
             model = patch.patch_model(model, schedule.Schedule(setting.gamma, window))
         if setting.lora:
-            state = lora_module.read_lora(str(lora))
-            fitted = lora_module.fit_lora(state, model.model, str(lora), 1.0)
+            state = reading.read_lora(str(lora))
+            fitted = fitting.fit_lora(state, model.model, str(lora), 1.0)
             model = patch.patch_lora(model, fitted)
         return model
 

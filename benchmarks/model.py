@@ -173,7 +173,7 @@ class Methods:
         ranks: Any,
         pack: str = "taca",
     ) -> None:
-        names = "patch", "schedule", "lora_file", "conditioning", "words", "prompt_tokens"
+        names = "patch", "schedule", "lora_fit", "conditioning", "words", "prompt_tokens"
         parts = (importlib.import_module(f"{pack}.{name}") for name in names)
         patch, schedule, lora, *of_words = parts
         taca = patch.patch_model(plain, schedule.Schedule())

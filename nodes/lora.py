@@ -7,7 +7,8 @@ import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import is_link
 
-from ..taca.lora_file import fit_lora, read_lora
+from ..taca.lora_file import read_lora
+from ..taca.lora_fit import fit_lora
 from ..taca.patch import patch_lora
 from ..taca.run import config_of
 from ..taca.training import training_window

@@ -170,9 +170,10 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module has parameters, of one axis all of them."""
+    """Whether the module is no linear layer and has parameters, of one axis all of them."""
     own = [each for each in module._parameters.values() if each is not None]
-    return bool(own) and all(each.ndim == 1 for each in own)
+    is_linear = hasattr(module, "in_features")
+    return bool(own) and not is_linear and all(each.ndim == 1 for each in own)
 
 
 def loras_of(patcher: ModelPatcher) -> list[LoRA]:

@@ -18,9 +18,10 @@ The path of a word weight, which joins that of gamma in the call:
 
 The path of a TACA LoRA:
 
-    lora_file.py     the file is read and fitted to the model             -> LoRA
+    lora_file.py     the file is read: tensors under ComfyUI's names
+    lora_fit.py      they are fitted to the model                          -> LoRA
     patch.py         it becomes an additional model of the clone
-    lora_forward.py  once a call: forwards are swapped for ones that add its deltas (lora.py)
+    lora_forward.py  once a call: what its deltas (lora.py) change is swapped
 """
 
 import itertools

@@ -10,7 +10,7 @@ metadata the widgets' limits. A schedule is resolved once per run into one gamma
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +100,9 @@ class Window:
     Raises ValueError if a setting is outside its limits.
     """
 
+    counts_steps: ClassVar[bool] = False
+    """Whether it is of steps, so that it needs no allowance for samplers near pure noise."""
+
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]
             value, limits = getattr(self, each.name), each.metadata
@@ -165,6 +168,7 @@ class PercentWindow(Window):
 class FirstStepsWindow(Window):
     """The authors' code: the first steps of a run, whatever their timesteps."""
 
+    counts_steps = True
     steps: int = setting(3, 1, 10000, 1)
     shape: str = shape_setting()
 

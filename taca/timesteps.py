@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import ModelSamplingDiscreteFlow as ModelSampling
 from torch import Tensor
 
-from .schedule import ROUNDING, FirstStepsWindow, ResolvedSchedule, Sampling, Schedule
+from .schedule import ROUNDING, ResolvedSchedule, Sampling, Schedule
 
 FIRST_PERCENT = 1e-4
 """Where several of core's samplers begin instead of at pure noise, whose logarithm is infinite."""
@@ -63,7 +63,7 @@ def resolve(
 
     steps = None if sigmas is None else timestep(model_sampling, sigmas)
     low, high, share = schedule.window.bounds(Sampling(percent_to_t, steps, num_image))
-    if steps is not None and not isinstance(schedule.window, FirstStepsWindow):
+    if steps is not None and not schedule.window.counts_steps:
         low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))
     return ResolvedSchedule(schedule.gamma, low, high, share)
 

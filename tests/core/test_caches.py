@@ -233,7 +233,7 @@ def test_a_cache_that_hides_the_modules_of_a_lora(folder, apply_taca, kind):
     """A first-block cache and Load TACA LoRA: an error that names both, and nothing left behind."""
     model = tiny.load(folder, kind)
     taca = apply_taca(model, 1.4, 0.0)
-    lora = sys.modules["taca_pack.taca.lora_file"].fit_lora(
+    lora = sys.modules["taca_pack.taca.lora_fit"].fit_lora(
         random_lora(model, only="blocks"), taca.model, "lora", 1.0
     )
     patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora

@@ -154,7 +154,7 @@ def test_saving(folder, apply_taca, kind, tmp_path, monkeypatch):
     loaded again, it is the plain model."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     model = tiny.load(folder, kind)
-    fit, add = (sys.modules[f"taca_pack.taca.{module}"] for module in ("lora_file", "patch"))
+    fit, add = (sys.modules[f"taca_pack.taca.{module}"] for module in ("lora_fit", "patch"))
     lora = fit.fit_lora(random_lora(model), model.model, "lora", 1.0)
     taca = apply_taca(model, 1.4, 0.0)
     files = []
@@ -411,7 +411,7 @@ def test_keys_that_core_keeps(folder, apply_taca, monkeypatch, ours_first):
     effect = (expected - plain).abs().max()
     assert effect > 1e-2
     assert (sample_family(ours, case, steps=3) - expected).abs().max() < 2e-3 * effect
-    fit_lora = sys.modules["taca_pack.taca.lora_file"].fit_lora
+    fit_lora = sys.modules["taca_pack.taca.lora_fit"].fit_lora
     lora = fit_lora(random_lora(model, rank=2), model.model, "lora", 1.0)
     with pytest.raises(RuntimeError, match="Flux KV Cache keeps keys"):
         sample_family(sys.modules["taca_pack.taca.patch"].patch_lora(ours, lora), case, steps=3)

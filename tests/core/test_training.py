@@ -31,7 +31,7 @@ def left_of_ours(model):
 
 
 patch_lora = sys.modules["taca_pack.taca.patch"].patch_lora
-fit_lora = sys.modules["taca_pack.taca.lora_file"].fit_lora
+fit_lora = sys.modules["taca_pack.taca.lora_fit"].fit_lora
 
 
 @pytest.fixture
