@@ -48,7 +48,8 @@ def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
     assert not installed_on(model)
 
 
-@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_graphs_a_shape_and_none_for_gamma(folder, apply_taca, kind):
     fast = compiled(load(folder, kind), whole=True)
 
@@ -144,7 +145,7 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
 
 QUICK = {  # the most used; FLUX.1 and SD3 are above
     True: named("Qwen-Image"),
-    False: named("FLUX.2", "Chroma", "Z-Image"),
+    False: named("Chroma", "Z-Image"),
 }
 
 
@@ -200,8 +201,9 @@ def test_inductor(folder, apply_taca, kind):
         torch.testing.assert_close(result, expected, atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("kind", TRACED)
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
 @torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False)
 def test_past_dynamos_limit_of_recompilations(folder, apply_taca, kind, whole):
     """Then dynamo runs functions as they are, and must not run the plain block's code in ours."""

@@ -22,6 +22,7 @@ def dry(monkeypatch, folder, *options):
     return code, json.loads(file.read_text())["cases"], text
 
 
+@pytest.mark.slow
 def test_a_dry_run(monkeypatch, tmp_path):
     """Every case is there, and what cannot run on a CPU is named."""
     code, cases, text = dry(monkeypatch, tmp_path, "--minutes", "60")
@@ -60,6 +61,7 @@ def test_every_number_of_a_model_is_seeded(name):
     assert all(x.isfinite().all() for x in loaded.model.diffusion_model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_without_time_everything_is_named(monkeypatch, tmp_path):
     code, cases, text = dry(monkeypatch, tmp_path, "--minutes", "0.000001")
     assert code == 0

@@ -404,7 +404,7 @@ def warnings_in(caplog):
     return caplog.text.count("cannot be compiled in one piece")
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_error_of_inductor_runs_uncompiled(folder, apply_taca, caplog, whole):
     model, failed = load(folder, "flux", whole), []
 

@@ -98,6 +98,7 @@ def test_is_the_authors_network(load_node, depth, c, v, conditioning_by):
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning_by", CONDITIONINGS)
 def test_is_the_authors_network_at_its_size(conditioning_by):
     """Parameters, names and the forward of c = v = 3, to 1e-5."""
@@ -248,7 +249,7 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
         ("central", True),
         pytest.param("central", False, marks=pytest.mark.slow),
         pytest.param("central, attended apart", True, marks=pytest.mark.slow),
-        ("two streams, text as keys", True),
+        pytest.param("two streams, text as keys", True, marks=pytest.mark.slow),
         pytest.param("two streams, text as keys", False, marks=pytest.mark.slow),
         pytest.param("two streams", True, marks=pytest.mark.slow),
     ],

@@ -214,6 +214,7 @@ def log_slope(what, values, at):
     log.info("%s in 100 prompts: %+.2f, 95 %% from %+.2f to %+.2f", what, slope, low, high)
 
 
+@pytest.mark.slow
 def test_many_prompts(server, serving):
     """Workflows with two models, seeds and sizes in random order, some after one that fails: each
     as the first time, and none that changes what another draws; memory is flat.
