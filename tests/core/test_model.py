@@ -26,7 +26,7 @@ comfy.utils.set_progress_bar_enabled(False)
     ("size", "text", "cfg", "steps"),
     [
         ((16, 16), (7, 7), 3.0, 30),
-        ((17, 13), (7, 12), 3.0, 30),  # odd sizes, unequal prompts
+        ((17, 13), (7, 12), 3.0, 10),  # odd sizes, unequal prompts
         ((10, 24), (77, 512), 1.0, 10),
         ((12, 12), (333, 20), 5.0, 10),
     ],

@@ -243,15 +243,16 @@ def test_core_draws_a_picture_of_a_prompt(tmp_path, pack, monkeypatch):
     assert (ours - picture).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fusion", "whole"),
     [
         ("central", True),
-        pytest.param("central", False, marks=pytest.mark.slow),
-        pytest.param("central, attended apart", True, marks=pytest.mark.slow),
-        pytest.param("two streams, text as keys", True, marks=pytest.mark.slow),
-        pytest.param("two streams, text as keys", False, marks=pytest.mark.slow),
-        pytest.param("two streams", True, marks=pytest.mark.slow),
+        ("central", False),
+        ("central, attended apart", True),
+        ("two streams, text as keys", True),
+        ("two streams, text as keys", False),
+        ("two streams", True),
     ],
 )
 def test_compiled(tmp_path, apply_taca, fusion, whole):

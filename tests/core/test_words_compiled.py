@@ -46,7 +46,9 @@ def test_on_and_off(folder, apply_taca, kind, whole):
     assert not installed_on(model)
 
 
-@pytest.mark.parametrize(("kind", "cfg"), [("flux", 3.0), ("sd3", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "cfg"), [pytest.param("flux", 3.0, marks=pytest.mark.slow), ("sd3", 1.0)]
+)
 def test_no_graph_for_other_weights(folder, kind, cfg):
     """One graph for weights, one more where any is negative; none for a prompt or its weights."""
     fast = compiled(load(folder, kind), whole=True)

@@ -36,6 +36,7 @@ def private(tmp_path, monkeypatch):
     return dev.DEV
 
 
+@pytest.mark.slow
 def test_the_tests_run_in_a_folder_of_any_name(tmp_path):
     """Such as the repository's, whose hyphen no package may have."""
     clone = tmp_path / "taca-attention"
@@ -399,6 +400,7 @@ def test_impossible_model_is_refused(files, line, why, capsys):
     assert why in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_demo_plots_what_ran(tmp_path, monkeypatch):
     """On the real server; at 35 steps a sigma of 0.969965 is shown as 0.9700, and is outside."""
     plotted = []

@@ -42,6 +42,7 @@ def test_dry_run_on_the_demo(written):
     assert Image.open(written.with_suffix(".png")).width == 1200
 
 
+@pytest.mark.slow
 def test_prompt_check_as_the_judge(tmp_path):
     """In the place of the workflow's judge, with a text encoder that sees pictures."""
     base = tmp_path / "base"

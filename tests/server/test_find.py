@@ -124,6 +124,7 @@ def record_of(outputs):
     return json.loads(outputs["record"]["text"][0])
 
 
+@pytest.mark.slow
 def test_search_draws_as_its_plan_says(server):
     """5 settings on 4 prompts, then 2 and the first on 4 more; what it found is of those scores."""
     watched = Watched()

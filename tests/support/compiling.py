@@ -6,11 +6,11 @@ from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from support import tiny
 
-# Tracing takes longest of all, and test_both_orders_on_and_off traces FLUX.
+# Tracing takes longest of all, FLUX most.
 TRACED = [pytest.param("flux", marks=pytest.mark.slow), "sd3"]
 IN_TURN = [
-    ("flux", True),
     ("sd3", False),
+    pytest.param("flux", True, marks=pytest.mark.slow),
     pytest.param("sd3", True, marks=pytest.mark.slow),
     pytest.param("flux", False, marks=pytest.mark.slow),
 ]
