@@ -10,7 +10,7 @@ from torch import Tensor
 from ..taca.lora import loras_of
 from ..taca.run import config_of
 from ..taca.schedule import PAPER_TOKENS, FittedWindow, Schedule
-from ..taca.timesteps import resolve, size_in_tokens, timestep
+from ..taca.timesteps import resolve, size_in_tokens, timesteps_tensor
 from .patch import TACASchedule
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, ticks
@@ -61,7 +61,7 @@ class TACASchedulePreview(io.ComfyNode):
         if latent_image is not None:
             size = size_in_tokens(model.model.latent_format, latent_image["samples"].shape)
         resolved = resolve(chosen, model_sampling, sigmas, size)
-        t = timestep(model_sampling, sigmas)[:-1]
+        t = timesteps_tensor(model_sampling, sigmas)[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
         picture = plot(gamma, inside, sigmas[:-1].tolist(), f"gamma at {chosen.window}")
         lines = [f"TACA acts on {sum(inside)} of {len(inside)} steps."]

@@ -45,7 +45,7 @@ from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import PATCH_KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
-from .timesteps import resolver, timestep, timesteps
+from .timesteps import resolver, timesteps, timesteps_tensor
 from .words import WORDS_KEY, RunWords, hide_avoided
 
 log = logging.getLogger("taca")
@@ -198,7 +198,7 @@ def begin_run(config: TacaConfig | None, guider: Any, given: Mapping[str, Any]) 
     if not training:
         run.words = RunWords.of(run.prompts, resolved)
         hide_avoided(run.prompts)
-        t = timestep(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
+        t = timesteps_tensor(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
         run.events.steps = run.word_events.steps = t[:-1]
         run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
     return run

@@ -29,7 +29,7 @@ from .run import TacaConfig, config_of
 from .schedule import NEVER, ResolvedSchedule, Schedule
 from .spans import Layout, Span
 from .swap import Forward, Swap, swapped
-from .timesteps import resolver, timestep
+from .timesteps import resolver, timesteps_tensor
 from .word_weights import WordWeights, add_bias, image_bias
 from .words import RunWords
 
@@ -134,7 +134,7 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     report.schedule = resolved(report.config.schedule)
     report.run_words = RunWords.of(report.prompts, resolved)
     sampling = guider.model_patcher.get_model_object("model_sampling")
-    report.events = Events(timestep(sampling, given["sigmas"])[:-1].tolist())
+    report.events = Events(timesteps_tensor(sampling, given["sigmas"])[:-1].tolist())
     args, kwargs = with_callback(args, kwargs, report.events.counted(given.get("callback")))
     try:
         return executor(*args, **kwargs)
@@ -151,7 +151,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
     if not len(positive):
         return executor(*args, **kwargs)
-    t = timestep(base_model.model_sampling, call.t)
+    t = timesteps_tensor(base_model.model_sampling, call.t)
     report.events.begin_call((), t.tolist())
     transformer = uncompiled(base_model.diffusion_model)
     family, options = family_of(transformer), report.config.options

@@ -34,7 +34,7 @@ def timesteps(model_sampling: ModelSampling, sigma: Tensor) -> list[float]:
         return np.interp(np.log(values), known.numpy(), places).tolist()
 
 
-def timestep(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
+def timesteps_tensor(model_sampling: ModelSampling, sigma: Tensor) -> Tensor:
     """``timesteps`` as a float64 tensor ``(b,)`` on the CPU."""
     return torch.tensor(timesteps(model_sampling, sigma), dtype=torch.float64)
 
@@ -59,9 +59,9 @@ def resolve(
     to_sigma = _percent_to_sigma(model_sampling)
 
     def percent_to_t(percent: float) -> float:
-        return float(timestep(model_sampling, torch.tensor(float(to_sigma(percent)))))
+        return float(timesteps_tensor(model_sampling, torch.tensor(float(to_sigma(percent)))))
 
-    steps = None if sigmas is None else timestep(model_sampling, sigmas)
+    steps = None if sigmas is None else timesteps_tensor(model_sampling, sigmas)
     low, high, share = schedule.window.bounds(Sampling(percent_to_t, steps, num_image))
     if steps is not None and not schedule.window.counts_steps:
         low = min(low, percent_to_t(FIRST_PERCENT) * (1 - ROUNDING))

@@ -27,7 +27,7 @@ from .run import PATCH_KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
 from .spans import num_tokens
 from .swap import Args, Kwargs
-from .timesteps import resolve, timestep
+from .timesteps import resolve, timesteps_tensor
 
 TRAINING_KEY = "taca_training"
 
@@ -75,7 +75,7 @@ def adjust_training_call(
             "The trainer would train this model with TACA at all timesteps: put TACA Training "
             "Window between the TACA node and the trainer, or take the TACA node out."
         )
-    t = timestep(base_model.model_sampling, call.t)
+    t = timesteps_tensor(base_model.model_sampling, call.t)
     if not bool(schedule.contains(t).all()):
         raise RuntimeError(
             "The trainer drew a timestep outside the TACA window: put TACA Training Window last, "
@@ -98,7 +98,7 @@ def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSa
     percents = (torch.arange(DRAWS) + 0.5) / DRAWS
     sigmas = torch.tensor([model_sampling.percent_to_sigma(p) for p in percents.tolist()])
     resolved = resolve(schedule, model_sampling)
-    inside = percents[resolved.contains(timestep(model_sampling, sigmas))].tolist()
+    inside = percents[resolved.contains(timesteps_tensor(model_sampling, sigmas))].tolist()
     if not inside:
         raise ValueError(
             f"TACA's window {schedule.window} holds no timestep to train on: widen it."

@@ -18,7 +18,7 @@ from support.versions import needs_curves
 
 schedule = sys.modules["taca_pack.taca.schedule"]
 timesteps = sys.modules["taca_pack.taca.timesteps"]
-timestep = timesteps.timestep
+timesteps_tensor = timesteps.timesteps_tensor
 Schedule, TimestepWindow = schedule.Schedule, schedule.TimestepWindow
 resolve = sys.modules["taca_pack.taca.timesteps"].resolve
 try:
@@ -75,7 +75,9 @@ def test_steps_of_the_papers_window(kind, steps, at_970):
     """The paper's t >= 970 is the authors' first 3 of 30 steps, through core's own scheduler."""
     model_sampling = sampling(kind)
     sigmas = calculate_sigmas(model_sampling, "simple", steps)
-    gamma = resolve(Schedule(), model_sampling).gamma_at(timestep(model_sampling, sigmas[:-1]))
+    gamma = resolve(Schedule(), model_sampling).gamma_at(
+        timesteps_tensor(model_sampling, sigmas[:-1])
+    )
     assert int((gamma != 1).sum()) == at_970
 
 
@@ -83,14 +85,14 @@ def test_time_is_1000_sigma_for_flow_models_whatever_their_own_unit():
     model_sampling = sampling("sd3")
     model_sampling.set_parameters(shift=3.0, multiplier=1.0)  # as AuraFlow and schnell have it
     sigma = torch.tensor([0.25, 1.0])
-    assert timestep(model_sampling, sigma).tolist() == [250.0, 1000.0]
+    assert timesteps_tensor(model_sampling, sigma).tolist() == [250.0, 1000.0]
 
 
 def test_time_of_other_models_is_their_own():
     model_sampling = type(
         "Sampling", (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS), {}
     )()
-    assert timestep(model_sampling, model_sampling.sigmas[[0, 999]]).tolist() == [0, 999]
+    assert timesteps_tensor(model_sampling, model_sampling.sigmas[[0, 999]]).tolist() == [0, 999]
 
 
 @pytest.mark.parametrize("gamma", [math.nan, math.inf, -math.inf, -0.1])
@@ -112,7 +114,7 @@ def test_percent_is_comfyuis(kind, shape):
     model_sampling = sampling(kind)
     sigmas = calculate_sigmas(model_sampling, "simple", 40)[:-1]
     plan = resolve(Schedule(1.4, schedule.PercentWindow(0.1, 0.5, shape)), model_sampling)
-    t = timestep(model_sampling, sigmas)
+    t = timesteps_tensor(model_sampling, sigmas)
     high, low = (model_sampling.percent_to_sigma(p) for p in (0.1, 0.5))
     inside = (sigmas <= high) & (sigmas >= low)
     assert plan.contains(t).equal(inside)
@@ -129,7 +131,7 @@ def test_percent_is_comfyuis_to_the_last_place(kind, scheduler):
     """Bounds of which most lie between two steps, and some on one: core's rule."""
     model_sampling = sampling(kind)
     sigmas = calculate_sigmas(model_sampling, scheduler, 28)[:-1]
-    t = timestep(model_sampling, sigmas)
+    t = timesteps_tensor(model_sampling, sigmas)
     wrong = []
     for percent in (i / 1000 for i in range(5, 1001, 5)):
         bound = model_sampling.percent_to_sigma(percent)
@@ -145,7 +147,7 @@ def test_percent_is_comfyuis_to_the_last_place(kind, scheduler):
 def test_a_percent_window_after_the_first_step():
     model_sampling = sampling("flux")
     plan = resolve(Schedule(1.2, schedule.PercentWindow(0.001, 0.003)), model_sampling)
-    assert not plan.contains(timestep(model_sampling, torch.ones(1))).any()
+    assert not plan.contains(timesteps_tensor(model_sampling, torch.ones(1))).any()
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3", "discrete"])
@@ -158,7 +160,7 @@ def test_pure_noise_is_what_a_sampler_begins_with(kind, shape, window, bounds):
     called = offset_first_sigma_for_snr(sigmas, model_sampling)
     plan = resolve(Schedule(1.4, schedule.WINDOWS[window](*bounds, shape)), model_sampling, sigmas)
     for each in (sigmas, called):
-        t = timestep(model_sampling, each[:2])
+        t = timesteps_tensor(model_sampling, each[:2])
         assert plan.contains(t).tolist() == [True, False]
         assert plan.gamma_at(t).tolist() == [torch.tensor(1.4).item(), 1.0]
 
@@ -171,7 +173,9 @@ def test_flow_is_told_by_its_noise(kind):
         """Predicts the other way."""
 
     sigmas = torch.tensor([1.0, 0.97, 0.5])
-    assert timestep(sampling(kind, Inverse), sigmas).tolist() == pytest.approx([1000, 970, 500])
+    assert timesteps_tensor(sampling(kind, Inverse), sigmas).tolist() == pytest.approx(
+        [1000, 970, 500]
+    )
 
 
 @given(
@@ -187,7 +191,7 @@ def test_first_steps_of_a_run_from_picture_to_noise(steps, first, kind, schedule
     plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
     for i in range(steps):
         calls = torch.stack([sigmas[i], (sigmas[i] + sigmas[i + 1]) / 2])
-        assert plan.contains(timestep(model_sampling, calls)).tolist() == [i < first] * 2
+        assert plan.contains(timesteps_tensor(model_sampling, calls)).tolist() == [i < first] * 2
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -196,7 +200,7 @@ def test_gamma_falls_in_the_order_of_the_run(flip):
     sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.125])
     sigmas = sigmas.flip(0) if flip else sigmas
     plan = resolve(Schedule(1.4, schedule.FirstStepsWindow(2, "linear")), model_sampling, sigmas)
-    gamma = plan.gamma_at(timestep(model_sampling, sigmas)).tolist()
+    gamma = plan.gamma_at(timesteps_tensor(model_sampling, sigmas)).tolist()
     halfway = 1.4 - 0.4 * float((sigmas[1] - sigmas[0]) / (sigmas[2] - sigmas[0]))
     assert gamma == pytest.approx([1.4, halfway, 1, 1, 1], abs=1e-5)
 
@@ -209,7 +213,7 @@ def test_first_steps_are_the_authors(steps, first, kind):
     plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
     for i in range(steps):
         calls = torch.stack([sigmas[i], (sigmas[i] + sigmas[i + 1]) / 2])
-        assert plan.contains(timestep(model_sampling, calls)).tolist() == [i < first] * 2
+        assert plan.contains(timesteps_tensor(model_sampling, calls)).tolist() == [i < first] * 2
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,7 @@ def test_first_steps_of_sigmas_that_come_again(sigmas, first, inside):
     """All of the first steps, and of the later ones those that have as much noise."""
     model_sampling, sigmas = sampling("flux"), torch.tensor(sigmas, dtype=torch.float32)
     plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(first)), model_sampling, sigmas)
-    steps = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
+    steps = plan.contains(timesteps_tensor(model_sampling, sigmas[:-1])).tolist()
     assert steps == [i < inside for i in range(len(steps))]
 
 
@@ -241,7 +245,7 @@ def test_first_steps_hold_no_step_that_is_almost_at_pure_noise():
     ):
         sigmas = torch.tensor(sigmas)
         plan = resolve(Schedule(1.2, schedule.FirstStepsWindow(1)), model_sampling, sigmas)
-        inside = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
+        inside = plan.contains(timesteps_tensor(model_sampling, sigmas[:-1])).tolist()
         assert inside == [True, False, False]
 
 
@@ -249,7 +253,7 @@ def test_threshold_0_is_every_step():
     """Also from a picture without noise, below a discrete model's smallest sigma."""
     model_sampling, sigmas = sampling("discrete"), torch.tensor([0.0, 0.02, 5.0, 14.6])
     plan = resolve(Schedule(1.2, TimestepWindow(0.0)), model_sampling, sigmas)
-    assert plan.contains(timestep(model_sampling, sigmas)).all()
+    assert plan.contains(timesteps_tensor(model_sampling, sigmas)).all()
 
 
 class FlowOfAnotherPack(comfy.model_sampling.CONST, torch.nn.Module):
@@ -277,7 +281,7 @@ def test_a_sampling_without_percents(window, inside):
     """Its percent is the share of its sigmas."""
     model_sampling, sigmas = FlowOfAnotherPack(), torch.linspace(1, 0, 11)
     plan = resolve(Schedule(1.2, window), model_sampling, sigmas, 4096.0)
-    acted = plan.contains(timestep(model_sampling, sigmas[:-1])).tolist()
+    acted = plan.contains(timesteps_tensor(model_sampling, sigmas[:-1])).tolist()
     assert acted == [i < inside for i in range(10)]
 
 
@@ -286,7 +290,7 @@ def test_the_curve_of_the_widget():
     model_sampling = sampling("flux")
     plan = resolve(Schedule(2.0, schedule.CurveWindow()), model_sampling)
     sigmas = [model_sampling.percent_to_sigma(p) for p in (0.02, 0.125, 0.25)]
-    gamma = plan.gamma_at(timestep(model_sampling, torch.tensor(sigmas))).tolist()
+    gamma = plan.gamma_at(timesteps_tensor(model_sampling, torch.tensor(sigmas))).tolist()
     assert gamma == pytest.approx([2.0, 1.5, 1.0], abs=2e-3)
 
 
@@ -304,7 +308,9 @@ def test_a_drawn_curve(kind):
     model_sampling = sampling(kind)
     plan = resolve(Schedule(1.4, schedule.CurveWindow(curve)), model_sampling)
     for percent in (0.0, 0.05, 0.1, 0.2, 0.25, 0.3, 0.39, 0.41, 0.5, 0.9):
-        t = timestep(model_sampling, torch.tensor([model_sampling.percent_to_sigma(percent)]))
+        t = timesteps_tensor(
+            model_sampling, torch.tensor([model_sampling.percent_to_sigma(percent)])
+        )
         expected = 1 + 0.4 * curve.interp(percent)
         assert plan.gamma_at(t.float()).item() == pytest.approx(expected, abs=2e-3)
         assert bool(plan.contains(t.float())) == (percent < 0.4)
@@ -370,7 +376,7 @@ def test_never_less_than_one_step_of_unsampling():
     """The end of the last step is no step."""
     sigmas = torch.tensor([0, 0.3, 0.6, 0.8, 1.0])
     plan = resolve(Schedule(1.2, schedule.FittedWindow()), sampling("flux"), sigmas, 4096.0)
-    t = timestep(sampling("flux"), sigmas[:-1])
+    t = timesteps_tensor(sampling("flux"), sigmas[:-1])
     assert plan.contains(t).tolist() == [False, False, False, True]
 
 
