@@ -22,8 +22,11 @@ AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 
 
 @dataclass
-class Seen:
-    """What one block did in one call. Blocks only set fields, for torch.compile."""
+class Trace:
+    """What one block, or the layers of LoRAs, did in one call.
+
+    Blocks only set fields, for torch.compile.
+    """
 
     forward: Forward | None = None  # what ran as the block's forward; None for layers of LoRAs
     called: bool = False
@@ -32,7 +35,7 @@ class Seen:
 
 
 def joint_forward(
-    forward: Forward, block: JointBlock, state: CallState, override: Override, seen: list[Seen]
+    forward: Forward, block: JointBlock, state: CallState, override: Override, traces: list[Trace]
 ) -> Forward:
     """A block's forward, for one call, whose attention runs through an override.
 
@@ -40,18 +43,18 @@ def joint_forward(
     the layout of its tokens, the layout's ``num_tokens`` and the override that was there before,
     and then the arguments of core's ``optimized_attention_override``.
     """
-    block_seen = Seen(forward)
-    seen.append(block_seen)
+    trace = Trace(forward)
+    traces.append(trace)
     locate, reach = block.locate, block.reach
 
     @looks_like(forward)
     def taca_forward(*args: Any, **kwargs: Any) -> Any:
-        block_seen.called = True
+        trace.called = True
         layout = locate(args, kwargs, state)
         if not layout:
             return forward(*args, **kwargs)
-        block_seen.ran = True
-        chained = partial(override, block_seen, layout, num_tokens(layout))
+        trace.ran = True
+        chained = partial(override, trace, layout, num_tokens(layout))
         if torch.compiler.is_compiling():  # in one graph, or not at all: see compiler.py
             with torch._dynamo.error_on_graph_break(True):
                 attend, args, kwargs = reach(forward, args, kwargs, chained)  # type: ignore[assignment]
@@ -71,7 +74,7 @@ def taca_override(
     gamma: Tensor | None,
     words: WordWeights | None,
     instead: Forward | None,
-    seen: Seen,
+    trace: Trace,
     layout: Layout,
     joint: tuple[int, int],
     other: Forward | None,
@@ -103,7 +106,7 @@ def taca_override(
         return backend(q, k, v, heads, mask=mask, **kwargs)
     if num_kept:  # keys of earlier steps, appended by another node such as core's Flux KV Cache
         layout = (*layout, Span("other", num_kept, is_query=False))
-    seen.attended = True
+    trace.attended = True
     backend = instead or backend
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .block import Seen, joint_forward, taca_override
+from .block import Trace, joint_forward, taca_override
 from .kernels import for_masks
 from .reach import OVERRIDE
 from .run import Run
@@ -41,11 +41,11 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if not any(inside) and words is None:
         return executor(*args, **kwargs)
     gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
-    sites, seen = run.sites_of(base_model), list[Seen]()
-    swaps = block_swaps(run, base_model, call, gamma, words, seen)
+    sites, traces = run.sites_of(base_model), list[Trace]()
+    swaps = block_swaps(run, base_model, call, gamma, words, traces)
     if not swaps:  # a LoRA alone acts
-        sites.lora_ran.called = sites.lora_ran.attended = False
-        seen.append(sites.lora_ran)
+        sites.lora_trace.called = sites.lora_trace.attended = False
+        traces.append(sites.lora_trace)
     lora_swaps = sites.lora_swaps if any(inside) else ()
     if not swaps and not lora_swaps:
         if run.schedule is not None:
@@ -62,9 +62,9 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         result = executor(*args, **kwargs)
     if run.schedule is not None:
         if any(inside):
-            run.events.end_call(seen, max(t), is_first, model)
+            run.events.end_call(traces, max(t), is_first, model)
         if words is not None:
-            run.word_events.end_call(seen, max(t), is_first, model)
+            run.word_events.end_call(traces, max(t), is_first, model)
     return result
 
 
@@ -89,9 +89,9 @@ def block_swaps(
     call: CallArguments,
     gamma: Tensor | None,
     words: WordWeights | None,
-    seen: list[Seen],
+    traces: list[Trace],
 ) -> list[Swap]:
-    """The blocks to swap in a call, and wraps of their forwards, which add to ``seen``."""
+    """The blocks to swap in a call, and wraps of their forwards, which add to ``traces``."""
     if gamma is None and words is None:
         return []
     sites, state, instead = run.sites_of(base_model), call.initial_state(), None
@@ -106,7 +106,7 @@ def block_swaps(
     swaps: list[Swap] = []
     for block in blocks:
         override = adjusting if block.module in sites.adjusted else plain
-        wrap = partial(joint_forward, block=block, state=state, override=override, seen=seen)
+        wrap = partial(joint_forward, block=block, state=state, override=override, traces=traces)
         swaps.append((block.module, "forward", wrap))
     return swaps
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .block import Seen
+from .block import Trace
 from .families import uncompiled
 
 log = logging.getLogger("taca")
@@ -71,19 +71,19 @@ class Events:
 
         return taca_callback
 
-    def end_call(self, seen: list[Seen], t: float, is_first: bool, model: nn.Module) -> None:
+    def end_call(self, traces: list[Trace], t: float, is_first: bool, model: nn.Module) -> None:
         """Record what a call inside the window did; where gamma is 1, what its LoRAs' layers did.
 
         Raises RuntimeError if TACA was bypassed in the first call.
         """
-        missed = [block for block in seen if block.ran and not block.attended]
-        no_block_ran = bool(seen) and not any(block.called for block in seen)
+        missed = [block for block in traces if block.ran and not block.attended]
+        no_block_ran = bool(traces) and not any(block.called for block in traces)
         if missed:
-            count = sum(block.ran for block in seen)
+            count = sum(block.ran for block in traces)
             self.elsewhere.append((len(missed), count, _origin(missed[0].forward)))
         elif no_block_ran:
             self.cached.append(None)
-        elif any(block.attended for block in seen):
+        elif any(block.attended for block in traces):
             self.acted.append((len(self.ended), t))
         else:
             self.idle.append(None)
@@ -95,7 +95,7 @@ class Events:
                 f"there, or the TACA node."
             )
         if is_first and no_block_ran:
-            part = "block" if seen[0].forward else "layer of the TACA LoRA"
+            part = "block" if traces[0].forward else "layer of the TACA LoRA"
             raise RuntimeError(
                 f"TACA was bypassed: no {part} of {type(model).__name__} ran inside the window. "
                 f"{_replacement(model)} Take out the node that did this, or the TACA node."

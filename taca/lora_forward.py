@@ -9,7 +9,7 @@ import torch
 from comfy.model_base import BaseModel
 from torch import Tensor, nn
 
-from .block import Seen
+from .block import Trace
 from .lora import LoRA, LoRADelta, is_norm, submodule
 from .swap import Forward, Swap, looks_like
 
@@ -17,8 +17,8 @@ Adjust = Callable[[Tensor], Tensor]
 """A parameter -> what it is inside the window."""
 
 
-def lora_swaps(loras: list[LoRA], model: BaseModel, ran: Seen) -> Iterator[Swap]:
-    """What LoRAs swap in the running model. ``ran`` is told when any of their layers is called."""
+def lora_swaps(loras: list[LoRA], model: BaseModel, trace: Trace) -> Iterator[Swap]:
+    """What LoRAs swap in the running model; ``trace`` is told when a layer of theirs is called."""
     by_module: dict[str, list[Any]] = {}
     for lora in loras:
         for name, deltas in zip(lora.module_names, lora.deltas, strict=True):
@@ -32,12 +32,14 @@ def lora_swaps(loras: list[LoRA], model: BaseModel, ran: Seen) -> Iterator[Swap]
             for p in changed
         }
         if is_norm(module):
-            yield from norm_swaps(module, adjust, ran)
+            yield from norm_swaps(module, adjust, trace)
         elif adjust:
-            wrap = partial(reparametrized_forward, module=module, ran=ran, name=name, adjust=adjust)
+            wrap = partial(
+                reparametrized_forward, module=module, trace=trace, name=name, adjust=adjust
+            )
             yield module, "forward", wrap
         for delta in [delta for delta in own if delta.place.parameter not in changed]:
-            wrap = partial(additive_forward, module=module, ran=ran, delta=delta)
+            wrap = partial(additive_forward, module=module, trace=trace, delta=delta)
             yield module, "forward", wrap
 
 
@@ -48,7 +50,7 @@ def adjusted(name: str, deltas: list[LoRADelta], parameter: str, weight: Tensor)
     return comfy.lora.calculate_weight(entries, weight.float().clone(), key).to(weight)
 
 
-def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], ran: Seen) -> Iterator[Swap]:
+def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], trace: Trace) -> Iterator[Swap]:
     """What is swapped in a norm for the length of a call.
 
     ComfyUI's hook on each use of a weight; some families use a norm's weight in a fused kernel
@@ -57,7 +59,7 @@ def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], ran: Seen) -> Itera
 
     def hooked(others: list[Any], own: Adjust) -> list[Any]:
         def use(weight: Tensor) -> Tensor:
-            ran.called = ran.attended = True
+            trace.called = trace.attended = True
             return own(weight)
 
         return [*others, use]
@@ -68,7 +70,7 @@ def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], ran: Seen) -> Itera
     def seen(forward: Forward) -> Forward:
         @looks_like(forward)
         def lora_forward(*args: Any, **kwargs: Any) -> Any:
-            ran.called = ran.attended = True
+            trace.called = trace.attended = True
             return forward(*args, **kwargs)
 
         return lora_forward
@@ -82,14 +84,16 @@ def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], ran: Seen) -> Itera
             yield module, "forward", seen
 
 
-def additive_forward(forward: Forward, module: nn.Module, ran: Seen, delta: LoRADelta) -> Forward:
+def additive_forward(
+    forward: Forward, module: nn.Module, trace: Trace, delta: LoRADelta
+) -> Forward:
     """A linear layer's forward, with a delta added to its output."""
     # Another pack's forward may keep what it returns: only a layer's own output is added to.
     is_own = forward == type(module).forward.__get__(module) or hasattr(forward, "taca_lora")
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ran.called = ran.attended = True
+        trace.called = trace.attended = True
         y = forward(x, *args, **kwargs)
         y = y.contiguous() if is_own else y.clone(memory_format=torch.contiguous_format)
         if y.numel():  # an expert may get no tokens
@@ -101,7 +105,7 @@ def additive_forward(forward: Forward, module: nn.Module, ran: Seen, delta: LoRA
 
 
 def reparametrized_forward(
-    forward: Forward, module: nn.Module, ran: Seen, name: str, adjust: dict[str, Adjust]
+    forward: Forward, module: nn.Module, trace: Trace, name: str, adjust: dict[str, Adjust]
 ) -> Forward:
     """A module's forward with changed weights, by ComfyUI's hook on each use of a weight.
 
@@ -110,7 +114,7 @@ def reparametrized_forward(
 
     @looks_like(forward)
     def lora_forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ran.called = ran.attended = True
+        trace.called = trace.attended = True
         used = set()
 
         def use(parameter: str, weight: Tensor) -> Tensor:

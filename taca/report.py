@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arguments import CallArguments, run_arguments, with_callback
 from .attention import scale_text_keys
-from .block import AFTER_HEADS, Seen, joint_forward
+from .block import AFTER_HEADS, Trace, joint_forward
 from .block_ranges import short
 from .compiler import uncompiled_calls
 from .events import Events
@@ -178,7 +178,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
         probe = Probe(
             report, own, words or None, place, positive, places, family.own_image == "last", starts
         )
-        wrap = partial(joint_forward, block=block, state=state, override=probe.override, seen=[])
+        wrap = partial(joint_forward, block=block, state=state, override=probe.override, traces=[])
         swaps.append((block.module, "forward", wrap))
     with swapped(swaps), uncompiled_calls:
         return executor(*args, **kwargs)
@@ -199,7 +199,7 @@ class Probe:
 
     def override(
         self,
-        seen: Seen,
+        trace: Trace,
         layout: Layout,
         joint: tuple[int, int],
         other: Forward | None,

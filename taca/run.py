@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from .block import Seen
+from .block import Trace
 from .compiler import Fallback
 from .events import Events, Say, silent
 from .families import JointBlock, family_of, part_of, uncompiled
@@ -53,7 +53,7 @@ class HookSites(NamedTuple):
     adjusted: frozenset[nn.Module]  # modules that get TACA
     loras: list[LoRA]
     lora_swaps: Sequence[Swap]
-    lora_ran: Seen  # whether any of their layers was called
+    lora_trace: Trace  # whether any of their layers was called
 
 
 @dataclass
@@ -87,8 +87,8 @@ class Run:
         patcher = base_model.current_patcher  # of this device, in a run over several
         family, limit = family_of(transformer), self.config.options.blocks
         loras = loras_of(patcher) if patcher is not None else []
-        ran = Seen()
-        swaps = lora_swaps(loras, base_model, ran)
+        trace = Trace()
+        swaps = lora_swaps(loras, base_model, trace)
         # Each forward is wrapped once, and again if another pack has replaced it in the meantime.
         wraps = [
             (each, name, lru_cache(maxsize=1)(wrap) if name == "forward" else wrap)
@@ -102,7 +102,7 @@ class Run:
             frozenset(block.module for block in family.joint_blocks(transformer, limit)),
             loras,
             wraps,
-            ran,
+            trace,
         )
         if self.schedule is not None:  # nothing is kept on a patched model outside a run
             self.sites[base_model] = sites

@@ -19,7 +19,7 @@ from comfy.patcher_extension import PatcherInjection, WrapperExecutor
 from torch import Tensor, nn
 
 from .arguments import CallArguments
-from .block import Seen, taca_override
+from .block import Trace, taca_override
 from .families import JointBlock, family_of, uncompiled
 from .options import NO_OPTIONS
 from .reach import through_options
@@ -127,7 +127,7 @@ def _adjust_block(
     layout = block.locate(args, kwargs, state)
     if not layout:
         return None
-    override = partial(override, Seen(module.forward), layout, num_tokens(layout))
+    override = partial(override, Trace(module.forward), layout, num_tokens(layout))
     return through_options(module.forward, args, kwargs, override)[1:]
 
 

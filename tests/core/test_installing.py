@@ -370,14 +370,14 @@ def test_an_overflow_stays_inside_the_window_of_a_model(folder, apply_taca, load
 def test_no_call_is_lost_between_threads(caplog):
     """One thread a device, all of which note their calls in one run."""
     events, times = module("events").Events(), 4000
-    ran = {acted: module("block").Seen(None, True, True, acted) for acted in (True, False)}
+    ran = {acted: module("block").Trace(None, True, True, acted) for acted in (True, False)}
     start = threading.Barrier(8)
     events.begin_call([0], [0.0])
 
     def work():
         start.wait()
         for i in range(times):
-            seen = [[ran[True]], [ran[False]], [module("block").Seen(None)]][i % 3]
+            seen = [[ran[True]], [ran[False]], [module("block").Trace(None)]][i % 3]
             events.end_call(seen, 0.0, events.begin_call([0], [0.0]), torch.nn.Identity())
 
     interval = sys.getswitchinterval()
