@@ -42,15 +42,13 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         return executor(*args, **kwargs)
     gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
     sites, traces = run.sites_of(base_model), list[Trace]()
-    swaps = block_swaps(run, base_model, call, gamma, words, traces)
-    if not swaps:  # a LoRA alone acts
-        sites.lora_trace.called = sites.lora_trace.attended = False
-        traces.append(sites.lora_trace)
     lora_swaps = sites.lora_swaps if any(inside) else ()
+    if run.schedule is not None and any(inside) and gamma is None and not lora_swaps:
+        run.events.unchanged.append(None)
+    swaps = block_swaps(run, base_model, call, gamma, words, traces)
     if not swaps and not lora_swaps:
-        if run.schedule is not None:
-            run.events.unchanged.append(None)
         return executor(*args, **kwargs)
+    sites.lora_trace.called = sites.lora_trace.attended = False
     kernel = call.transformer_options.get(OVERRIDE) or attention.optimized_attention
     run.fallback.guard(executor, kernel)
     if all(inside):
@@ -61,8 +59,10 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     with swapped(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is not None:
-        if any(inside):
+        if gamma is not None:
             run.events.end_call(traces, max(t), is_first, model)
+        elif lora_swaps:  # where gamma is 1, what its layers did
+            run.events.end_call([sites.lora_trace], max(t), is_first, model)
         if words is not None:
             run.word_events.end_call(traces, max(t), is_first, model)
     return result

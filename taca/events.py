@@ -50,7 +50,9 @@ class Events:
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     idle: list[None] = field(default_factory=list)  # calls in which no block met text
-    unchanged: list[None] = field(default_factory=list)  # calls with gamma 1 and no LoRA
+    unchanged: list[None] = field(
+        default_factory=list
+    )  # calls with gamma 1 and no LoRA; words may weigh
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:
@@ -72,7 +74,7 @@ class Events:
         return taca_callback
 
     def end_call(self, traces: list[Trace], t: float, is_first: bool, model: nn.Module) -> None:
-        """Record what a call inside the window did; where gamma is 1, what its LoRAs' layers did.
+        """Record what a call inside the window did, by what its blocks did, or its LoRAs' layers.
 
         Raises RuntimeError if TACA was bypassed in the first call.
         """

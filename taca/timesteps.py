@@ -25,7 +25,7 @@ def timesteps(model_sampling: ModelSampling, sigma: Tensor) -> list[float]:
     is the position among its sigmas, from 0 to 999; below the smallest sigma it is negative.
     """
     values = np.asarray(sigma.tolist(), np.float32).astype(np.float64)
-    if _percent_to_sigma(model_sampling)(0.0) <= 1:
+    if percent_to_sigma_of(model_sampling)(0.0) <= 1:
         return (1000.0 * values).tolist()
     known = model_sampling.sigmas.cpu().double().log()
     known = torch.cat([known[:1] - 20, known])
@@ -56,7 +56,7 @@ def resolve(
 
     Raises ValueError if the window depends on a run and there is none.
     """
-    to_sigma = _percent_to_sigma(model_sampling)
+    to_sigma = percent_to_sigma_of(model_sampling)
 
     def percent_to_t(percent: float) -> float:
         return float(timesteps_tensor(model_sampling, torch.tensor(float(to_sigma(percent)))))
@@ -77,7 +77,7 @@ def resolver(
     return partial(resolve, model_sampling=sampling, sigmas=sigmas, num_image=size)
 
 
-def _percent_to_sigma(model_sampling: ModelSampling) -> Callable[[float], float]:
+def percent_to_sigma_of(model_sampling: ModelSampling) -> Callable[[float], float]:
     """ComfyUI's percent of the sampling, 0..1, to sigma.
 
     TACA Training Window replaces percent_to_sigma, and keeps the original here. Another pack's

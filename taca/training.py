@@ -27,7 +27,7 @@ from .run import PATCH_KEY, Run, config_of
 from .schedule import ResolvedSchedule, Schedule
 from .spans import num_tokens
 from .swap import Args, Kwargs
-from .timesteps import resolve, timesteps_tensor
+from .timesteps import percent_to_sigma_of, resolve, timesteps_tensor
 
 TRAINING_KEY = "taca_training"
 
@@ -95,15 +95,15 @@ def _inside_window(model_sampling: ModelSampling, schedule: Schedule) -> ModelSa
 
     Raises ValueError if the window holds no timestep.
     """
+    original = percent_to_sigma_of(model_sampling)
     percents = (torch.arange(DRAWS) + 0.5) / DRAWS
-    sigmas = torch.tensor([model_sampling.percent_to_sigma(p) for p in percents.tolist()])
+    sigmas = torch.tensor([original(p) for p in percents.tolist()])
     resolved = resolve(schedule, model_sampling)
     inside = percents[resolved.contains(timesteps_tensor(model_sampling, sigmas))].tolist()
     if not inside:
         raise ValueError(
             f"TACA's window {schedule.window} holds no timestep to train on: widen it."
         )
-    original = model_sampling.percent_to_sigma
 
     def percent_to_sigma(percent: float) -> float:
         if comfy.model_management.in_training:

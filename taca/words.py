@@ -186,7 +186,11 @@ class RunWords:
                 raise ValueError(UNTOLD.format("which prompt's", "the word weights"))
             words, length, filled = found.pop()
             schedule = self.schedules[words] if words else None
-            share = 1.0 if schedule is None else float(schedule.share_at(torch.tensor(each)))
+            share = (
+                1.0
+                if schedule is None
+                else float(schedule.share_at(torch.tensor(each, dtype=torch.float64)))
+            )
             yield Row(words, length, filled, share)
 
     def _of(self, name: str, entry: dict[str, Any]) -> Words | None:

@@ -551,14 +551,16 @@ def test_equal_nodes_have_texts_of_their_own(pack, monkeypatch):
     assert len(set(asyncio.run(keys()).values())) == len(graph)
 
 
+@pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize("gamma", [1.0, 1.4])
-def test_steps_in_which_there_was_nothing_to_do(folder, gamma):
-    """The window held steps, but gamma is 1, or the positive prompt begins later."""
+def test_steps_in_which_there_was_nothing_to_do(folder, gamma, weighs):
+    """The window held steps, but gamma is 1, or the prompt begins later. Words may weigh."""
     said, begin = [], 0.0 if gamma == 1 else 0.5
     limits = Options(positive_only=True)
     schedule = Schedule(gamma, TimestepWindow(800.0))
     model = patch.patch_model(tiny.load(folder, "flux"), schedule, limits, said.append)
     later = tiny.conditioning("flux", 7, start_percent=begin, end_percent=1.0)
+    later = weighed(later, [1.0] * 6 + [2.0]) if weighs else later
     sample(model, "flux", steps=4, positive=later)
     assert "acted on 0 of 4 steps. In " in said[0]
     assert "calls in the window there was nothing to do: gamma is 1, or the prompt" in said[0]

@@ -98,19 +98,25 @@ def test_gradients_are_the_dense_ones(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_are_inside(folder, apply_taca, window, kind):
-    """Uniform over the trainer's own draws inside the window; those of sampling do not change."""
+    """Uniform over the trainer's own draws inside the window; those of sampling do not change.
+
+    A second window of the same TACA changes nothing.
+    """
     model = window(apply_taca(tiny.load(folder, kind), 1.2, 970.0))
     original = model.model.model_sampling
     ours = model.get_model_object("model_sampling")
+    twice = window(model).get_model_object("model_sampling")
     percents = torch.linspace(0, 0.9999, 200).tolist()
     assert [ours.percent_to_sigma(p) for p in percents] == [
         original.percent_to_sigma(p) for p in percents
     ]
     comfy.model_management.in_training = True
     try:
-        drawn = torch.tensor([ours.percent_to_sigma(p) for p in percents])
+        draws = [ours.percent_to_sigma(p) for p in percents]
+        assert [twice.percent_to_sigma(p) for p in percents] == draws
     finally:
         comfy.model_management.in_training = False
+    drawn = torch.tensor(draws)
     assert drawn.min() >= 0.97
     assert drawn.max() > 0.999
     assert (drawn[:-1] >= drawn[1:]).all()
