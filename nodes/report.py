@@ -166,7 +166,7 @@ def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
 def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
     """The first conditioning with all of these words, or with weights; and their tokens."""
     if not words.strip():
-        chosen = next((each for each in carrying if each[WORDS_KEY].weigh), carrying[0])
+        chosen = next((each for each in carrying if each[WORDS_KEY].has_weights), carrying[0])
         return chosen, chosen[WORDS_KEY].weighed_tokens()
     for each in carrying[:-1]:
         with suppress(ValueError):

@@ -71,7 +71,7 @@ def temperature_adjusted_attention(
                 if biases is not None and (bias := biases[i]) is not None:
                     rows = bias if rows is None else add_bias(rows, bias)
                 outputs[i] = attend(queries, keys, values, rows)
-        keys, values = k, v
+        keys, values = k, v  # for the other queries
     return torch.cat(outputs, out_dim)
 
 

@@ -1,6 +1,7 @@
 """What a joint block does inside the window: its own forward, with an attention override."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +13,13 @@ from .attention import temperature_adjusted_attention
 from .compiler import frame_callback
 from .families import JointBlock
 from .layouts import CallState
-from .reach import Override
 from .spans import Layout, Span, num_tokens
 from .swap import Forward, looks_like
 from .word_weights import WordWeights
+
+JointOverride = Callable[..., Tensor]
+"""``(trace, layout, joint, other, func, q, k, v, heads, ...)``: an ``Override`` preceded by what
+the block did so far, the layout of its tokens, and the layout's ``num_tokens``."""
 
 AFTER_HEADS = "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 """The arguments of core's attention after its heads, in order."""
@@ -35,13 +39,15 @@ class Trace:
 
 
 def joint_forward(
-    forward: Forward, block: JointBlock, state: CallState, override: Override, traces: list[Trace]
+    forward: Forward,
+    block: JointBlock,
+    state: CallState,
+    override: JointOverride,
+    traces: list[Trace],
 ) -> Forward:
     """A block's forward, for one call, whose attention runs through an override.
 
-    ``forward`` is the block's own or another pack's. The override gets what the block did so far,
-    the layout of its tokens, the layout's ``num_tokens`` and the override that was there before,
-    and then the arguments of core's ``optimized_attention_override``.
+    ``forward`` is the block's own or another pack's.
     """
     trace = Trace(forward)
     traces.append(trace)

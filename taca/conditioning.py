@@ -15,7 +15,7 @@ from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch.nn.functional import normalize, pad
 
-from .patch import watch_run
+from .patch import run_with_taca
 from .prompt_tokens import PromptTokens, Table, text_of
 from .run import PATCH_KEY
 from .words import WORDS_KEY, Words
@@ -52,7 +52,7 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
     ) -> bool:
         wrappers = model_options["transformer_options"].setdefault("wrappers", {})
         outer = wrappers.setdefault(WrappersMP.OUTER_SAMPLE, {})
-        outer.setdefault(PATCH_KEY, [partial(watch_run, None)])
+        outer.setdefault(PATCH_KEY, [partial(run_with_taca, None)])
         return False
 
 
@@ -213,7 +213,8 @@ def attach(
 ) -> Conditioning:
     """A conditioning that carries its words, and their weights to the model.
 
-    From the CLIP it is known whether further tokens can be of pictures, which come before the text.
+    A conditioning may have more tokens than the words if its CLIP takes pictures, whose tokens come
+    before those of the text.
     With ``any_model`` a hook takes the weights to any model, for which ComfyUI gives up dynamic
     VRAM; otherwise the model has to have TACA.
 
@@ -234,7 +235,7 @@ def attach(
         waiting = extras.get("model_conds", {})
         if WORDS_KEY in waiting:  # of the words that it had before
             carrying[-1][1]["model_conds"] = {n: c for n, c in waiting.items() if n != WORDS_KEY}
-    if not words.weigh:
+    if not words.has_weights:
         return carrying
     if not any_model:
         for _, extras in carrying:
@@ -268,7 +269,7 @@ def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
     """
     own = torch.tensor(words.prompt.own()).bool()
     theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]
-    if not theirs or not words.weigh or own.all():
+    if not theirs or not words.has_weights or own.all():
         return
     made = text_of(clip, words.prompt.text)[0][own].float().cpu()
     middle = made.mean(0)

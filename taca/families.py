@@ -1,8 +1,9 @@
 """The model families TACA knows: which of their blocks attend jointly, and where text sits there.
 
-To add a family, add an entry to ``FAMILIES``, which says where the tokens of its blocks are by a
-function of ``layouts.py``. A family is recognised by the class name of its ``diffusion_model``, and
-none of ComfyUI's models is imported, so a core that moves or lacks one cannot break the pack.
+To add a family, add an entry to ``FAMILIES``: ``name``, ``models`` and ``joint``, which says where
+the tokens of its blocks are by a function of ``layouts.py``. All else is for exceptions. A family
+is recognised by the class name of its ``diffusion_model``, and none of ComfyUI's models is imported,
+so a core that moves or lacks one cannot break the pack.
 """
 
 import math
@@ -41,7 +42,10 @@ from .reach import Reach, through_globals, through_handed_attention, through_opt
 
 
 class JointBlock(NamedTuple):
-    """A module whose ``forward`` runs one joint attention."""
+    """A module whose ``forward`` runs one joint attention.
+
+    The same form serves blocks that only show where tokens are, and refiners of text alone.
+    """
 
     module: nn.Module  # the block, or the attention in it
     locate: Locate  # where its tokens are

@@ -170,7 +170,7 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is no linear layer and has parameters, of one axis all of them."""
+    """Whether the module is no linear layer, and all its parameters are vectors."""
     own = [each for each in module._parameters.values() if each is not None]
     is_linear = hasattr(module, "in_features")
     return bool(own) and not is_linear and all(each.ndim == 1 for each in own)

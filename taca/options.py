@@ -49,14 +49,15 @@ class Options:
         positive = positive_rows(call, prompts).to(gamma.device)
         if self.positive_only:
             gamma = gamma.where(positive, 1.0)
-        for prompt, uuids in self._prompts(prompts):
+        for shares, uuids in self._prompt_shares(prompts):
             rows = positive_rows(call, prompts, uuids).to(gamma.device)
             if bool(rows.any()):
-                prompt = prompt * (prompts.repeats(call, uuids) if prompts else 1)
-                gamma = _limited(gamma, rows, prompt, call, uncompiled(transformer))
+                # A call may hold the prompt several times over, one behind the other.
+                repeated = shares * (prompts.repeats(call, uuids) if prompts else 1)
+                gamma = _limited(gamma, rows, repeated, call, uncompiled(transformer))
         return gamma
 
-    def _prompts(
+    def _prompt_shares(
         self, prompts: Prompts | None
     ) -> list[tuple[tuple[float, ...], frozenset[Any] | None]]:
         """For each prompt that limits gamma: its tokens' shares, its conditionings' uuids.

@@ -63,7 +63,7 @@ def patch_model(
     count_blocks(model, options)
     config = TacaConfig(schedule, options, say=say)
     patched = model.clone()
-    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, PATCH_KEY, partial(watch_run, config))
+    set_wrapper(patched, WrappersMP.OUTER_SAMPLE, PATCH_KEY, partial(run_with_taca, config))
     set_wrapper(patched, WrappersMP.APPLY_MODEL, PATCH_KEY, partial(adjust_call, Run(config)))
     patched.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, PATCH_KEY)
     check = partial(require_own_options, config)
@@ -133,7 +133,7 @@ def set_wrapper(patcher: ModelPatcher, kind: str, key: str, wrapper: Any) -> Non
     patcher.add_wrapper_with_key(kind, key, wrapper)
 
 
-def watch_run(
+def run_with_taca(
     config: TacaConfig | None, executor: WrapperExecutor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ComfyUI's OUTER_SAMPLE wrapper: gamma and words of this run, and a report of what they did.
@@ -146,6 +146,7 @@ def watch_run(
         log.warning("TACA: word weights do not act in training.")
         return executor(*args, **kwargs)
     run = begin_run(config, guider, given)
+    install(run, guider)
     what, where = said_of(run.config, patcher)
     if training:
         log.info("TACA: %s trains in %s.", what, where)
@@ -171,10 +172,10 @@ def watch_run(
 
 
 def begin_run(config: TacaConfig | None, guider: Any, given: Mapping[str, Any]) -> Run:
-    """The state of a run with these arguments, handed to its calls by the guider's own options.
+    """The state of a run with these arguments.
 
-    Raises RuntimeError as ``check_compiler``; ValueError if the window needs steps and training
-    has none, or if the prompt of TACA Options is not among the run's.
+    Raises ValueError if the window needs steps and training has none, or if the prompt of TACA
+    Options is not among the run's.
     """
     patcher, training = guider.model_patcher, comfy.model_management.in_training
     sigmas = None if training else given["sigmas"]
@@ -182,26 +183,34 @@ def begin_run(config: TacaConfig | None, guider: Any, given: Mapping[str, Any]) 
     run = Run(config or TacaConfig(Schedule(1.0)), resolved(config.schedule) if config else NEVER)
     limited = run.config.options.conditionings(guider)
     run.prompts = Prompts(guider, len(given["noise"]), limited)
-    for _, entry in run.prompts.entries():  # words weigh in this run: ``NeedsTaca`` may go
-        entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS_KEY}
-    # The guider's options are this run's own copy.
+    if not training:
+        run.words = RunWords.of(run.prompts, resolved)
+        t = timesteps_tensor(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
+        run.events.steps = run.word_events.steps = t[:-1]
+        run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
+    return run
+
+
+def install(run: Run, guider: Any) -> None:
+    """Hand a run to its calls: in the guider's options and conditionings, its own copies.
+
+    Raises RuntimeError as ``check_compiler``.
+    """
+    patcher, prompts = guider.model_patcher, run.prompts
     wrappers = guider.model_options["transformer_options"]["wrappers"]
     of_calls = wrappers.setdefault(WrappersMP.APPLY_MODEL, {})
     check_compiler(patcher.model.diffusion_model, of_calls)
     # The run reaches its calls in their wrapper, not as an entry of transformer_options: a compiled
     # model fails without the entries that it was compiled with.
     of_calls[PATCH_KEY] = [partial(adjust_call, run)]
-    if config is not None and loras_of(patcher):  # around LazyCache
+    if loras_of(patcher):  # around LazyCache
         ours = {LORA_KEY: [partial(end_caches, run)]}
         others = wrappers.get(WrappersMP.PREDICT_NOISE, {})
         wrappers[WrappersMP.PREDICT_NOISE] = ours | others
-    if not training:
-        run.words = RunWords.of(run.prompts, resolved)
-        hide_avoided(run.prompts)
-        t = timesteps_tensor(patcher.get_model_object("model_sampling"), given["sigmas"]).tolist()
-        run.events.steps = run.word_events.steps = t[:-1]
-        run.word_events.ended, run.word_events.called_at = run.events.ended, run.events.called_at
-    return run
+    for _, entry in prompts.entries() if prompts else ():  # words weigh: ``NeedsTaca`` may go
+        entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS_KEY}
+    if prompts and not comfy.model_management.in_training:
+        hide_avoided(prompts)
 
 
 def end_caches(

@@ -40,8 +40,8 @@ class PromptTokens:
 
     text: str
     # For each token of the conditioning those of the encoders whose embeddings are joined in it,
-    # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up. A character that has no
-    # token is an unknown one beside it.
+    # as CLIP-L's and CLIP-G's in SD3; none where an encoder only filled up. A character without a
+    # token gets one here that is unknown.
     table: Table
     # The same of what the conditioning holds beside its text, by its name there.
     beside: Mapping[str, Table] = field(default_factory=dict)

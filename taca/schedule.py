@@ -4,7 +4,8 @@ A schedule is two things: the *window*, a set of timesteps, and gamma, the facto
 inside it. At gamma = 1 the window still matters: the TACA LoRA is active inside it.
 
 A kind of window is one dataclass in ``WINDOWS``; its fields are the node's widgets, and their
-metadata the widgets' limits. A schedule is resolved once per run into one gamma(t).
+metadata the widgets' limits; what users read of them stands in ``locales/``. A schedule is resolved
+once per run into one gamma(t).
 """
 
 import math
@@ -101,7 +102,7 @@ class Window:
     """
 
     counts_steps: ClassVar[bool] = False
-    """Whether it is of steps, so that it needs no allowance for samplers near pure noise."""
+    """Whether it is of steps. In a run all others include a first call at t = 999.97."""
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]

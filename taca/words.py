@@ -38,7 +38,7 @@ class Words:
     say: Say = silent
 
     @property
-    def weigh(self) -> bool:
+    def has_weights(self) -> bool:
         """Whether any token has a weight other than 1."""
         return bool(self.num_avoided) or any(weight != 1 for weight in self.weights)
 
@@ -67,7 +67,7 @@ class Words:
         return own * (count // len(own)) if own and count % len(own) == 0 else [PLAIN] * count
 
     def weighted(self, share: float) -> list["Weighted"]:
-        """The weights of its tokens at this share of them: at 0, as if none had been given."""
+        """The weights of its tokens: those written at share 1, all 1 at share 0."""
         num_own = len(self.weights) - self.num_avoided
         centre = self.prompt.own() if self.about_mean else [0.0] * num_own
         own = [
@@ -134,7 +134,7 @@ class RunWords:
         weighing = [
             (n, each)
             for n, each in prompts.entries()
-            if WORDS_KEY in each and each[WORDS_KEY].weigh
+            if WORDS_KEY in each and each[WORDS_KEY].has_weights
         ]
         zeroed = frozenset(
             (name, each["uuid"])
