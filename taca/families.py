@@ -2,7 +2,7 @@
 
 To add a family, add an entry to ``FAMILIES``: ``name``, ``models`` and ``joint``, which says where
 the tokens of its blocks are by a function of ``layouts.py``. All else is for exceptions. A family
-is recognised by the class name of its ``diffusion_model``, and none of ComfyUI's models is imported,
+is recognised by the class name of its ``diffusion_model``, and no model of ComfyUI's is imported,
 so a core that moves or lacks one cannot break the pack.
 """
 
