@@ -50,9 +50,7 @@ class Events:
     acted: list[tuple[int, float]] = field(default_factory=list)
     cached: list[None] = field(default_factory=list)  # calls that a cache answered
     idle: list[None] = field(default_factory=list)  # calls in which no block met text
-    unchanged: list[None] = field(
-        default_factory=list
-    )  # calls with gamma 1 and no LoRA; words may weigh
+    unchanged: list[None] = field(default_factory=list)  # calls with gamma 1 and no LoRA
     elsewhere: list[tuple[int, int, str]] = field(default_factory=list)  # blocks, of how many, who
 
     def begin_call(self, conditionings: Iterable[Any], t: list[float]) -> bool:

@@ -67,7 +67,7 @@ def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], trace: Trace) -> It
     def hiding(weight: Tensor, own: Adjust) -> Tensor:
         return own(weight.float())
 
-    def seen(forward: Forward) -> Forward:
+    def traced(forward: Forward) -> Forward:
         @looks_like(forward)
         def lora_forward(*args: Any, **kwargs: Any) -> Any:
             trace.called = trace.attended = True
@@ -81,7 +81,7 @@ def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], trace: Trace) -> It
         else:
             # An attribute hides the parameter. In float32, which float8 would round.
             yield module, parameter, partial(hiding, own=own)
-            yield module, "forward", seen
+            yield module, "forward", traced
 
 
 def additive_forward(
