@@ -1,5 +1,8 @@
 """Fixtures of the tests on models."""
 
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention
+import comfy.ldm.modules.diffusionmodules.mmdit
 import folder_paths
 import pytest
 import torch
@@ -45,6 +48,37 @@ def case(request, record_property):
         pytest.skip(f"this ComfyUI has no {request.param.name}")
     record_property("model", request.param.name)
     return request.param
+
+
+@pytest.fixture
+def untraceable(monkeypatch):
+    """An attention kernel that breaks the graph, as SageAttention does."""
+    attend = torch.compiler.disable(comfy.ldm.modules.attention.attention_pytorch.__wrapped__)
+
+    def attention(
+        q,
+        k,
+        v,
+        heads,
+        mask=None,
+        attn_precision=None,
+        skip_reshape=False,
+        skip_output_reshape=False,
+        **kwargs,
+    ):
+        return attend(
+            q,
+            k,
+            v,
+            heads,
+            mask=mask,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+        )
+
+    attention = comfy.ldm.modules.attention.wrap_attn(attention)
+    for each in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
+        monkeypatch.setattr(each, "optimized_attention", attention)
 
 
 @pytest.fixture

@@ -8,16 +8,13 @@ import re
 import sys
 import threading
 
-import comfy.ldm.flux.math
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.mmdit
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import IN_TURN, TRACED, compiled, load
+from support.compiling import compiled, load
 from support.families import exists, named
 from support.family_runs import dense
 from support.family_runs import sample as sample_family
@@ -28,7 +25,16 @@ compiler = sys.modules["taca_pack.taca.compiler"]
 schedule = sys.modules["taca_pack.taca.schedule"]
 
 
-@pytest.mark.parametrize(("kind", "whole"), IN_TURN)
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [
+        ("sd3", False),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [("sd3", True), ("flux", True), ("flux", False)]
+        ),
+    ],
+)
 def test_both_orders_on_and_off(folder, apply_taca, kind, whole):
     """Compile before or after TACA, with and without it, in one process: never a stale result."""
     model = load(folder, kind, whole)
@@ -101,37 +107,12 @@ def test_twice_the_plain_models_graphs(folder, apply_taca, kind, whole):
     assert graphs(apply_taca(fast, schedule=ramp), seed=5) == counts[1]
 
 
-@pytest.mark.parametrize("kind", TRACED)
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeypatch, caplog):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_kernel_that_breaks_the_graph(folder, apply_taca, untraceable, caplog, kind, whole):
     """With e.g. SageAttention the graph breaks and is compiled in pieces, without guards: those
     with TACA must never be taken for the plain model's."""
-    untraceable = torch.compiler.disable(comfy.ldm.modules.attention.attention_pytorch.__wrapped__)
-
-    def attention(
-        q,
-        k,
-        v,
-        heads,
-        mask=None,
-        attn_precision=None,
-        skip_reshape=False,
-        skip_output_reshape=False,
-        **kwargs,
-    ):
-        return untraceable(
-            q,
-            k,
-            v,
-            heads,
-            mask=mask,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-        )
-
-    attention = comfy.ldm.modules.attention.wrap_attn(attention)
-    for module in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
-        monkeypatch.setattr(module, "optimized_attention", attention)
     model = load(folder, kind, whole)
     plain, ours = (sample(m, kind, steps=6, text=(7, 7)) for m in (model, apply_taca(model)))
     fast = compiled(model, whole)
@@ -143,10 +124,7 @@ def test_a_kernel_that_breaks_the_graph(folder, apply_taca, kind, whole, monkeyp
     assert not installed_on(model)
 
 
-QUICK = {  # the most used; FLUX.1 and SD3 are above
-    True: named("Qwen-Image"),
-    False: named("Chroma", "Z-Image"),
-}
+QUICK = named("Chroma")  # traced soonest
 
 
 @pytest.mark.parametrize(
@@ -156,7 +134,7 @@ QUICK = {  # the most used; FLUX.1 and SD3 are above
             case,
             whole,
             id=f"{case}-{'whole' if whole else 'blocks'}",
-            marks=[] if case in QUICK[whole] else pytest.mark.slow,
+            marks=[] if case in QUICK and not whole else pytest.mark.slow,
         )
         for whole in (True, False)
         for case in (families.ONE_EACH if whole else families.CASES)

@@ -10,9 +10,6 @@ from collections import Counter
 from pathlib import Path
 from types import MethodType
 
-import comfy.ldm.flux.math
-import comfy.ldm.modules.attention
-import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -424,37 +421,6 @@ def test_an_error_of_inductor_runs_uncompiled(folder, apply_taca, caplog, whole)
     assert "no C++ compiler" in caplog.text
     assert counters["stats"]["unique_graphs"]  # of the steps outside
     assert not installed_on(model)
-
-
-@pytest.fixture
-def untraceable(monkeypatch):
-    """An attention kernel that breaks the graph, as SageAttention does."""
-    attend = torch.compiler.disable(comfy.ldm.modules.attention.attention_pytorch.__wrapped__)
-
-    def attention(
-        q,
-        k,
-        v,
-        heads,
-        mask=None,
-        attn_precision=None,
-        skip_reshape=False,
-        skip_output_reshape=False,
-        **kwargs,
-    ):
-        return attend(
-            q,
-            k,
-            v,
-            heads,
-            mask=mask,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-        )
-
-    attention = comfy.ldm.modules.attention.wrap_attn(attention)
-    for each in (comfy.ldm.flux.math, comfy.ldm.modules.diffusionmodules.mmdit):
-        monkeypatch.setattr(each, "optimized_attention", attention)
 
 
 @pytest.mark.parametrize("kind", TRACED)

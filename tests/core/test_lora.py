@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from support import tiny
-from support.compiling import TRACED, compiled, load
+from support.compiling import compiled, load
 from support.loras import (
     NAMINGS,
     core_model,
@@ -355,7 +355,8 @@ def test_rows_of_mixed_sigma(folder, apply_taca, load_lora, kind, algorithm):
     torch.testing.assert_close(call(slice(None)), alone, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled(folder, apply_taca, load_lora, kind, fresh_dynamo):
     """Both orders, on and off, in one process; another strength; never a stale result."""
     model = load(folder, kind)

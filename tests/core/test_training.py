@@ -128,7 +128,7 @@ def test_draws_are_inside(folder, apply_taca, window, kind):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("flux", marks=pytest.mark.slow), "sd3"])
 def test_the_loss_inside_the_window_falls(folder, apply_taca, window, kind):
     """And the LoRA, loaded by Load TACA LoRA, acts there and nowhere else (test_lora)."""
     model = window(apply_taca(tiny.load(folder, kind), 1.2, 900.0))

@@ -49,7 +49,8 @@ STREAMS = [(6, 0, 0), (6, 3, 1), (6, 1, 3), (12, 3, 3), (12, 0, 4), (12, 5, 2), 
 """Depth, c and v; depth 12 with c = v = 3 is what the author's code sets."""
 
 
-@pytest.mark.parametrize("size", ["small", pytest.param("small deep", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PUBLISHED)
 def test_is_the_published_network(size):
     """Parameters, names and the forward of the published shapes, to 1e-5: by torch and as ComfyUI
     calls it, at the first and the last timestep.

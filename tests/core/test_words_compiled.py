@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from support import families, tiny
-from support.compiling import IN_TURN, compiled, load
-from support.families import exists, named
+from support.compiling import compiled, load
+from support.families import exists
 from support.family_runs import sample as sample_family
 from support.tiny import KINDS, installed_on, sample
 from support.words import PROMPT, weighed
@@ -22,7 +22,9 @@ def words(kind, weights=PROMPT, length=7, seed=1, **how):
     return weighed(tiny.conditioning(kind, length, seed=seed), weights, **how)
 
 
-@pytest.mark.parametrize(("kind", "whole"), IN_TURN)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
 def test_on_and_off(folder, apply_taca, kind, whole):
     """Weights, gamma and words to avoid in turn on one compiled model: never a stale result."""
     model = load(folder, kind, whole)
@@ -68,6 +70,7 @@ def test_no_graph_for_other_weights(folder, kind, cfg):
     assert graphs([*PROMPT, *[1.0] * 5]) == dynamic
 
 
+@pytest.mark.slow
 def test_two_graphs_beside_gamma(folder, apply_taca):
     """Inside the window of gamma, and outside; weights and gamma change nothing."""
     fast = compiled(load(folder, "flux"), whole=True)
@@ -77,6 +80,7 @@ def test_two_graphs_beside_gamma(folder, apply_taca):
         assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_a_window_of_their_own(folder):
     """Steps outside it run the plain graph."""
     schedule = sys.modules["taca_pack.taca.schedule"]
@@ -102,16 +106,8 @@ def test_inductor(folder, kind):
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
 
 
-QUICK = named("Z-Image")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=str(case), marks=[] if case in QUICK else pytest.mark.slow)
-        for case in families.ONE_EACH
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", families.ONE_EACH, ids=str)
 def test_families(case, folder, monkeypatch, caplog):
     """Weights on each family's compiled model, and off again, as uncompiled."""
     if not exists(case):

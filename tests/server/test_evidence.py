@@ -14,6 +14,7 @@ from PIL import Image
 from support.servers import add_tiny_clip
 from support.workflow import ONE_THREAD, ROOT
 
+pytestmark = pytest.mark.slow  # both a server and many pictures
 MODELS = ROOT / "demo/models"
 
 
@@ -42,7 +43,6 @@ def test_dry_run_on_the_demo(written):
     assert Image.open(written.with_suffix(".png")).width == 1200
 
 
-@pytest.mark.slow
 def test_prompt_check_as_the_judge(tmp_path):
     """In the place of the workflow's judge, with a text encoder that sees pictures."""
     base = tmp_path / "base"

@@ -8,13 +8,6 @@ from support import tiny
 
 # Tracing takes longest of all, FLUX most.
 TRACED = [pytest.param("flux", marks=pytest.mark.slow), "sd3"]
-IN_TURN = [
-    ("sd3", False),
-    pytest.param("flux", True, marks=pytest.mark.slow),
-    pytest.param("sd3", True, marks=pytest.mark.slow),
-    pytest.param("flux", False, marks=pytest.mark.slow),
-]
-"""A kind of model, and whether it is compiled whole or by blocks."""
 LISTS = ("double_blocks", "single_blocks", "joint_blocks")
 
 
