@@ -97,7 +97,7 @@ def flops_of(size: str) -> dict[str, Any]:
 
 
 def steps_of(
-    config: UViTConfig, what: str, batch: int, device: torch.device
+    config: UViTConfig, what: str, batch: int, device: torch.device, all_float32: bool = False
 ) -> dict[str, Callable[[], None]]:
     """One step of training, or one call as in sampling, of a new network, by precision."""
     precision = PRECISIONS[0]
@@ -117,14 +117,17 @@ def steps_of(
     def step(chosen: str) -> None:
         nonlocal precision
         precision = chosen
-        with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16):
+        with (
+            torch.set_grad_enabled(training),
+            torch.autocast(device.type, torch.bfloat16, not all_float32),
+        ):
             predicted = network(x, t, context)
         if optimiser is not None:
             (predicted.float() - x).square().mean().backward()
             optimiser.step()
             optimiser.zero_grad()
 
-    return {each: partial(step, each) for each in PRECISIONS}
+    return {each: partial(step, each) for each in PRECISIONS[: 1 if all_float32 else 2]}
 
 
 def cases(
@@ -132,6 +135,7 @@ def cases(
     sizes: Sequence[str] = tuple(SIZES),
     batches: Sequence[int] = (1, 4),
     work: Sequence[str] = WORK,
+    all_float32: bool = False,
 ) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """What to time: a setting, a method of it, and a step; those of a setting are comparable.
 
@@ -139,14 +143,18 @@ def cases(
     """
     for size, batch, what in itertools.product(sizes, batches, work):
         for fusion in (EARLY, *TIMED):
-            for precision, step in steps_of(config_of(size, fusion), what, batch, device).items():
+            steps = steps_of(config_of(size, fusion), what, batch, device, all_float32)
+            for precision, step in steps.items():
                 yield setting_of(size, batch, what), f"{fusion}, {precision}", step
 
 
-def throughput(size: str, batch: int, what: str, rounds: int) -> dict[str, Any]:
+def throughput(
+    size: str, batch: int, what: str, rounds: int, all_float32: bool = False
+) -> dict[str, Any]:
     """Pictures a second of every method of a setting, and ratios within rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {method: step for _, method, step in cases(device, [size], [batch], [what])}
+    found = cases(device, [size], [batch], [what], all_float32)
+    steps = {method: step for _, method, step in found}
     timed = lambda method: timing.seconds(steps[method], device)  # noqa: E731
     times = timing.interleaved(timed, list(steps), rounds, setting_of(size, batch, what))
     speed = {method: round(batch / float(np.median(own)), 3) for method, own in times.items()}
@@ -159,14 +167,20 @@ def setting_of(size: str, batch: int, what: str) -> str:
 
 
 def compared(times: dict[str, list[float]]) -> dict[str, Any]:
-    """How many times as fast: by fusion, by precision, by both; median and its interval."""
+    """How many times as fast: by fusion, by precision, by both; median and its interval.
+
+    What was timed in one precision alone has no figures for precision.
+    """
 
     def ratio(slow: str, fast: str) -> list[float]:
         found = timing.spread(np.divide(times[slow], times[fast]).tolist())
         return [round(found[key], 3) for key in ("low", "median", "high")]
 
-    one, other = PRECISIONS
-    fused = {p: {f: ratio(f"{EARLY}, {p}", f"{f}, {p}") for f in TIMED} for p in PRECISIONS}
+    timed = [p for p in PRECISIONS if f"{EARLY}, {p}" in times]
+    fused = {p: {f: ratio(f"{EARLY}, {p}", f"{f}, {p}") for f in TIMED} for p in timed}
+    if len(timed) == 1:
+        return {"fusion": fused, "precision": {}, "both": {}}
+    one, other = timed
     return {
         "fusion": fused,
         "precision": {f: ratio(f"{f}, {one}", f"{f}, {other}") for f in (EARLY, *TIMED)},
@@ -188,13 +202,14 @@ def written(report: dict[str, Any]) -> str:
             parts += [head, markdown(["", *(f"c{c}" for c in COUNTED)], rows)]
     parts.append(
         "## Speed\n\nHow many times as fast as early fusion, and bfloat16 attention as float32 "
-        "attention: medians of rounds, and their 95 % intervals."
+        "attention: medians of rounds, and their 95 % intervals. All else is computed in "
+        f"{'float32' if report.get('all_float32') else 'bfloat16'}."
     )
     rows = []
     for setting, found in report["throughput"].items():
-        for fusion in found["precision"]:
-            ratios = [*(found["fusion"][p].get(fusion) for p in PRECISIONS)]
-            ratios += [found["precision"][fusion], found["both"].get(fusion)]
+        for fusion in found["precision"] or TIMED:
+            ratios = [found["fusion"].get(p, {}).get(fusion) for p in PRECISIONS]
+            ratios += [found[key].get(fusion) for key in ("precision", "both")]
             cells = (timing.ranged(each) if each else "" for each in ratios)
             rows.append([setting, fusion, str(found["rounds"]), *cells])
     head = ["setting", "text", "rounds", *(f"fusion, {p} attention" for p in PRECISIONS)]
@@ -207,6 +222,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument(
+        "--all-float32", action="store_true", help="for a CPU without bfloat16 units"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="0: FLOPs only")
     parser.add_argument("--note", default="", help="about the machine, for the record")
     parser.add_argument("--out", type=Path, help="JSON; by default among the results")
@@ -215,14 +233,15 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     timing.clock = timing.CLOCKS["cpu"]
     report = {"environment": timing.environment(device, "cpu"), "note": options.note}
+    report["all_float32"] = options.all_float32
     report["flops"] = {size: flops_of(size) for size in options.sizes}
     report["throughput"] = {}
     file = options.out or timing.RESULTS / f"fusion-cost-{timing.slug_of(device)}.json"
     settings = itertools.product(options.sizes, options.batches, options.work)
     for setting in settings if options.rounds else ():
-        found = throughput(*setting, options.rounds)
+        found = throughput(*setting, options.rounds, options.all_float32)
         report["throughput"][setting_of(*setting)] = found
-        print(setting, found["both"], flush=True)
+        print(setting, found["fusion"], flush=True)
         store(file, report)
     store(file, report)
     file.with_suffix(".md").write_text(written(report), encoding="utf-8")

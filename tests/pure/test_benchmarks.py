@@ -127,7 +127,8 @@ def test_committed_results_are_still_read(kind, tmp_path):
     assert results.file.with_suffix(".png").exists() or kind == "host"
 
 
-def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
+@pytest.mark.parametrize("all_float32", [False, True])
+def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path, all_float32):
     """FLOPs of every c and v, all methods in the same rounds, and the tables."""
     small = {"width": 64, "side": 4, "text_tokens": 5, "text_width": 6}
     monkeypatch.setattr(fusion, "UViTConfig", functools.partial(fusion.UViTConfig, **small))
@@ -140,6 +141,7 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
     monkeypatch.setattr(fusion, "TIMED", ways)
     file = tmp_path / "cost.json"
     asked = ["--rounds", "2", "--batches", "2", "--out", str(file)]
+    asked += ["--all-float32"] if all_float32 else []
     monkeypatch.setattr(sys, "argv", ["fusion.py", *asked])
     threads = torch.get_num_threads()
     with torch.enable_grad():
@@ -149,11 +151,12 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path):
     assert list(report["throughput"]) == ["small, batch 2, training", "small, batch 2, sampling"]
     for found in report["throughput"].values():
         assert found["rounds"] == 2
-        assert set(found["both"]) == set(ways)
-        assert len(found["pictures_per_second"]) == 2 * 3
+        assert all(set(ratios) == set(ways) for ratios in found["fusion"].values())
+        assert set(found["both"]) == (set() if all_float32 else set(ways))
+        assert len(found["pictures_per_second"]) == (1 if all_float32 else 2) * 3
         assert all(low <= middle <= high for low, middle, high in found["precision"].values())
     page = file.with_suffix(".md").read_text()
-    assert page.count("\n| small") == 2 * 3
+    assert page.count("\n| small") == 2 * (2 if all_float32 else 3)
     assert page.count("\n| v") == 2 * 2
 
 
