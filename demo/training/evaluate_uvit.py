@@ -25,7 +25,7 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 import world
 from codec import SCALE, Codec
 from train_uvit import CODEC, SHAPES, captions_of
-from trainer import pictures_of, tokens_of
+from trainer import DEVICE, pictures_of, tokens_of
 
 from uvit.files import read_config
 from uvit.network import UViT
@@ -43,16 +43,16 @@ def sample(
     A caption's noise depends on the seed and its place among the captions alone.
     """
     tokens = tokens_of(captions)
-    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
+    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)])).to(DEVICE)
     side = network.config.side
     x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    times = torch.linspace(1, 0, steps + 1)
+    x, times = x.to(DEVICE), torch.linspace(1, 0, steps + 1, device=DEVICE)
     times = 3 * times / (1 + 2 * times)
     for t, following in itertools.pairwise(times):
         velocity = network(x.repeat(2, 1, 1, 1), (1000 * t).expand(2 * len(x)), context)
         positive, negative = velocity.chunk(2)
         x = x + (following - t) * (negative + cfg * (positive - negative))
-    return codec.decode(x / SCALE).numpy()
+    return codec.decode(x.cpu() / SCALE).numpy()
 
 
 class Colours(torch.nn.Module):
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[UViT, dict[str, Any]]:
     state = load_file(path)
     network = UViT(read_config(state, metadata, path.name)[0])
     network.load_state_dict(state)
-    return network.eval(), json.loads(metadata["uvit"])
+    return network.to(DEVICE).eval(), json.loads(metadata["uvit"])
 
 
 def wrong(caption: str) -> list[str]:
@@ -101,20 +101,20 @@ def wrong(caption: str) -> list[str]:
 @torch.no_grad()
 def tells(network: UViT, codec: Codec, captions: list[str], draws: int = 16) -> np.ndarray:
     """Whether each caption explains its picture better than wrong ones: ``(captions, TOLD)``."""
-    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)]))
+    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)])).to(DEVICE)
     told = [captions, *zip(*map(wrong, captions), strict=True)]
-    contexts = [codec.embed(tokens_of(each)) for each in told]
+    contexts = [codec.embed(tokens_of(each)).to(DEVICE) for each in told]
     drawn = torch.Generator().manual_seed(0)
-    loss = torch.zeros(len(contexts), len(captions))
+    loss = torch.zeros(len(contexts), len(captions), device=DEVICE)
     for i in range(draws):
         t = (i + 0.5) / draws
-        noise = torch.randn(x.shape, generator=drawn)
+        noise = torch.randn(x.shape, generator=drawn).to(DEVICE)
         noisy = torch.lerp(x, noise, t)
         for each, context in zip(loss, contexts, strict=True):
-            velocity = network(noisy, torch.full((len(x),), 1000 * t), context)
+            velocity = network(noisy, x.new_full((len(x),), 1000 * t), context)
             each += (velocity - (noise - x)).square().mean((1, 2, 3))
     right = (loss[0] < loss[1:]).T
-    return torch.cat((right, right.all(1, keepdim=True)), 1).numpy()
+    return torch.cat((right, right.all(1, keepdim=True)), 1).cpu().numpy()
 
 
 def score(options: argparse.Namespace) -> None:

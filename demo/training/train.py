@@ -1,4 +1,4 @@
-"""Train the demo's model, a small MM-DiT of the SD3 architecture, from scratch on a CPU.
+"""Train the demo's model, a small MM-DiT of the SD3 architecture, from scratch on a CPU or a GPU.
 
 ``python demo/training/train.py --comfyui DIR`` renders the pictures, fits the codec, trains by
 rectified flow and writes ``taca_demo_mmdit.safetensors`` and ``taca_demo.json`` to ``demo/models``
@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import world
 from codec import CHANNELS, Codec, from_model, to_model
-from trainer import Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
+from trainer import DEVICE, Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
 
 DEMO = Path(world.__file__).parent
 
@@ -162,16 +162,16 @@ def accuracy(
     """
     tokens = tokens_of(captions, arguments.text)
     side = 2 * arguments.size // TOKEN
-    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)]))
+    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)])).to(DEVICE)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(captions), CHANNELS, side, side, generator=generator)
-    times = torch.linspace(1, 0, steps + 1)
+    x = torch.randn(len(captions), CHANNELS, side, side, generator=generator).to(DEVICE)
+    times = torch.linspace(1, 0, steps + 1, device=DEVICE)
     times = 3 * times / (1 + 2 * times)
     for t, following in itertools.pairwise(times):
         velocity = model(x.repeat(2, 1, 1, 1), (1000 * t).expand(2 * len(x)), context=context)
         positive, negative = velocity.chunk(2)
         x = x + (following - t) * (negative + cfg * (positive - negative))
-    pictures = codec.decode(from_model(x)).numpy()
+    pictures = codec.decode(from_model(x.cpu())).numpy()
     results = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
     return {key: round(sum(r[key] for r in results) / len(results), 4) for key in results[0]}
 
@@ -184,7 +184,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 
-    model = build_model(arguments.depth, arguments.size // TOKEN)
+    model = build_model(arguments.depth, arguments.size // TOKEN).to(DEVICE)
     if arguments.start:
         model.load_state_dict({k: w.float() for k, w in load_file(arguments.start).items()})
     if arguments.precision == "fp32":
@@ -199,22 +199,23 @@ def main() -> None:
         x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor
     ) -> torch.Tensor:
         noisy = torch.lerp(x, noise, t[:, None, None, None])
-        with torch.autocast("cpu", torch.bfloat16, arguments.precision == "bf16"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, arguments.precision == "bf16"):
             velocity = model(noisy, 1000 * t, context=context)
         return (velocity.float() - (noise - x)).square().mean()
 
     if arguments.compile:
         flow_loss = torch.compile(flow_loss, dynamic=False)
-    drawn = draw_batches(len(pool), arguments.batch, trainer.step, arguments.seed)
+    batches = draw_batches(len(pool), arguments.batch, trainer.step, arguments.seed)
 
     def loss_at(_: int) -> torch.Tensor:
-        chosen, generator = next(drawn)
+        chosen, generator = next(batches)
         x = pool[chosen].float()
         noise = torch.randn(x.shape, generator=generator)
         t = torch.sigmoid(torch.randn(len(x), generator=generator))
         t = arguments.shift * t / (1 + (arguments.shift - 1) * t)
         kept = torch.rand(len(x), 1, generator=generator) >= arguments.dropout
-        return flow_loss(x, noise, t, codec.embed(tokens[chosen] * kept))
+        drawn = x, noise, t, codec.embed(tokens[chosen] * kept)
+        return flow_loss(*(each.to(DEVICE) for each in drawn))
 
     def rate_at(step: int) -> float:
         warm = min(1.0, step / arguments.warmup)

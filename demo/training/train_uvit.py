@@ -21,7 +21,7 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from trainer import Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
+from trainer import DEVICE, Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
 
 from uvit.config import UViTConfig
 from uvit.files import metadata_of
@@ -63,7 +63,7 @@ def train(options: argparse.Namespace) -> None:
     pool = torch.cat([(SCALE * codec.encode(some)).half() for some in pictures])
     tokens = tokens_of(captions)
     config = config_of(options.fusion)
-    network = UViT(config).initialise(torch.Generator().manual_seed(options.seed))
+    network = UViT(config).initialise(torch.Generator().manual_seed(options.seed)).to(DEVICE)
     files = folder / f"{name}.pt", folder / f"{name}.jsonl"
     if options.precision == "fp32":
         torch.optim._muon._zeropower_via_newtonschulz = orthogonalised
@@ -84,9 +84,11 @@ def train(options: argparse.Namespace) -> None:
         kept = torch.rand(BATCH, 1, generator=drawn) >= DROPOUT
         x = pool[chosen].float()
         noise = torch.randn(x.shape, generator=drawn)
+        given = x, noise, t, codec.embed(tokens[chosen] * kept)
+        x, noise, t, context = (each.to(DEVICE) for each in given)
         noisy = torch.lerp(x, noise, t[:, None, None, None])
-        with torch.autocast("cpu", torch.bfloat16, options.precision == "bf16"):
-            velocity = network(noisy, 1000 * t, codec.embed(tokens[chosen] * kept))
+        with torch.autocast(DEVICE.type, torch.bfloat16, options.precision == "bf16"):
+            velocity = network(noisy, 1000 * t, context)
         return (velocity.float() - (noise - x)).square().mean()
 
     if trainer.step < constant:

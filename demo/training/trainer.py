@@ -13,6 +13,9 @@ import torch
 import world
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where models train. What a step draws comes from the CPU, so that it is the same on both."""
+
 
 def pictures_of(captions: list[str], seed: int, size: int = world.SIZE) -> Iterator[torch.Tensor]:
     """A picture of each caption, some thousands at a time."""
@@ -90,7 +93,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from there."""
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, "cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.module.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
