@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..taca.conditioning import AVOID_STRENGTH, attach, check_text, encode, parse, words_of
+from ..taca.conditioning import AVOID_STRENGTH, attach, check_text, encode, parse, read, words_of
 from ..taca.schedule import Schedule
 from .patch import TACASchedule
 from .sweep import parsed
@@ -102,7 +102,7 @@ class TACAWeighWords(io.ComfyNode):
         schedule: Schedule | None = None,
         any_model: bool = True,
     ) -> io.NodeOutput:
-        parsed = parse(text)
+        parsed = read(clip, text)
         say = NodeText(*parsed.warnings)
         how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": say}
         words = words_of(clip, parsed, **how)

@@ -73,14 +73,22 @@ class NeedsTaca(comfy.conds.CONDRegular):
 class WeightedText(NamedTuple):
     """A prompt without the brackets of its weights."""
 
-    text: str  # as ComfyUI takes it: literal brackets have a backslash before them
+    text: str  # as the text encoder takes it: a literal bracket has a backslash before it, or none
     weights: tuple[float, ...]  # of each character
     phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of each with a weight
     warnings: tuple[str, ...] = ()  # about text that looks like a weight and is none
 
 
-def parse(text: str) -> WeightedText:
-    """Read the weights of a prompt by ComfyUI's own rules.
+def read(clip: CLIP, text: str) -> WeightedText:
+    """``parse`` for a CLIP: some, as LongCat-Image's, take a backslash before a bracket as text."""
+    parsed = parse(text)
+    if "\\" not in parsed.text or clip.tokenize(r"\(") == clip.tokenize("("):
+        return parsed
+    return parse(text, "")
+
+
+def parse(text: str, escape: str = "\\") -> WeightedText:
+    """Read the weights of a prompt by ComfyUI's own rules; ``escape`` marks brackets that are text.
 
     Raises ValueError if a weight is not a number, or too large.
     """
@@ -96,7 +104,7 @@ def parse(text: str) -> WeightedText:
                 f"TACA: a bracket has no partner at {unescape_important(lone[0])!r}, so it and "
                 f"weights behind it are text. Write \\( or \\) for a bracket that you mean."
             )
-        segment = unescape_important(segment).replace("(", r"\(").replace(")", r"\)")
+        segment = re.sub("[()]", lambda bracket: escape + bracket[0], unescape_important(segment))
         if not abs(weight) <= LARGEST:
             raise ValueError(
                 f"TACA: the weight of {segment!r} must be a number between -{LARGEST:g} and "
@@ -128,7 +136,7 @@ def encode(
 
     Raises ValueError if the CLIP hides its tokens, or has none for a word with a weight.
     """
-    parsed, avoided = parse(text), parse(avoid)
+    parsed, avoided = read(clip, text), read(clip, avoid)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     words = words_of(clip, parsed, **how)
     if avoided.text.strip():

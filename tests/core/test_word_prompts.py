@@ -282,6 +282,55 @@ def test_words_of_what_is_beside_the_text():
         assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost
 
 
+GLYPHS = "hunyuan_image.HunyuanImageTEModel"
+
+
+@pytest.mark.parametrize(
+    "tokenizer", ["hunyuan_image.HunyuanImageTokenizer", "hunyuan_video.HunyuanVideo15Tokenizer"]
+)
+@pytest.mark.parametrize(
+    ("text", "weighed"),
+    [
+        ('a sign "(OPEN:2) 24" here and "(b:2)"', "OPENb"),
+        ('"OPEN" (dog:2)', ""),
+        ('OPEN "(OPEN:2)" OPEN "OPEN"', "OPEN"),
+        ('(Text:2) "Text"', ""),
+        ('‘(a:2)’ "b"', "a"),
+        ('“(开:2)门” sign "(x:2)"', "x开"),  # those in straight marks come first
+        ('"a\u0301 (é:2)"', "é"),
+        (r'a "(\(x\):2) y"', "(x)"),
+    ],
+)
+def test_what_is_to_be_written_weighs_in_byt5(tokenizer, text, weighed):
+    """ByT5 is handed what stands in quotation marks, in an order of its own."""
+    clip = clip_of(tokenizer, GLYPHS)
+    parsed = conditioning.parse(text)
+    words = conditioning.words_of(clip, parsed)
+    (chunk,) = clip.tokenize(parsed.text)["byt5"]
+    ids = [each for each, _ in chunk]
+    weights = words.beside["conditioning_byt5small"]
+    assert len(weights) == len(ids)
+    assert {*weights} <= {1.0, 2.0}
+    found = [each for each, weight in zip(ids, weights, strict=True) if weight == 2]
+    assert clip.tokenizer.byt5.tokenizer.decode(found) == weighed
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "HiDream-O1"])
+@pytest.mark.parametrize("text", ["smile :) and (a", r"a \(big\) (cat:2)", "(a \\(b\\):0.5"])
+def test_brackets_that_are_text(name, text):
+    """They reach each encoder as they are meant, also one that takes a backslash as text."""
+    clip = clip_named(name)
+    plain = text.replace("(cat:2)", "cat")
+    for bracket in "()":
+        plain = plain.replace(f"\\{bracket}", bracket)
+    has_weights = name in ("FLUX.1", "SD3", "OmniGen2", "HunyuanVideo")
+    how = {"disable_weights": True} if has_weights else {}
+    expected = clip.tokenizer.tokenize_with_weights(plain, **how)
+    ((ours, extras),) = conditioning.encode(clip, text)
+    assert torch.equal(ours, clip.encode_from_tokens(expected))
+    assert extras[KEY].weights.count(2.0) == text.count("cat")
+
+
 def test_a_word_that_one_encoder_alone_knows():
     """HiDream-I1's T5 lacks a letter that its Llama has."""
     clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
