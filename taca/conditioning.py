@@ -33,9 +33,9 @@ LARGEST = 1000.0
 
 log = logging.getLogger("taca")
 
-# With a full-width colon or bracket, or with a decimal comma.
+# A number at the end of brackets, with the signs of any keyboard.
 _LIKE_A_WEIGHT = re.compile(
-    r"\uff1a\s*[-+]?[\d.,]*\d\s*[)\uff09]|:\s*[-+]?[\d.,]*\d\s*\uff09|:\s*[-+]?\d*,\d+\s*\)"
+    r"[:\uff1a](\s*[-+\u2010-\u2015\u2212\uff0b\uff0d]?\s*[\d.,\uff0c\uff0e\u066b]*\d\s*%?\s*)[)\uff09]"
 )
 _IN_EMBEDDING = re.compile(r"(?:^|\s)embedding:\S*$")
 
@@ -97,6 +97,7 @@ def parse(text: str, escape: str = "\\") -> WeightedText:
     warnings = [
         f"TACA: {found[0]!r} is no weight and is taken as text. Write weights as in (word:1.5)."
         for found in _LIKE_A_WEIGHT.finditer(escaped)
+        if not _is_weight(escaped, found)
     ]
     for segment, weight in token_weights(escaped, 1.0):
         if lone := re.search("[()].{,30}", segment):
@@ -119,6 +120,15 @@ def parse(text: str, escape: str = "\\") -> WeightedText:
         weights += [weight] * len(segment)
         plain += segment
     return WeightedText(plain, tuple(weights), tuple(phrases), tuple(warnings))
+
+
+def _is_weight(text: str, found: re.Match[str]) -> bool:
+    """Whether ComfyUI reads as a weight what looks like one."""
+    try:
+        float(found[1])
+    except ValueError:
+        return False
+    return found[0][0] == ":" and found[0][-1] == ")" and not text.endswith("(", 0, found.start())
 
 
 def encode(
