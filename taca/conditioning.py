@@ -13,10 +13,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
-from torch.nn.functional import normalize, pad
 
 from .patch import run_with_taca
-from .prompt_tokens import PromptTokens, Table, text_of
+from .prompt_tokens import PromptTokens, Table
 from .run import PATCH_KEY
 from .words import WORDS_KEY, Words
 
@@ -242,13 +241,18 @@ def attach(
     for text, extras in conditioning:
         extras = _without_hook(extras)  # of the words that it had before
         more = text.shape[1] - len(words.weights)
-        if more < 0 or (more and not _sees_pictures(clip)):
+        if more < 0 or (more and not sees_pictures(clip)):
             raise ValueError(
                 f"TACA: this conditioning has {text.shape[1]} text tokens, and the text has "
                 f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it."
             )
-        if more:
-            log.info("TACA takes %d tokens before those of the text for pictures'.", more)
+        beside = {n: w for n, w in words.beside.items() if isinstance(extras.get(n), torch.Tensor)}
+        if any(extras[name].shape[-2] != len(weights) for name, weights in beside.items()):
+            raise ValueError(
+                "TACA: the encoders of this conditioning were given different texts, so the "
+                "weights would be on the wrong words. Give all of them the text with the weights, "
+                "there without brackets."
+            )
         carrying.append([text, {**extras, WORDS_KEY: words.behind(more)}])
         waiting = extras.get("model_conds", {})
         if WORDS_KEY in waiting:  # of the words that it had before
@@ -278,37 +282,7 @@ def _without_hook(extras: dict[str, Any]) -> dict[str, Any]:
     return rest | ({"hooks": hooks} if len(hooks) else {})
 
 
-def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
-    """Raise ValueError if a conditioning padded to a fixed length is of a different text.
-
-    It need not equal what the CLIP makes of the text: another node may have weighed embeddings or
-    mixed texts. But even then many of its tokens resemble the token at their own place most, and
-    none with a weight, together with its neighbour, resembles another place more.
-    """
-    own = torch.tensor(words.prompt.own()).bool()
-    theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]
-    if not theirs or not words.has_weights or own.all():
-        return
-    made = text_of(clip, words.prompt.text)[0][own].float().cpu()
-    middle = made.mean(0)
-    made = normalize(made - middle, dim=1)
-    places, weighs = own.nonzero().flatten(), torch.tensor(words.weights)[own] != 1
-    for text in theirs:
-        alike = normalize(text.float().cpu() - middle, dim=1) @ made.T
-        here = alike[own].diagonal() + 0.05  # a word may stand there twice
-        most, at = alike.max(0)
-        # Of each token how far it has moved; a word before it moves its neighbours as far.
-        moved = torch.where(here < most, at - places, 0)
-        together = moved[1:] == moved[:-1]
-        together = pad(together, (0, 1)) | pad(together, (1, 0))
-        is_moved = bool((weighs & together & (moved != 0)).any())
-        if is_moved or (here >= alike[own].amax(1)).float().mean() < 0.3:
-            raise ValueError(
-                "TACA: this conditioning is of another text, so the weights would be on the wrong "
-                "words. Connect the CLIP and the text that made it, there without brackets."
-            )
-
-
-def _sees_pictures(clip: CLIP | None) -> bool:
+def sees_pictures(clip: CLIP | None) -> bool:
+    """Whether a CLIP takes pictures beside the text."""
     tokenize = getattr(getattr(clip, "tokenizer", None), "tokenize_with_weights", None)
     return tokenize is not None and "images" in inspect.signature(tokenize).parameters

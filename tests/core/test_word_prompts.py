@@ -13,6 +13,7 @@ conditioning = sys.modules["taca_pack.taca.conditioning"]
 KEY = sys.modules["taca_pack.taca.words"].WORDS_KEY
 TEXT = "a (blue scarf:1.5) on a chair, (fog:0) and (pillows:-1)"
 PLAIN = "a blue scarf on a chair, fog and pillows"
+GLYPHS = "hunyuan_image.HunyuanImageTEModel"
 ENCODERS = CLIPS | {"FLUX.1": FLUX, "SD3": SD3_WITHOUT_T5}
 
 
@@ -232,6 +233,69 @@ def test_a_text_that_its_padding_makes_as_long(pack):
             assert KEY in weigh(each, clip, TEXT).result[0][0][1]
 
 
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1", "Qwen-Image", "Z-Image", "HiDream-I1"])
+def test_what_cannot_be_known_of_a_conditioning_is_told(name, pack, monkeypatch):
+    """A text that is as long, also without padding and where padding hides it, as CLIP's does."""
+    hidream = "hidream.HiDreamTokenizer", "hidream.hidream_clip"
+    clip = clip_of(*hidream) if name == "HiDream-I1" else clip_named(name)
+    shown = []
+    text_module = sys.modules["taca_pack.nodes.ui.text"]
+    monkeypatch.setattr(text_module, "show_text", lambda *args: shown.append(args[0]))
+
+    def told(theirs, text=TEXT):
+        shown.clear()
+        try:
+            assert KEY in pack["TACAWeighWords"].execute(theirs, clip, text).result[0][0][1]
+        except ValueError as error:
+            return str(error)
+        return "".join(shown)
+
+    def plain(text):
+        return nodes.CLIPTextEncode().encode(clip, text)[0]
+
+    assert told(plain(PLAIN)) == ""
+    assert told(nodes.ConditioningZeroOut().zero_out(plain(PLAIN))[0]) == ""
+    if name in ("SD3", "HiDream-I1"):  # whose tokenizers read weights
+        assert told(plain(f"({PLAIN}:1.4)")) == ""
+    for other in (
+        "a blue scarf on a wooden chair, fog and pillows",
+        "a red scarf on a chair, fog and pillows",
+        "two dogs in a park, rain and thunder on",
+    ):
+        answer = told(plain(other))
+        expected = (
+            "not what the CLIP makes of the text",
+            "of another text",
+            "text tokens, and the",
+        )
+        assert any(each in answer for each in expected)
+    mixed = nodes.ConditioningAverage().addWeighted(plain(PLAIN), plain(other), 0.6)[0]
+    assert "not what the CLIP makes of the text" in told(mixed)
+    if name != "HiDream-I1":
+        avoiding = pack["TACATextEncode"].execute(clip, PLAIN, "red dog").result[0]
+        assert "has words to avoid" in told(avoiding)
+        return
+    tokens = clip.tokenize(PLAIN) | {"llama": clip.tokenize("another text")["llama"]}
+    assert "not what the CLIP makes" in told(clip.encode_from_tokens_scheduled(tokens))
+
+
+def test_what_is_no_picture_before_the_text(pack):
+    clip, weigh = clip_named("Qwen-Image"), pack["TACAWeighWords"].execute
+    (plain,) = nodes.CLIPTextEncode().encode(clip, PLAIN)
+    (longer,) = nodes.CLIPTextEncode().encode(clip, f"{PLAIN} by the sea")
+    for other in (longer, nodes.ConditioningConcat().concat(plain, longer)[0]):
+        with pytest.raises(ValueError, match="this conditioning is of another text"):
+            weigh(other, clip, TEXT)
+
+
+def test_encoders_with_texts_of_two_lengths(pack):
+    clip = clip_of("hunyuan_image.HunyuanImageTokenizer", GLYPHS)
+    tokens = clip.tokenize('a "dog"') | {"byt5": clip.tokenize('a "big dog"')["byt5"]}
+    theirs = clip.encode_from_tokens_scheduled(tokens)
+    with pytest.raises(ValueError, match="were given different texts"):
+        pack["TACAWeighWords"].execute(theirs, clip, 'a "(dog:2)"')
+
+
 def test_what_to_avoid_is_behind_the_prompt(pack):
     clip = clip_named("FLUX.1")
     ((text, extras),) = pack["TACATextEncode"].execute(clip, PLAIN, "red pillows", 2.0).result[0]
@@ -288,9 +352,6 @@ def test_words_of_what_is_beside_the_text():
         found = decode([ids[i] for i, w in enumerate(beside) if w == weight])
         assert found.strip()
         assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost
-
-
-GLYPHS = "hunyuan_image.HunyuanImageTEModel"
 
 
 @pytest.mark.parametrize(
