@@ -201,10 +201,12 @@ def avoiding(
         )
     table = avoided.prompt.table
     chosen = [i for i, each in enumerate(table) if any(t.start < t.end for t in each)]
-    if not chosen or any(token.is_unknown for each in table for token in each):
+    written = [each.span() for each in re.finditer(r"\S+", parsed.text)]
+    is_known = all(avoided.prompt.knows(*span) for span in written)
+    if not is_known or any(token.is_unknown for each in table for token in each):
         raise ValueError(
-            f"TACA cannot avoid {parsed.text!r}: the text encoder does not know all of it. Choose "
-            f"other words."
+            f"TACA cannot avoid {parsed.text!r}: the text encoder does not know all of it, or cut "
+            f"it off. Choose other words, or fewer."
         )
     joined = []
     for (text, extras), (other, _) in zip(conditioning, others, strict=True):
@@ -285,4 +287,5 @@ def _without_hook(extras: dict[str, Any]) -> dict[str, Any]:
 def sees_pictures(clip: CLIP | None) -> bool:
     """Whether a CLIP takes pictures beside the text."""
     tokenize = getattr(getattr(clip, "tokenizer", None), "tokenize_with_weights", None)
-    return tokenize is not None and "images" in inspect.signature(tokenize).parameters
+    names = set(inspect.signature(tokenize).parameters) if tokenize else set[str]()
+    return bool(names & {"images", "image_embeds"})

@@ -5,6 +5,7 @@ import sys
 import comfy.hooks
 import pytest
 import torch
+from comfy_extras.nodes_hunyuan import PROMPT_TEMPLATE_ENCODE_VIDEO_I2V
 
 import nodes
 from support.clips import CLIPS, FLUX, SD3_WITHOUT_T5, clip_of
@@ -120,6 +121,14 @@ def test_what_is_no_weight_is_told(text, plain, says, pack, monkeypatch, caplog)
 def test_what_to_avoid_is_known():
     with pytest.raises(ValueError, match="TACA cannot avoid '\U0001f9e3'"):
         conditioning.encode(clip_named("FLUX.1"), "a cat", "\U0001f9e3")
+
+
+def test_what_to_avoid_is_not_cut_off():
+    """LongCat-Image's encoder takes 512 tokens."""
+    clip = clip_named("LongCat-Image")
+    conditioning.encode(clip, "a cat", "many things " * 200)
+    with pytest.raises(ValueError, match="cut it off"):
+        conditioning.encode(clip, "a cat", "many things " * 300)
 
 
 def test_brackets_around_nothing_avoid_nothing():
@@ -277,6 +286,20 @@ def test_what_cannot_be_known_of_a_conditioning_is_told(name, pack, monkeypatch)
         return
     tokens = clip.tokenize(PLAIN) | {"llama": clip.tokenize("another text")["llama"]}
     assert "not what the CLIP makes" in told(clip.encode_from_tokens_scheduled(tokens))
+
+
+def test_a_picture_before_hunyuan_videos_text(pack):
+    clip = clip_named("HunyuanVideo")
+    tokens = clip.tokenize(
+        PLAIN, llama_template=PROMPT_TEMPLATE_ENCODE_VIDEO_I2V, image_embeds=torch.rand(1, 8, 16)
+    )
+    (plain,) = nodes.CLIPTextEncode().encode(clip, PLAIN)
+    theirs = clip.encode_from_tokens_scheduled(tokens)
+    more = theirs[0][0].shape[1] - plain[0][0].shape[1]
+    assert more == 8
+    ((_, extras),) = pack["TACAWeighWords"].execute(theirs, clip, TEXT).result[0]
+    weights = conditioning.words_of(clip, conditioning.parse(TEXT)).weights
+    assert extras[KEY].weights == (1.0,) * more + weights
 
 
 def test_what_is_no_picture_before_the_text(pack):
