@@ -128,7 +128,7 @@ class RunWords:
     schedules: dict[Words, ResolvedSchedule | None]
     zeroed: frozenset[Any]  # entries that Zero Out emptied but for their words, by name and uuid
     tensors: dict[Any, WordWeights] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)  # what the user has to know after the run
+    notes: list[str] = field(default_factory=list)  # tokens that weigh otherwise than written
 
     @classmethod
     def of(
@@ -180,11 +180,11 @@ class RunWords:
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:
             made = [_of_row(row, num_text, extra) for row in rows]
-            if not self.warnings and any(_loses(row, num_text, extra) for row in rows):
-                self.warnings.append(
-                    f"Warning: {family.name} cuts off words that weigh. Write a shorter prompt."
-                )
-                log.warning("TACA: %s", self.warnings[0])
+            notes = [note for row in rows for note in _notes(row, num_text, extra)]
+            for note in dict.fromkeys(notes):
+                if note not in self.notes:
+                    self.notes.append(note)
+                    log.warning("TACA: %s", note)
             self.tensors[key] = _stacked(made, call.t.device)
         return replace(self.tensors[key], shared={})  # of this call alone
 
@@ -243,10 +243,15 @@ def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
     return before + tokens[:num_kept] + after
 
 
-def _loses(row: Row, num_text: int, extra: ExtraText) -> bool:
-    """Whether the model cuts off a token with a weight."""
-    weights = row.words.weights[num_text - extra.num_cut - row.filled :] if row.words else ()
-    return any(weight != 1 for weight in weights)
+def _notes(row: Row, num_text: int, extra: ExtraText) -> Iterator[str]:
+    """What the user has to know of a row's tokens that weigh otherwise than written."""
+    if row.words is None:
+        return
+    if any(weight != 1 for weight in row.words.weights[num_text - extra.num_cut - row.filled :]):
+        yield "The model cuts off words that weigh. Write a shorter prompt."
+    appended = row.length - row.filled - len(row.words.weights)
+    if appended:
+        yield f"{appended} text tokens that another node appended weigh 1."
 
 
 def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:
