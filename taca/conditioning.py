@@ -79,7 +79,15 @@ class WeightedText(NamedTuple):
 
 
 def read(clip: CLIP, text: str) -> WeightedText:
-    """``parse`` for a CLIP: some, as LongCat-Image's, take a backslash before a bracket as text."""
+    """``parse`` for a CLIP: some, as LongCat-Image's, take a backslash before a bracket as text.
+
+    Raises ValueError as ``parse``, and if there is no CLIP.
+    """
+    if clip is None:
+        raise ValueError(
+            "TACA: the clip input is empty, since the checkpoint holds no text encoder. Take one "
+            "from Load CLIP."
+        )
     parsed = parse(text)
     if "\\" not in parsed.text or clip.tokenize(r"\(") == clip.tokenize("("):
         return parsed

@@ -118,6 +118,17 @@ def test_what_is_no_weight_is_told(text, plain, says, pack, monkeypatch, caplog)
     assert warning in caplog.text
 
 
+def test_a_checkpoint_without_a_text_encoder(pack):
+    """Core's loader hands None on."""
+    for node, given in (
+        ("TACATextEncode", (None, "a cat")),
+        ("TACAWeighWords", ([], None, "a cat")),
+        ("TACAWordSweep", (None, "a (cat:w)", "1, 2")),
+    ):
+        with pytest.raises(ValueError, match="the clip input is empty"):
+            pack[node].execute(*given)
+
+
 def test_what_to_avoid_is_known():
     with pytest.raises(ValueError, match="TACA cannot avoid '\U0001f9e3'"):
         conditioning.encode(clip_named("FLUX.1"), "a cat", "\U0001f9e3")
