@@ -1,15 +1,20 @@
 """Prompts whose words weigh in the attention of the model."""
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..taca.conditioning import AVOID_STRENGTH, attach, check_text, encode, parse, words_of
+from ..taca.conditioning import AVOID_STRENGTH, attach, encode, parse, read, words_of
+from ..taca.same_text import check_text
 from ..taca.schedule import Schedule
 from .patch import TACASchedule
 from .sweep import parsed
 from .ui.schema import schema
 from .ui.text import NodeText
+
+log = logging.getLogger("taca")
 
 NEGATIVES = {"subtract": False, "mirror about the mean": True}
 """What a negative weight does: its name in the widget -> ``Words.about_mean``."""
@@ -102,11 +107,12 @@ class TACAWeighWords(io.ComfyNode):
         schedule: Schedule | None = None,
         any_model: bool = True,
     ) -> io.NodeOutput:
-        parsed = parse(text)
-        say = NodeText(*parsed.warnings)
-        how = {"about_mean": NEGATIVES[negatives], "schedule": schedule, "say": say}
-        words = words_of(clip, parsed, **how)
-        check_text(conditioning, clip, words)
+        parsed = read(clip, text)
+        words = words_of(clip, parsed, about_mean=NEGATIVES[negatives], schedule=schedule)
+        warnings = check_text(conditioning, clip, words)
+        for warning in warnings:
+            log.warning(warning)
+        words = replace(words, say=NodeText(*parsed.warnings, *warnings))
         return io.NodeOutput(attach(conditioning, words, clip, any_model))
 
 

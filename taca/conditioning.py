@@ -13,10 +13,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.sd import CLIP
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
-from torch.nn.functional import normalize, pad
 
 from .patch import run_with_taca
-from .prompt_tokens import PromptTokens, Table, text_of
+from .prompt_tokens import PromptTokens, Table
 from .run import PATCH_KEY
 from .words import WORDS_KEY, Words
 
@@ -33,9 +32,9 @@ LARGEST = 1000.0
 
 log = logging.getLogger("taca")
 
-# With a full-width colon or bracket, or with a decimal comma.
+# A number at the end of brackets, with the signs of any keyboard.
 _LIKE_A_WEIGHT = re.compile(
-    r"\uff1a\s*[-+]?[\d.,]*\d\s*[)\uff09]|:\s*[-+]?[\d.,]*\d\s*\uff09|:\s*[-+]?\d*,\d+\s*\)"
+    r"[:\uff1a](\s*[-+\u2010-\u2015\u2212\uff0b\uff0d]?\s*[\d.,\uff0c\uff0e\u066b]*\d\s*%?\s*)[)\uff09]"
 )
 _IN_EMBEDDING = re.compile(r"(?:^|\s)embedding:\S*$")
 
@@ -73,14 +72,30 @@ class NeedsTaca(comfy.conds.CONDRegular):
 class WeightedText(NamedTuple):
     """A prompt without the brackets of its weights."""
 
-    text: str  # as ComfyUI takes it: literal brackets have a backslash before them
+    text: str  # as the text encoder takes it: a literal bracket has a backslash before it, or none
     weights: tuple[float, ...]  # of each character
     phrases: tuple[tuple[int, int, float], ...]  # start, end and weight of each with a weight
     warnings: tuple[str, ...] = ()  # about text that looks like a weight and is none
 
 
-def parse(text: str) -> WeightedText:
-    """Read the weights of a prompt by ComfyUI's own rules.
+def read(clip: CLIP, text: str) -> WeightedText:
+    """``parse`` for a CLIP: some, as LongCat-Image's, take a backslash before a bracket as text.
+
+    Raises ValueError as ``parse``, and if there is no CLIP.
+    """
+    if clip is None:
+        raise ValueError(
+            "TACA: the clip input is empty, since the checkpoint holds no text encoder. Take one "
+            "from Load CLIP."
+        )
+    parsed = parse(text)
+    if "\\" not in parsed.text or clip.tokenize(r"\(") == clip.tokenize("("):
+        return parsed
+    return parse(text, "")
+
+
+def parse(text: str, escape: str = "\\") -> WeightedText:
+    """Read the weights of a prompt by ComfyUI's own rules; ``escape`` marks brackets that are text.
 
     Raises ValueError if a weight is not a number, or too large.
     """
@@ -89,6 +104,7 @@ def parse(text: str) -> WeightedText:
     warnings = [
         f"TACA: {found[0]!r} is no weight and is taken as text. Write weights as in (word:1.5)."
         for found in _LIKE_A_WEIGHT.finditer(escaped)
+        if not _is_weight(escaped, found)
     ]
     for segment, weight in token_weights(escaped, 1.0):
         if lone := re.search("[()].{,30}", segment):
@@ -96,7 +112,7 @@ def parse(text: str) -> WeightedText:
                 f"TACA: a bracket has no partner at {unescape_important(lone[0])!r}, so it and "
                 f"weights behind it are text. Write \\( or \\) for a bracket that you mean."
             )
-        segment = unescape_important(segment).replace("(", r"\(").replace(")", r"\)")
+        segment = re.sub("[()]", lambda bracket: escape + bracket[0], unescape_important(segment))
         if not abs(weight) <= LARGEST:
             raise ValueError(
                 f"TACA: the weight of {segment!r} must be a number between -{LARGEST:g} and "
@@ -111,6 +127,15 @@ def parse(text: str) -> WeightedText:
         weights += [weight] * len(segment)
         plain += segment
     return WeightedText(plain, tuple(weights), tuple(phrases), tuple(warnings))
+
+
+def _is_weight(text: str, found: re.Match[str]) -> bool:
+    """Whether ComfyUI reads as a weight what looks like one."""
+    try:
+        float(found[1])
+    except ValueError:
+        return False
+    return found[0][0] == ":" and found[0][-1] == ")" and not text.endswith("(", 0, found.start())
 
 
 def encode(
@@ -128,7 +153,7 @@ def encode(
 
     Raises ValueError if the CLIP hides its tokens, or has none for a word with a weight.
     """
-    parsed, avoided = parse(text), parse(avoid)
+    parsed, avoided = read(clip, text), read(clip, avoid)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(parsed.text))
     words = words_of(clip, parsed, **how)
     if avoided.text.strip():
@@ -184,10 +209,12 @@ def avoiding(
         )
     table = avoided.prompt.table
     chosen = [i for i, each in enumerate(table) if any(t.start < t.end for t in each)]
-    if not chosen or any(token.is_unknown for each in table for token in each):
+    written = [each.span() for each in re.finditer(r"\S+", parsed.text)]
+    is_known = all(avoided.prompt.knows(*span) for span in written)
+    if not is_known or any(token.is_unknown for each in table for token in each):
         raise ValueError(
-            f"TACA cannot avoid {parsed.text!r}: the text encoder does not know all of it. Choose "
-            f"other words."
+            f"TACA cannot avoid {parsed.text!r}: the text encoder does not know all of it, or cut "
+            f"it off. Choose other words, or fewer."
         )
     joined = []
     for (text, extras), (other, _) in zip(conditioning, others, strict=True):
@@ -224,13 +251,18 @@ def attach(
     for text, extras in conditioning:
         extras = _without_hook(extras)  # of the words that it had before
         more = text.shape[1] - len(words.weights)
-        if more < 0 or (more and not _sees_pictures(clip)):
+        if more < 0 or (more and not sees_pictures(clip)):
             raise ValueError(
                 f"TACA: this conditioning has {text.shape[1]} text tokens, and the text has "
                 f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it."
             )
-        if more:
-            log.info("TACA takes %d tokens before those of the text for pictures'.", more)
+        beside = {n: w for n, w in words.beside.items() if isinstance(extras.get(n), torch.Tensor)}
+        if any(extras[name].shape[-2] != len(weights) for name, weights in beside.items()):
+            raise ValueError(
+                "TACA: the encoders of this conditioning were given different texts, so the "
+                "weights would be on the wrong words. Give all of them the text with the weights, "
+                "there without brackets."
+            )
         carrying.append([text, {**extras, WORDS_KEY: words.behind(more)}])
         waiting = extras.get("model_conds", {})
         if WORDS_KEY in waiting:  # of the words that it had before
@@ -260,37 +292,8 @@ def _without_hook(extras: dict[str, Any]) -> dict[str, Any]:
     return rest | ({"hooks": hooks} if len(hooks) else {})
 
 
-def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> None:
-    """Raise ValueError if a conditioning padded to a fixed length is of a different text.
-
-    It need not equal what the CLIP makes of the text: another node may have weighed embeddings or
-    mixed texts. But even then many of its tokens resemble the token at their own place most, and
-    none with a weight, together with its neighbour, resembles another place more.
-    """
-    own = torch.tensor(words.prompt.own()).bool()
-    theirs = [text[0] for text, _ in conditioning if text.shape[1] == len(own) and text.any()]
-    if not theirs or not words.has_weights or own.all():
-        return
-    made = text_of(clip, words.prompt.text)[0][own].float().cpu()
-    middle = made.mean(0)
-    made = normalize(made - middle, dim=1)
-    places, weighs = own.nonzero().flatten(), torch.tensor(words.weights)[own] != 1
-    for text in theirs:
-        alike = normalize(text.float().cpu() - middle, dim=1) @ made.T
-        here = alike[own].diagonal() + 0.05  # a word may stand there twice
-        most, at = alike.max(0)
-        # Of each token how far it has moved; a word before it moves its neighbours as far.
-        moved = torch.where(here < most, at - places, 0)
-        together = moved[1:] == moved[:-1]
-        together = pad(together, (0, 1)) | pad(together, (1, 0))
-        is_moved = bool((weighs & together & (moved != 0)).any())
-        if is_moved or (here >= alike[own].amax(1)).float().mean() < 0.3:
-            raise ValueError(
-                "TACA: this conditioning is of another text, so the weights would be on the wrong "
-                "words. Connect the CLIP and the text that made it, there without brackets."
-            )
-
-
-def _sees_pictures(clip: CLIP | None) -> bool:
+def sees_pictures(clip: CLIP | None) -> bool:
+    """Whether a CLIP takes pictures beside the text."""
     tokenize = getattr(getattr(clip, "tokenizer", None), "tokenize_with_weights", None)
-    return tokenize is not None and "images" in inspect.signature(tokenize).parameters
+    names = set(inspect.signature(tokenize).parameters) if tokenize else set[str]()
+    return bool(names & {"images", "image_embeds"})

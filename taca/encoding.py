@@ -7,7 +7,7 @@ embeddings, so that their own code shows what is joined, padded and cut off.
 import copy
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 Chunks = list[list[Any]]
 """A tokenizer's output: chunks of ``(id, weight, ...)``; in place of an id can be an embedding."""
-
-MARK = "\ue000"  # a private-use character; as a prompt it shows the template around prompts
-
 
 WHOLE = {"skip_special_tokens": False}
 
@@ -116,11 +113,12 @@ class OffsetTokenizer:
         else:
             return told, ()
         ends = [len(part.rstrip("\ufffd")) for part in parts]
+        silent = {i for i, each in enumerate(own) if not self.tokenizer.decode([each], **WHOLE)}
         spans = [(0, 0)] * (len(own) + 1)
         for i in reversed(range(len(own))):
             if ends[i + 1] > ends[i]:
                 spans[i] = kept[ends[i]], kept[ends[i + 1] - 1] + 1
-            elif parts[i + 1].endswith("\ufffd"):  # the first bytes of a character
+            elif parts[i + 1].endswith("\ufffd") or i in silent:  # a character's first bytes
                 spans[i] = spans[i + 1]
         return _within(ids, own, spans), sorted({*plain} - {*kept})
 
@@ -187,63 +185,6 @@ def embeddings_in(text: str, tokenizer: SDTokenizer, chunks: Chunks) -> dict[int
             at, last = next(found, range(0)), file
         places[id(vector)] = at
     return places
-
-
-class Locator:
-    """Finds in a prompt the strings that a tokenizer was given, one after the other.
-
-    A string is a piece of the prompt, or of the template with the prompt in it. Between two of them
-    there can be ComfyUI's syntax: brackets, weights, names of embeddings, special tokens.
-    """
-
-    READ = re.compile(r"(?:[()\s\\]|:[^:()]*(?=\))|embedding:\S*|<[^<>\s]*>)*")
-
-    def __init__(self, text: str, frame: str) -> None:
-        before, _, after = frame.partition(MARK)
-        self.length = len(text)
-        self.wholes = [(before + text + after, len(before)), (text, 0)]
-        self.cursors = [0, 0]
-
-    def locate(self, string: str) -> list[int | None]:
-        """For each character of a string its place in the prompt, or None."""
-        wanted = _written(string)
-        pattern = "".join(string[k] for k in wanted)
-        for i, (whole, before) in enumerate(self.wholes):
-            written = _written(whole)
-            squeezed = "".join(whole[k] for k in written)
-            for cursor in (self.cursors[i], 0):
-                finds = _finds(squeezed, pattern)
-                found = [w for w in finds if self._follows(whole, cursor, written[w])]
-                if not found:
-                    continue
-                places: list[int | None] = [None] * len(string)
-                for k, at in zip(wanted, written[found[0] :], strict=False):
-                    places[k] = at - before if 0 <= at - before < self.length else None
-                self.cursors[i] = written[found[0] + len(wanted) - 1] + 1
-                return places
-        return [None] * len(string)
-
-    def _follows(self, whole: str, cursor: int, at: int) -> bool:
-        if at < cursor:
-            return False
-        in_word = at > cursor and whole[at - 1].isalnum() and whole[at].isalnum()
-        return not in_word and bool(self.READ.fullmatch(whole, cursor, at))
-
-
-def _written(text: str) -> list[int]:
-    """Indices of all characters but white space and backslashes before brackets."""
-    return [
-        i
-        for i, c in enumerate(text)
-        if not (c.isspace() or (c == "\\" and text[i + 1 : i + 2] in ("(", ")")))
-    ]
-
-
-def _finds(text: str, piece: str) -> Iterator[int]:
-    at = text.find(piece) if piece else -1
-    while at >= 0:
-        yield at
-        at = text.find(piece, at + 1)
 
 
 class IndexEncoder(nn.Module):

@@ -166,6 +166,7 @@ def run_with_taca(
             say(said)
     if words is not None:
         said = run.word_events.report(f"weights of {words}", where)
+        said = "\n".join([said, *words.notes])
         for each in words.schedules:
             each.say(said)
     return result

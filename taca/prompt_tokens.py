@@ -10,15 +10,14 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from .encoding import (
-    MARK,
     Chunks,
-    Locator,
     TokenId,
     embeddings_in,
     encoded,
     padding_of,
     tokenized,
 )
+from .locator import MARK, Locator
 
 
 class Token(NamedTuple):

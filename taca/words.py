@@ -1,5 +1,6 @@
 """The word weights of a prompt, as its conditioning carries them and as a call needs them."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from .prompt_calls import UNTOLD, Prompts
 from .prompt_tokens import PromptTokens
 from .schedule import ResolvedSchedule, Schedule
 from .word_weights import WordWeights
+
+log = logging.getLogger("taca")
 
 WORDS_KEY = "taca_words"
 """The key of the words in a conditioning's dictionary, which ComfyUI's nodes pass on."""
@@ -125,6 +128,7 @@ class RunWords:
     schedules: dict[Words, ResolvedSchedule | None]
     zeroed: frozenset[Any]  # entries that Zero Out emptied but for their words, by name and uuid
     tensors: dict[Any, WordWeights] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # tokens that weigh otherwise than written
 
     @classmethod
     def of(
@@ -176,6 +180,11 @@ class RunWords:
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:
             made = [_of_row(row, num_text, extra) for row in rows]
+            notes = [note for row in rows for note in _notes(row, num_text, extra)]
+            for note in dict.fromkeys(notes):
+                if note not in self.notes:
+                    self.notes.append(note)
+                    log.warning("TACA: %s", note)
             self.tensors[key] = _stacked(made, call.t.device)
         return replace(self.tensors[key], shared={})  # of this call alone
 
@@ -232,6 +241,17 @@ def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
     if any(token.is_avoided for token in tokens[num_kept:]):
         raise ValueError("TACA: this model cuts off what is to be avoided: write a shorter prompt.")
     return before + tokens[:num_kept] + after
+
+
+def _notes(row: Row, num_text: int, extra: ExtraText) -> Iterator[str]:
+    """What the user has to know of a row's tokens that weigh otherwise than written."""
+    if row.words is None:
+        return
+    if any(weight != 1 for weight in row.words.weights[num_text - extra.num_cut - row.filled :]):
+        yield "The model cuts off words that weigh. Write a shorter prompt."
+    appended = row.length - row.filled - len(row.words.weights)
+    if appended:
+        yield f"{appended} text tokens that another node appended weigh 1."
 
 
 def _stacked(rows: list[list[Weighted]], device: torch.device) -> WordWeights:

@@ -91,6 +91,17 @@ def test_what_is_avoided_is_not_seen_by_the_prompt(case, folder, monkeypatch):
     assert torch.equal(seen[0][second], seen[1][second])
 
 
+@pytest.mark.parametrize("weighs", [True, False])
+def test_weights_that_a_model_cuts_off_are_told(weighs, folder, monkeypatch):
+    (case,) = families.named("PixelDiT")  # with more text than it takes
+    if not families.exists(case):
+        pytest.skip("this ComfyUI has no PixelDiT")
+    model, said = families.load(case, folder, monkeypatch), []
+    weights = [2.0] + [1.0] * (case.text[0] - 2) + [3.0 if weighs else 1.0]
+    sample(model, case, positive=weighed(families.conditioning(case), weights, say=said.append))
+    assert ("The model cuts off words that weigh" in said[0]) == weighs
+
+
 BESIDE = {
     "HiDream-I1": ("conditioning_llama3", 9, 2),  # behind the text, of two layers
     "HunyuanImage 2.1": ("conditioning_byt5small", 9, 1),

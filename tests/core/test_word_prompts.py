@@ -5,6 +5,7 @@ import sys
 import comfy.hooks
 import pytest
 import torch
+from comfy_extras.nodes_hunyuan import PROMPT_TEMPLATE_ENCODE_VIDEO_I2V
 
 import nodes
 from support.clips import CLIPS, FLUX, SD3_WITHOUT_T5, clip_of
@@ -13,6 +14,7 @@ conditioning = sys.modules["taca_pack.taca.conditioning"]
 KEY = sys.modules["taca_pack.taca.words"].WORDS_KEY
 TEXT = "a (blue scarf:1.5) on a chair, (fog:0) and (pillows:-1)"
 PLAIN = "a blue scarf on a chair, fog and pillows"
+GLYPHS = "hunyuan_image.HunyuanImageTEModel"
 ENCODERS = CLIPS | {"FLUX.1": FLUX, "SD3": SD3_WITHOUT_T5}
 
 
@@ -86,6 +88,14 @@ def test_a_weight_that_is_no_number():
         ("(猫：1.5)", "猫：1.5", "'：1.5)' is no weight"),
         ("（fog:2）", "（fog:2）", "':2）' is no weight"),
         ("((a:1.5): 0,8)", "a: 0,8", "': 0,8)' is no weight"),
+        ("a (fog:\u22121)", "a fog:\u22121", "':\u22121)' is no weight"),
+        ("a (fog:\u20131.5 )", "a fog:\u20131.5 ", "':\u20131.5 )' is no weight"),
+        ("a (fog: - 1)", "a fog: - 1", "': - 1)' is no weight"),
+        ("a (fog:150%)", "a fog:150%", "':150%)' is no weight"),
+        ("(猫：１．５)", "猫：１．５", "'：１．５)' is no weight"),
+        ("(قطة:١٫٥)", "قطة:١٫٥", "':١٫٥)' is no weight"),
+        ("a cat (:2)", "a cat :2", "':2)' is no weight"),
+        ("(a:1.5) (b:１.５) (c: 1e2) (d:1_0) (e:.5) (f:5.)", "a b c d e f", ""),
         (r"at 10:30, \(a:1,5\), （猫）, (16:9) (b:-.5)", r"at 10:30, \(a:1,5\), （猫）, 16 b", ""),
     ],
 )
@@ -108,9 +118,28 @@ def test_what_is_no_weight_is_told(text, plain, says, pack, monkeypatch, caplog)
     assert warning in caplog.text
 
 
+def test_a_checkpoint_without_a_text_encoder(pack):
+    """Core's loader hands None on."""
+    for node, given in (
+        ("TACATextEncode", (None, "a cat")),
+        ("TACAWeighWords", ([], None, "a cat")),
+        ("TACAWordSweep", (None, "a (cat:w)", "1, 2")),
+    ):
+        with pytest.raises(ValueError, match="the clip input is empty"):
+            pack[node].execute(*given)
+
+
 def test_what_to_avoid_is_known():
     with pytest.raises(ValueError, match="TACA cannot avoid '\U0001f9e3'"):
         conditioning.encode(clip_named("FLUX.1"), "a cat", "\U0001f9e3")
+
+
+def test_what_to_avoid_is_not_cut_off():
+    """LongCat-Image's encoder takes 512 tokens."""
+    clip = clip_named("LongCat-Image")
+    conditioning.encode(clip, "a cat", "many things " * 200)
+    with pytest.raises(ValueError, match="cut it off"):
+        conditioning.encode(clip, "a cat", "many things " * 300)
 
 
 def test_brackets_around_nothing_avoid_nothing():
@@ -224,6 +253,83 @@ def test_a_text_that_its_padding_makes_as_long(pack):
             assert KEY in weigh(each, clip, TEXT).result[0][0][1]
 
 
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1", "Qwen-Image", "Z-Image", "HiDream-I1"])
+def test_what_cannot_be_known_of_a_conditioning_is_told(name, pack, monkeypatch):
+    """A text that is as long, also without padding and where padding hides it, as CLIP's does."""
+    hidream = "hidream.HiDreamTokenizer", "hidream.hidream_clip"
+    clip = clip_of(*hidream) if name == "HiDream-I1" else clip_named(name)
+    shown = []
+    text_module = sys.modules["taca_pack.nodes.ui.text"]
+    monkeypatch.setattr(text_module, "show_text", lambda *args: shown.append(args[0]))
+
+    def told(theirs, text=TEXT):
+        shown.clear()
+        try:
+            assert KEY in pack["TACAWeighWords"].execute(theirs, clip, text).result[0][0][1]
+        except ValueError as error:
+            return str(error)
+        return "".join(shown)
+
+    def plain(text):
+        return nodes.CLIPTextEncode().encode(clip, text)[0]
+
+    assert told(plain(PLAIN)) == ""
+    assert told(nodes.ConditioningZeroOut().zero_out(plain(PLAIN))[0]) == ""
+    if name in ("SD3", "HiDream-I1"):  # whose tokenizers read weights
+        assert told(plain(f"({PLAIN}:1.4)")) == ""
+    for other in (
+        "a blue scarf on a wooden chair, fog and pillows",
+        "a red scarf on a chair, fog and pillows",
+        "two dogs in a park, rain and thunder on",
+    ):
+        answer = told(plain(other))
+        expected = (
+            "not what the CLIP makes of the text",
+            "of another text",
+            "text tokens, and the",
+        )
+        assert any(each in answer for each in expected)
+    mixed = nodes.ConditioningAverage().addWeighted(plain(PLAIN), plain(other), 0.6)[0]
+    assert "not what the CLIP makes of the text" in told(mixed)
+    if name != "HiDream-I1":
+        avoiding = pack["TACATextEncode"].execute(clip, PLAIN, "red dog").result[0]
+        assert "has words to avoid" in told(avoiding)
+        return
+    tokens = clip.tokenize(PLAIN) | {"llama": clip.tokenize("another text")["llama"]}
+    assert "not what the CLIP makes" in told(clip.encode_from_tokens_scheduled(tokens))
+
+
+def test_a_picture_before_hunyuan_videos_text(pack):
+    clip = clip_named("HunyuanVideo")
+    tokens = clip.tokenize(
+        PLAIN, llama_template=PROMPT_TEMPLATE_ENCODE_VIDEO_I2V, image_embeds=torch.rand(1, 8, 16)
+    )
+    (plain,) = nodes.CLIPTextEncode().encode(clip, PLAIN)
+    theirs = clip.encode_from_tokens_scheduled(tokens)
+    more = theirs[0][0].shape[1] - plain[0][0].shape[1]
+    assert more == 8
+    ((_, extras),) = pack["TACAWeighWords"].execute(theirs, clip, TEXT).result[0]
+    weights = conditioning.words_of(clip, conditioning.parse(TEXT)).weights
+    assert extras[KEY].weights == (1.0,) * more + weights
+
+
+def test_what_is_no_picture_before_the_text(pack):
+    clip, weigh = clip_named("Qwen-Image"), pack["TACAWeighWords"].execute
+    (plain,) = nodes.CLIPTextEncode().encode(clip, PLAIN)
+    (longer,) = nodes.CLIPTextEncode().encode(clip, f"{PLAIN} by the sea")
+    for other in (longer, nodes.ConditioningConcat().concat(plain, longer)[0]):
+        with pytest.raises(ValueError, match="this conditioning is of another text"):
+            weigh(other, clip, TEXT)
+
+
+def test_encoders_with_texts_of_two_lengths(pack):
+    clip = clip_of("hunyuan_image.HunyuanImageTokenizer", GLYPHS)
+    tokens = clip.tokenize('a "dog"') | {"byt5": clip.tokenize('a "big dog"')["byt5"]}
+    theirs = clip.encode_from_tokens_scheduled(tokens)
+    with pytest.raises(ValueError, match="were given different texts"):
+        pack["TACAWeighWords"].execute(theirs, clip, 'a "(dog:2)"')
+
+
 def test_what_to_avoid_is_behind_the_prompt(pack):
     clip = clip_named("FLUX.1")
     ((text, extras),) = pack["TACATextEncode"].execute(clip, PLAIN, "red pillows", 2.0).result[0]
@@ -280,6 +386,52 @@ def test_words_of_what_is_beside_the_text():
         found = decode([ids[i] for i, w in enumerate(beside) if w == weight])
         assert found.strip()
         assert found.replace(" ", "") in word.replace(" ", "")  # less where spaces are lost
+
+
+@pytest.mark.parametrize(
+    "tokenizer", ["hunyuan_image.HunyuanImageTokenizer", "hunyuan_video.HunyuanVideo15Tokenizer"]
+)
+@pytest.mark.parametrize(
+    ("text", "weighed"),
+    [
+        ('a sign "(OPEN:2) 24" here and "(b:2)"', "OPENb"),
+        ('"OPEN" (dog:2)', ""),
+        ('OPEN "(OPEN:2)" OPEN "OPEN"', "OPEN"),
+        ('(Text:2) "Text"', ""),
+        ('‘(a:2)’ "b"', "a"),
+        ('“(开:2)门” sign "(x:2)"', "x开"),  # those in straight marks come first
+        ('"a\u0301 (é:2)"', "é"),
+        (r'a "(\(x\):2) y"', "(x)"),
+    ],
+)
+def test_what_is_to_be_written_weighs_in_byt5(tokenizer, text, weighed):
+    """ByT5 is handed what stands in quotation marks, in an order of its own."""
+    clip = clip_of(tokenizer, GLYPHS)
+    parsed = conditioning.parse(text)
+    words = conditioning.words_of(clip, parsed)
+    (chunk,) = clip.tokenize(parsed.text)["byt5"]
+    ids = [each for each, _ in chunk]
+    weights = words.beside["conditioning_byt5small"]
+    assert len(weights) == len(ids)
+    assert {*weights} <= {1.0, 2.0}
+    found = [each for each, weight in zip(ids, weights, strict=True) if weight == 2]
+    assert clip.tokenizer.byt5.tokenizer.decode(found) == weighed
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "HiDream-O1"])
+@pytest.mark.parametrize("text", ["smile :) and (a", r"a \(big\) (cat:2)", "(a \\(b\\):0.5"])
+def test_brackets_that_are_text(name, text):
+    """They reach each encoder as they are meant, also one that takes a backslash as text."""
+    clip = clip_named(name)
+    plain = text.replace("(cat:2)", "cat")
+    for bracket in "()":
+        plain = plain.replace(f"\\{bracket}", bracket)
+    has_weights = name in ("FLUX.1", "SD3", "OmniGen2", "HunyuanVideo")
+    how = {"disable_weights": True} if has_weights else {}
+    expected = clip.tokenizer.tokenize_with_weights(plain, **how)
+    ((ours, extras),) = conditioning.encode(clip, text)
+    assert torch.equal(ours, clip.encode_from_tokens(expected))
+    assert extras[KEY].weights.count(2.0) == text.count("cat")
 
 
 def test_a_word_that_one_encoder_alone_knows():

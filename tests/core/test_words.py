@@ -298,8 +298,8 @@ def test_each_conditioning_has_its_own(folder):
 
 
 def test_what_is_appended_weighs_one(folder):
-    model = tiny.load(folder, "flux")
-    words = weighed(tiny.conditioning("flux", 7), PROMPT)
+    model, said = tiny.load(folder, "flux"), []
+    words = weighed(tiny.conditioning("flux", 7), PROMPT, say=said.append)
     more = tiny.conditioning("flux", 3, seed=9)
     both = nodes.ConditioningConcat().concat(words, more)[0]
     ours = sample(model, "flux", steps=2, positive=both)
@@ -307,6 +307,7 @@ def test_what_is_appended_weighs_one(folder):
     override = dense_words({10: PROMPT + [1.0] * 3, 12: [1.0] * 12})
     expected = sample(by_reference(model, override), "flux", steps=2, positive=plain)
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+    assert [each.count("3 text tokens that another node appended weigh 1") for each in said] == [1]
 
 
 @pytest.mark.parametrize("num_avoided", [0, 3])
