@@ -166,7 +166,7 @@ def test_places_lie_on_a_grid(folder):
     def places(latent, image):
         grid = family.grid(transformer, latent)
         own = partial(family.own_places, transformer, grid)
-        return report_module.Probe(*[None] * 5, own, False, 0).places(image)
+        return report_module.Probe(*[None] * 5, own, False, None).places(image)
 
     asked = places((1, 16, 128, 128), 4096)
     assert asked.shape == (1, 32, 32)
