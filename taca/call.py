@@ -1,6 +1,7 @@
 """One call of the model: what is installed for its length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,16 +9,19 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules import attention
 from comfy.model_base import BaseModel
-from comfy.patcher_extension import WrapperExecutor
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from .arguments import CallArguments
 from .block import Trace, joint_forward, taca_override
+from .compiler import is_compiled
+from .events import replacement
+from .families import family_of, uncompiled
 from .kernels import for_masks
 from .reach import OVERRIDE
 from .run import Run
 from .schedule import ResolvedSchedule
-from .swap import Forward, Swap, swapped
+from .swap import Forward, Swap, looks_like, swapped
 from .timesteps import resolve, timesteps
 from .training import adjust_training_call
 from .word_weights import WordWeights
@@ -39,7 +43,8 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     model = base_model.diffusion_model
     words = run.words.of_call(call, t, model) if run.words is not None else None
     if not any(inside) and words is None:
-        return executor(*args, **kwargs)
+        with without_lora(run, base_model, call):
+            return executor(*args, **kwargs)
     gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
     sites, traces = run.sites_of(base_model), list[Trace]()
     lora_swaps = sites.lora_swaps if any(inside) else ()
@@ -56,7 +61,10 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     elif lora_swaps:  # of the model itself, inside all other wrappers, so that they see one call
         rows = to_device(torch.tensor(inside), call.t.device)
         executor.original = in_some_rows(executor.original, lora_swaps, rows)
-    with swapped(swaps):
+    if lora_swaps and run.schedule is not None:
+        run.lora_calls.update(uuids)
+    ends = nullcontext() if any(inside) else without_lora(run, base_model, call)
+    with ends, swapped(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is not None:
         if gamma is not None:
@@ -66,6 +74,44 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         if words is not None:
             run.word_events.end_call(traces, max(t), is_first, model)
     return result
+
+
+@contextmanager
+def without_lora(run: Run, base_model: BaseModel, call: CallArguments) -> Iterator[None]:
+    """Context of a call outside the window.
+
+    Raises RuntimeError if it is the first one after the window of a LoRA, and no block ran: then it
+    was answered with what the LoRA had made.
+    """
+    uuids = call.transformer_options.get("uuids", ())
+    if not run.lora_calls or run.lora_calls.isdisjoint(uuids):
+        yield
+        return
+    run.lora_calls.difference_update(uuids)
+    wrappers = call.transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if is_compiled(base_model.diffusion_model, wrappers):  # its blocks would be compiled anew
+        yield
+        return
+    trace, transformer = Trace(), uncompiled(base_model.diffusion_model)
+
+    def traced(forward: Forward) -> Forward:
+        @looks_like(forward)
+        def traced_forward(*args: Any, **kwargs: Any) -> Any:
+            trace.called = True
+            return forward(*args, **kwargs)
+
+        return traced_forward
+
+    blocks = family_of(transformer).joint_blocks(transformer)
+    with swapped([(block.module, "forward", traced) for block in blocks]):
+        yield
+    if not trace.called:
+        raise RuntimeError(
+            f"TACA: no block of {type(transformer).__name__} ran in the first step after the "
+            f"window: a cache answered it with what the TACA LoRA had made. "
+            f"{replacement(base_model.diffusion_model)} Start that cache after the TACA window "
+            f"ends, or take it or Load TACA LoRA out."
+        )
 
 
 def in_some_rows(model: Forward, swaps: Sequence[Swap], rows: Tensor) -> Forward:
