@@ -69,6 +69,15 @@ class Report:
     # pays to each word, averaged over heads and frames, as the run had it. An area of the picture
     # or a tile has a size of its own.
     maps: list[Tensor] = field(default_factory=list)
+    # t, and the positive prompt's latents and text, of each call since t last changed.
+    asked_at: list[tuple[float, list[Tensor]]] = field(default_factory=list)
+
+    def is_again(self, t: float, given: list[Tensor]) -> bool:
+        """Whether this was asked before, as by a guidance that then leaves out layers."""
+        self.asked_at = [(at, each) for at, each in self.asked_at if at == t]
+        again = any(_are_equal(given, each) for _, each in self.asked_at)
+        self.asked_at.append((t, given))
+        return again
 
     def table(self) -> Tensor:
         """Shares ``(2, steps, blocks)``: without TACA and with; NaN where nothing was seen."""
@@ -87,6 +96,7 @@ class Report:
         self.config = config_of(guider.model_patcher) or TacaConfig(Schedule(1.0))
         self.shares.clear()
         self.maps.clear()
+        self.asked_at.clear()
 
     def check_words(self, known: Collection[int], head_dim: int) -> None:
         """Raise ValueError if these words cannot be measured in one attention call.
@@ -145,6 +155,7 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     finally:
         # Otherwise a reference cycle would keep the guider and its models alive.
         report.prompts = report.run_words = None
+        report.asked_at.clear()
 
 
 def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,9 +164,10 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
         return executor(*args, **kwargs)
     base_model, call = executor.class_obj, CallArguments.of(*args, **kwargs)
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
-    if not len(positive):
-        return executor(*args, **kwargs)
     t = timesteps_tensor(base_model.model_sampling, call.t)
+    given = [each[positive] for each in (call.x, call.c_crossattn) if each is not None]
+    if not len(positive) or report.is_again(float(t.max()), given):
+        return executor(*args, **kwargs)
     report.events.begin_call((), t.tolist())
     transformer = uncompiled(base_model.diffusion_model)
     family, options = family_of(transformer), report.config.options
@@ -184,6 +196,11 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
         swaps.append((block.module, "forward", wrap))
     with swapped(swaps), uncompiled_calls:
         return executor(*args, **kwargs)
+
+
+def _are_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    pairs = zip(first, second, strict=False)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
 
 @dataclass
