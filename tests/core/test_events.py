@@ -671,8 +671,12 @@ def test_what_is_said_before_a_run(folder, pack, monkeypatch, sent):
     assert gamma.startswith("Above gamma 1.5")
     monkeypatch.setattr(node, "hidden", None)
     with CurrentNodeContext("a", "10"):
-        node.execute(model, 1.5, 970.0)
+        first = node.execute(model, 1.5, 970.0).result[0]
     assert len(sent) == 1
+    with CurrentNodeContext("a", "11"):
+        node.execute(first, 1.2, 900.0)
+    replaces = "This replaces the TACA node before it (gamma 1.5 at t >= 970): only one acts."
+    assert sent[1:] == [(replaces, "11")]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 64)])
