@@ -21,7 +21,7 @@ from .kernels import for_masks
 from .reach import OVERRIDE
 from .run import Run
 from .schedule import ResolvedSchedule
-from .swap import Forward, Swap, looks_like, swapped
+from .swap import Forward, Swap, swapped
 from .timesteps import resolve, timesteps
 from .training import adjust_training_call
 from .word_weights import WordWeights
@@ -92,20 +92,20 @@ def without_lora(run: Run, base_model: BaseModel, call: CallArguments) -> Iterat
     if is_compiled(base_model.diffusion_model, wrappers):  # its blocks would be compiled anew
         yield
         return
-    trace, transformer = Trace(), uncompiled(base_model.diffusion_model)
-
-    def traced(forward: Forward) -> Forward:
-        @looks_like(forward)
-        def traced_forward(*args: Any, **kwargs: Any) -> Any:
-            trace.called = True
-            return forward(*args, **kwargs)
-
-        return traced_forward
-
-    blocks = family_of(transformer).joint_blocks(transformer)
-    with swapped([(block.module, "forward", traced) for block in blocks]):
+    transformer, ran = uncompiled(base_model.diffusion_model), list[None]()
+    # Hooks, since no forward is replaced outside the window. Another pack's own forward of a block
+    # still calls its layers.
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: ran.append(None))
+        for block in family_of(transformer).joint_blocks(transformer)
+        for module in block.module.modules()
+    ]
+    try:
         yield
-    if not trace.called:
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
         raise RuntimeError(
             f"TACA: no block of {type(transformer).__name__} ran in the first step after the "
             f"window: a cache answered it with what the TACA LoRA had made. "

@@ -43,7 +43,12 @@ def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Over
         ours = getattr(forward, "chains_overrides", False)  # whatever it looks like
         if OPTIONS not in parameters and Parameter.VAR_KEYWORD not in kinds and not ours:
             return forward, args, kwargs
-    return forward, args, {**kwargs, OPTIONS: _with(override, kwargs)}
+    options = kwargs.get(OPTIONS) or {}  # without _with, to save a call in every block
+    return (
+        forward,
+        args,
+        {**kwargs, OPTIONS: {**options, OVERRIDE: partial(override, options.get(OVERRIDE))}},
+    )
 
 
 def through_handed_attention(position: int, name: str, *factories: str) -> Reach:
