@@ -192,6 +192,7 @@ def test_saving(folder, apply_taca, kind, tmp_path, monkeypatch):
         "uni_pc",
         "euler_ancestral",
         "dpmpp_2m",
+        "ddim",
     ],
 )
 def test_samplers_densely(folder, apply_taca, kind, sampler):

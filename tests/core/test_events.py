@@ -301,7 +301,9 @@ def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share, 
     assert caplog.records[-1].levelname == ("INFO" if any(told) else "WARNING")
 
 
-@pytest.mark.parametrize("name", ["heun", "dpm_2", "dpmpp_2m", "uni_pc", "dpmpp_sde", "euler"])
+@pytest.mark.parametrize(
+    "name", ["heun", "dpm_2", "dpmpp_2m", "uni_pc", "dpmpp_sde", "euler", "lcm"]
+)
 def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
     """As many as begin inside the window."""
     caplog.set_level("INFO", logger="taca")
