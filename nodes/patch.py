@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
 from ..taca.prompt_tokens import PromptTokens, text_of
+from ..taca.run import config_of
 from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
 from .ui.schema import schema
 from .ui.text import NodeText
@@ -60,6 +61,9 @@ class TACAPatchModel(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = schedule or Schedule(gamma, TimestepWindow(timestep_threshold))
         warnings = ordinary_loras(cls.hidden)
+        if (before := config_of(model)) is not None:
+            said = f"gamma {before.schedule.gamma:g} at {before.schedule.window}"
+            warnings.append(f"This replaces the TACA node before it ({said}): only one acts.")
         if chosen.gamma > 1.5:
             warnings.append(f"Above gamma 1.5 pictures tend to break; the paper uses {GAMMA}.")
         from_schedule = f"gamma {chosen.gamma:g} at {chosen.window}, from TACA Schedule"

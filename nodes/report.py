@@ -134,7 +134,8 @@ def drawn(
     if not table.numel():
         raise RuntimeError(
             "TACA saw no joint attention to report: the watched model has not been sampled, "
-            "another node or pack replaced its attention, or a cache answered every call."
+            "another node or pack replaced its attention, a cache answered every call, or it is "
+            "the second of Dual Model CFG Guider, which runs as the first: watch that one."
         )
     said, header, rows = summary(table)
     plots = plot(table, report.blocks)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .spans import Layout, query_groups
+from .spans import Layout, check_text, query_groups
 from .word_weights import WordWeights, add_bias, weigh
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -94,10 +94,10 @@ def scale_text_keys(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tenso
 
 def _along(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tensor:
     """Gamma with the axes of k, its text tokens on ``dim``; errors as above."""
-    num_text = sum(length for kind, length, _ in layout if kind == "text")
-    if gamma.shape[0] not in (1, k.shape[0]) or gamma.shape[1:] not in ((), (num_text,)):
+    if gamma.shape[0] not in (1, k.shape[0]):
         raise ValueError(
-            f"TACA has gamma of shape {tuple(gamma.shape)} for an attention of {k.shape[0]} rows "
-            f"and {num_text} text tokens."
+            f"TACA has gamma of shape {tuple(gamma.shape)} for an attention of {k.shape[0]} rows."
         )
+    if gamma.ndim > 1:
+        check_text(layout, gamma.shape[1])
     return gamma.view(gamma.shape[0], *(1,) * (dim - 1), -1, 1)

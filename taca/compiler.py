@@ -104,11 +104,17 @@ class _Uncompiled(AbstractContextManager[None]):
 uncompiled_calls = _Uncompiled()
 
 
+def is_compiled(diffusion_model: nn.Module, wrappers: Mapping[str, Any]) -> bool:
+    """Whether a model is compiled, by ``wrappers`` around its calls or in parts of it."""
+    modules = diffusion_model.modules()
+    return "torch.compile" in wrappers or any(hasattr(each, "_orig_mod") for each in modules)
+
+
 def check_compiler(diffusion_model: nn.Module, wrappers: Mapping[str, Any]) -> None:
     """Raise RuntimeError for a compiled model on a torch that lacks what ``block.py`` needs."""
-    modules = diffusion_model.modules()
-    compiled = "torch.compile" in wrappers or any(hasattr(each, "_orig_mod") for each in modules)
-    if compiled and not hasattr(torch._dynamo, "error_on_graph_break"):
+    if is_compiled(diffusion_model, wrappers) and not hasattr(
+        torch._dynamo, "error_on_graph_break"
+    ):
         raise RuntimeError(
             f"TACA on a compiled model needs a later torch than {torch.__version__} (2.13 is "
             f"tested). Update torch, or take out the node that compiles the model."

@@ -98,7 +98,7 @@ class Events:
             part = "block" if traces[0].forward else "layer of the TACA LoRA"
             raise RuntimeError(
                 f"TACA was bypassed: no {part} of {type(model).__name__} ran inside the window. "
-                f"{_replacement(model)} Take out the node that did this, or the TACA node."
+                f"{replacement(model)} Take out the node that did this, or the TACA node."
             )
 
     def step_of(self, before: int, t: float) -> int:
@@ -172,7 +172,7 @@ def _origin(forward: Any) -> str:
     return f"{name} ({getattr(function, '__module__', None) or 'unknown module'})"
 
 
-def _replacement(model: nn.Module) -> str:
+def replacement(model: nn.Module) -> str:
     """What a pack has put in place of a model's own functions, as a sentence."""
     own = uncompiled(model).__dict__.items()
     functions = [value for name, value in own if callable(value) and not name.startswith("_")]

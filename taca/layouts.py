@@ -171,17 +171,44 @@ def qwen_image21(args: Args, kwargs: Kwargs, state: CallState) -> Layout:
     return (*spans, Span("image", num_tokens - num_before))
 
 
+class TextPlaces(NamedTuple):
+    """Where the tokens of a prompt are among the text tokens of a call."""
+
+    copies: Sequence[Mapping[int, int]]  # token -> place, for each time that the call repeats it
+    num_text: int  # text tokens of the call
+
+
 class ExtraText(NamedTuple):
     """A model's text tokens besides its conditioning's: 1 for the prompt's, 0 for others."""
 
     before: Sequence[float] = ()
     after: Sequence[float] = ()
-    num_cut: int = 0  # number of the conditioning's last tokens that the model drops
+    dropped: frozenset[int] = frozenset()  # tokens of the conditioning that are no text in it
     source: str = ""  # their name in the conditioning, where they are the prompt's too
+
+    def kept(self, count: int) -> list[int]:
+        """Which of the conditioning's ``count`` tokens are text in the model."""
+        return [i for i in range(count) if i not in self.dropped]
 
     def with_prompt(self, prompt: Sequence[float]) -> list[float]:
         """Values of all text tokens, given those of the conditioning's."""
-        return [*self.before, *prompt[: len(prompt) - self.num_cut], *self.after]
+        return [*self.before, *(prompt[i] for i in self.kept(len(prompt))), *self.after]
+
+    def places(self, num_prompt: int, repeats: int, is_whole: bool) -> TextPlaces:
+        """Where ``num_prompt`` tokens are, so many times the same prompt.
+
+        ``is_whole``: its tokens are counted from the first text token of the model's.
+        """
+        num_text = len(self.with_prompt([0.0] * num_prompt))
+        places = {token: len(self.before) + n for n, token in enumerate(self.kept(num_prompt))}
+        if is_whole:
+            places = {token: token for token in range(num_text)}
+        each = num_prompt // repeats
+        copies = [
+            {token - each * i: place for token, place in places.items() if token // each == i}
+            for i in range(repeats)
+        ]
+        return TextPlaces(copies if repeats > 1 else [places], num_text)
 
 
 FindExtraText = Callable[[nn.Module, int, Mapping[str, Any]], ExtraText]
@@ -196,12 +223,22 @@ def no_extra_text(model: nn.Module, length: int, arguments: Mapping[str, Any]) -
 def cropped(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """Mochi drops its padding, PixelDiT everything beyond its maximum prompt length."""
     longest = getattr(model, "txt_max_length", None) or arguments.get("num_tokens", 256)
-    return ExtraText(num_cut=max(0, length - longest))
+    return ExtraText(dropped=frozenset(range(longest, length)))
 
 
 def time_token(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
     """HiDream-O1's last token is the timestep's."""
-    return ExtraText(num_cut=1)
+    return ExtraText(dropped=frozenset([length - 1]))
+
+
+def pictures_in_text(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:
+    """What MiniMax-H3's encoder saw in pictures is image to the model, amid the text."""
+    tags = (arguments.get("minimax_payload") or {}).get("text_token_tags")
+    if tags is None:
+        return ExtraText()
+    return ExtraText(
+        dropped=frozenset(i for i, tag in enumerate(tags.flatten().tolist()) if tag != 1)
+    )
 
 
 def padded(model: nn.Module, length: int, arguments: Mapping[str, Any]) -> ExtraText:

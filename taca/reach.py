@@ -7,6 +7,7 @@ with. Nearly all blocks get those; the families that do not need another way.
 import inspect
 from collections.abc import Callable
 from functools import partial
+from inspect import Parameter
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,6 +17,7 @@ from .swap import Args, Forward, Kwargs
 
 ATTENTION = "optimized_attention"
 OVERRIDE = f"{ATTENTION}_override"
+OPTIONS = "transformer_options"
 
 Override = Callable[..., Tensor]
 """``(other, func, q, k, v, heads, ...)``: ComfyUI's override, preceded by the one before it."""
@@ -31,11 +33,22 @@ def through_options(forward: Forward, args: Args, kwargs: Kwargs, override: Over
 
     A forward that does not take them, from another pack, is left alone.
     """
-    if "transformer_options" not in kwargs and not _takes_options(forward):
-        return forward, args, kwargs
-    options = kwargs.get("transformer_options") or {}
-    chained = partial(override, options.get(OVERRIDE))
-    return forward, args, {**kwargs, "transformer_options": {**options, OVERRIDE: chained}}
+    if OPTIONS not in kwargs:
+        parameters = inspect.signature(forward).parameters
+        kinds = [p.kind for p in parameters.values()]
+        at = [*parameters].index(OPTIONS) if OPTIONS in parameters else len(args)
+        if at < len(args) and kinds[at] is Parameter.POSITIONAL_OR_KEYWORD:
+            options = _with(override, {OPTIONS: args[at]})
+            return forward, (*args[:at], options, *args[at + 1 :]), kwargs
+        ours = getattr(forward, "chains_overrides", False)  # whatever it looks like
+        if OPTIONS not in parameters and Parameter.VAR_KEYWORD not in kinds and not ours:
+            return forward, args, kwargs
+    options = kwargs.get(OPTIONS) or {}  # without _with, to save a call in every block
+    return (
+        forward,
+        args,
+        {**kwargs, OPTIONS: {**options, OVERRIDE: partial(override, options.get(OVERRIDE))}},
+    )
 
 
 def through_handed_attention(position: int, name: str, *factories: str) -> Reach:
@@ -56,7 +69,7 @@ def through_handed_attention(position: int, name: str, *factories: str) -> Reach
                 continue
             cells = zip(code.co_freevars, attention.__closure__, strict=True)
             held = {variable: cell.cell_contents for variable, cell in cells}
-            ours = factory(**{**held, "transformer_options": _with(override, held)})
+            ours = factory(**{**held, OPTIONS: _with(override, held)})
             if name in kwargs:
                 return forward, args, {**kwargs, name: ours}
             return forward, (*args[:position], ours, *args[position + 1 :]), kwargs
@@ -80,25 +93,18 @@ def through_globals(forward: Forward, args: Args, kwargs: Kwargs, override: Over
         return through_options(forward, args, kwargs, override)
     if not isinstance(function, FunctionType) or ATTENTION not in function.__code__.co_names:
         return forward, args, kwargs
-    if "transformer_options" in function.__code__.co_varnames:  # a later core
+    if OPTIONS in function.__code__.co_varnames:  # a later core
         return through_options(forward, args, kwargs, override)
     names = function.__globals__
     attend = partial(names[ATTENTION], transformer_options=_with(override, kwargs))
     names = {**names, ATTENTION: attend}
     copy = FunctionType(function.__code__, names, None, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
-    kwargs = {name: value for name, value in kwargs.items() if name != "transformer_options"}
+    kwargs = {name: value for name, value in kwargs.items() if name != OPTIONS}
     return MethodType(copy, forward.__self__), args, kwargs  # type: ignore[attr-defined]
-
-
-def _takes_options(forward: Forward) -> bool:
-    if getattr(forward, "chains_overrides", False):  # one of ours, whatever it looks like
-        return True
-    parameters = inspect.signature(forward).parameters.values()
-    return any(p.name == "transformer_options" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _with(override: Override, held: Kwargs) -> dict[str, Any]:
     """The ``transformer_options`` among these variables, with this override."""
-    options = held.get("transformer_options") or {}
+    options = held.get(OPTIONS) or {}
     return {**options, OVERRIDE: partial(override, options.get(OVERRIDE))}

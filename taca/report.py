@@ -5,7 +5,7 @@ tokens and 0 elsewhere, returns how much of each query's attention goes to those
 with any kernel, no n x n matrix is built, and a sample of the image queries is enough.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -24,10 +24,11 @@ from .block_ranges import short
 from .compiler import uncompiled_calls
 from .events import Events
 from .families import family_of, part_of, uncompiled
+from .layouts import TextPlaces
 from .prompt_calls import Prompts, conditionings_of, positive_rows
 from .run import TacaConfig, config_of
 from .schedule import NEVER, ResolvedSchedule, Schedule
-from .spans import Layout, Span
+from .spans import Layout, Span, check_text
 from .swap import Forward, Swap, swapped
 from .timesteps import resolver, timesteps_tensor
 from .word_weights import WordWeights, add_bias, image_bias
@@ -68,6 +69,15 @@ class Report:
     # pays to each word, averaged over heads and frames, as the run had it. An area of the picture
     # or a tile has a size of its own.
     maps: list[Tensor] = field(default_factory=list)
+    # t, and the positive prompt's latents and text, of each call since t last changed.
+    asked_at: list[tuple[float, list[Tensor]]] = field(default_factory=list)
+
+    def is_again(self, t: float, given: list[Tensor]) -> bool:
+        """Whether this was asked before, as by a guidance that then leaves out layers."""
+        self.asked_at = [(at, each) for at, each in self.asked_at if at == t]
+        again = any(_are_equal(given, each) for _, each in self.asked_at)
+        self.asked_at.append((t, given))
+        return again
 
     def table(self) -> Tensor:
         """Shares ``(2, steps, blocks)``: without TACA and with; NaN where nothing was seen."""
@@ -86,14 +96,18 @@ class Report:
         self.config = config_of(guider.model_patcher) or TacaConfig(Schedule(1.0))
         self.shares.clear()
         self.maps.clear()
+        self.asked_at.clear()
 
-    def check_words(self, num_text: int, head_dim: int) -> None:
-        """Raise ValueError if these words cannot be measured in one attention call."""
+    def check_words(self, known: Collection[int], head_dim: int) -> None:
+        """Raise ValueError if these words cannot be measured in one attention call.
+
+        ``known`` are the prompt's tokens that are text in the model.
+        """
         for word, indices in self.asked.words.items():
-            if max(indices) >= num_text:
+            if lacking := [i for i in indices if i not in known]:
                 raise ValueError(
-                    f"TACA Attention Report: {word!r} is text token {max(indices)}, counted from "
-                    f"0, and the prompt has {num_text}."
+                    f"TACA Attention Report: {word!r} is text token {lacking[-1]}, counted from "
+                    f"0, and the prompt has {len(known)}."
                 )
         if len(self.asked.words) >= head_dim:
             raise ValueError(
@@ -141,6 +155,7 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     finally:
         # Otherwise a reference cycle would keep the guider and its models alive.
         report.prompts = report.run_words = None
+        report.asked_at.clear()
 
 
 def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
@@ -149,20 +164,20 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
         return executor(*args, **kwargs)
     base_model, call = executor.class_obj, CallArguments.of(*args, **kwargs)
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
-    if not len(positive):
-        return executor(*args, **kwargs)
     t = timesteps_tensor(base_model.model_sampling, call.t)
+    given = [each[positive] for each in (call.x, call.c_crossattn) if each is not None]
+    if not len(positive) or report.is_again(float(t.max()), given):
+        return executor(*args, **kwargs)
     report.events.begin_call((), t.tolist())
     transformer = uncompiled(base_model.diffusion_model)
     family, options = family_of(transformer), report.config.options
     gamma = report.schedule.gamma_at(t).to(call.t.device)
     gamma = options.limit(gamma, call, transformer, report.prompts)
     repeats = report.prompts.repeats(call, report.own) if report.prompts else 1
-    start, num_text = 0, call.num_text // repeats
-    if report.asked.num_tokens is not None:
-        extra = family.extra_text_of(transformer, report.asked.num_tokens * repeats, call)
-        start = len(extra.before)
-    starts = [start + num_text * i for i in range(repeats)]
+    num_asked = report.asked.num_tokens
+    num_prompt = call.num_text if num_asked is None else num_asked * repeats
+    extra = family.extra_text_of(transformer, num_prompt, call)
+    text = extra.places(num_prompt, repeats, is_whole=num_asked is None)
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
     moment = len(report.events.ended), float(t.max())
@@ -175,13 +190,17 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
         place = (*moment, index.get(block.module, -1))  # -1: no joint attention to measure
         places = partial(family.own_places, transformer, grid)
-        probe = Probe(
-            report, own, words or None, place, positive, places, family.own_image == "last", starts
-        )
+        is_last = family.own_image == "last"
+        probe = Probe(report, own, words or None, place, positive, places, is_last, text)
         wrap = partial(joint_forward, block=block, state=state, override=probe.override, traces=[])
         swaps.append((block.module, "forward", wrap))
     with swapped(swaps), uncompiled_calls:
         return executor(*args, **kwargs)
+
+
+def _are_equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    pairs = zip(first, second, strict=False)
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
 
 
 @dataclass
@@ -195,7 +214,7 @@ class Probe:
     rows: Tensor  # indices of the rows of the batch that are the positive prompt's
     own_places: Callable[[int], Tensor]  # as ``Family.own_places``
     is_last: bool  # whether they are in the last span of image tokens, and not the first
-    starts: list[int]  # the text token at which each repetition of the conditioning begins
+    text: TextPlaces
 
     def override(
         self,
@@ -255,11 +274,14 @@ class Probe:
         places = (grid.flatten() + start).to(q.device)
         kinds = torch.cat([torch.full((length,), kind == "text") for kind, length, _ in layout])
         text = kinds.nonzero().flatten().to(q.device)
-        words = {
-            word: [start + i for start in self.starts for i in at]
-            for word, at in self.report.asked.words.items()
-        }
-        self.report.check_words(len(text) - self.starts[-1], k.shape[-1])
+        words = {}
+        if self.report.asked.words:
+            check_text(layout, self.text.num_text)
+            self.report.check_words(self.text.copies[0], k.shape[-1])
+            words = {
+                word: [copy[i] for copy in self.text.copies for i in at if i in copy]
+                for word, at in self.report.asked.words.items()
+            }
         rows = self.rows.to(q.device)
         q, k = q[rows].index_select(2, places), k[rows]
         gamma = self.gamma[rows] if len(self.gamma) > 1 else self.gamma

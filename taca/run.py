@@ -69,6 +69,7 @@ class Run:
     # Whether each attention kernel takes masks, by name.
     takes_masks: dict[str, bool] = field(default_factory=dict)
     sites: dict[nn.Module, HookSites] = field(default_factory=dict)  # by model, one a device
+    lora_calls: set[Any] = field(default_factory=set)  # conditionings whose last call had a LoRA
     caches_lora: bool = False  # whether ComfyUI's caches may hold what a LoRA made
 
     def __post_init__(self) -> None:

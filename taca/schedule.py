@@ -29,6 +29,12 @@ PAPER_TOKENS = 4096
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Sigmas are rounded: a step meant to lie on a bound may miss it by a few last places."""
 
+WITHOUT_RUN = (
+    "training has none, nor has a node that calls the model by itself: choose the window "
+    "'timestep' or 'percent' in TACA Schedule."
+)
+"""What to do about it; ends a message."""
+
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "step": torch.ones_like,
     "linear": lambda x: 1 - x,
@@ -176,8 +182,7 @@ class FirstStepsWindow(Window):
     def bounds(self, sampling: Sampling) -> Bounds:
         if sampling.steps is None:
             raise ValueError(
-                "TACA's window of the first steps needs the steps of a run, and training has none: "
-                "choose the window 'timestep' or 'percent' in TACA Schedule."
+                f"TACA's window of the first steps needs the steps of a run, and {WITHOUT_RUN}"
             )
         t = sampling.steps.tolist()
         first, later = t[: self.steps], t[self.steps : -1]
@@ -210,10 +215,7 @@ class FittedWindow(Window):
 
     def bounds(self, sampling: Sampling) -> Bounds:
         if sampling.steps is None or sampling.num_image is None:
-            raise ValueError(
-                "TACA's window for any size needs a run, and training has none: choose the window "
-                "'timestep' or 'percent' in TACA Schedule."
-            )
+            raise ValueError(f"TACA's window for any size needs a run, and {WITHOUT_RUN}")
         low = self.threshold(sampling.num_image) * (1 - ROUNDING)
         low = min(low, max(sampling.steps[:-1].tolist(), default=low))
         return low, math.inf, falling(self.shape, 1000.0, low)

@@ -18,6 +18,18 @@ Layout = Sequence[Span]
 """A whole joint sequence, in order."""
 
 
+def check_text(layout: Layout, count: int) -> None:
+    """Raise ValueError if a sequence has other text tokens than the ``count`` that are known."""
+    num_text = sum(length for kind, length, _ in layout if kind == "text")
+    if num_text != count:
+        raise ValueError(
+            f"TACA: this attention has {num_text} text tokens, and of {count} it is known what "
+            f"they are: another node adds tokens to the text, as USO Style Reference does, or "
+            f"takes some away. Take out that node, or what asks for single tokens: word weights, "
+            f"the words of a report, prompt and prompt_only of TACA Options."
+        )
+
+
 Group = tuple[bool, int, int]
 """Consecutive queries with the same keys: ``(is_image, start, length)``."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spans import Group, Layout
+from .spans import Group, Layout, check_text
 
 Negative = tuple[int, int, Tensor, Tensor | None]
 Shared = tuple[Sequence[Tensor | None], Sequence[Negative]]
@@ -102,7 +102,11 @@ def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like
 
 
 def image_bias(words: WordWeights, layout: Layout, like: Tensor) -> Tensor:
-    """The bias of image queries: log |w| of each key, ``(b, 1, 1, n)``; dtype as ``like``."""
+    """The bias of image queries: log |w| of each key, ``(b, 1, 1, n)``; dtype as ``like``.
+
+    Raises ValueError if the sequence has other text tokens than those with weights.
+    """
+    check_text(layout, words.weights.shape[1])
     return over_keys(words.weights.abs().log(), layout, 0.0)[:, None, None].to(like)
 
 

@@ -176,7 +176,7 @@ class RunWords:
             )
         num_text = call.num_text
         extra = family.extra_text_of(transformer, num_text, call)
-        sizes = num_text, len(extra.before), len(extra.after), extra.num_cut
+        sizes = num_text, len(extra.before), len(extra.after), extra.dropped
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:
             made = [_of_row(row, num_text, extra) for row in rows]
@@ -237,10 +237,9 @@ def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
             row.words.weighted_beside(extra.source, row.share, len(each))
             for each in (before, after)
         )
-    num_kept = num_text - extra.num_cut
-    if any(token.is_avoided for token in tokens[num_kept:]):
+    if any(tokens[i].is_avoided for i in extra.dropped if i < num_text):
         raise ValueError("TACA: this model cuts off what is to be avoided: write a shorter prompt.")
-    return before + tokens[:num_kept] + after
+    return before + [tokens[i] for i in extra.kept(num_text)] + after
 
 
 def _notes(row: Row, num_text: int, extra: ExtraText) -> Iterator[str]:

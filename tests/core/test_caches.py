@@ -179,6 +179,23 @@ def test_a_lora_acts_in_no_call_that_a_cache_answers(folder, apply_taca, load_lo
     assert "A cache answered 3 calls" in caplog.records[-1].message
 
 
+@pytest.mark.parametrize("gamma", [1.0, 1.4])
+@pytest.mark.parametrize(("threshold", "inside"), [(800.0, 3), (700.0, 4)])
+def test_what_a_pack_keeps_of_a_lora(folder, apply_taca, load_lora, gamma, threshold, inside):
+    """A cache's answer behind the window that the LoRA had a part in is an error; a call of the
+    model there is none, and a run without a LoRA goes on."""
+    model = tiny.load(folder, "flux")
+    taca = apply_taca(model, gamma, threshold)
+    lora = load_lora(taca, random_lora(model, only="blocks"))
+    sample(skips(taca), "flux", steps=6, text=(TEXT, TEXT))
+    if inside % 2:  # the first step behind the window is answered from the last one inside
+        with pytest.raises(RuntimeError, match=r"no block of Flux ran in the first step after .*L"):
+            sample(skips(lora), "flux", steps=6, text=(TEXT, TEXT))
+    else:
+        sample(skips(lora), "flux", steps=6, text=(TEXT, TEXT))
+    assert not installed_on(model)
+
+
 @pytest.mark.parametrize("name", ["EasyCacheNode", "LazyCacheNode"])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_what_core_keeps_ends_with_the_window(

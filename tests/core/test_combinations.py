@@ -32,7 +32,9 @@ from support.reference import (
     dense_attention,
     image_tokens,
 )
+from support.reports import report_on
 from support.tiny import KINDS, installed_on, sample
+from support.words import weighed
 
 try:
     from comfy_extras.nodes_nag import NAGuidance
@@ -44,6 +46,11 @@ except ImportError:
     EasyCacheNode = LazyCacheNode = None
 
 import nodes
+
+PATCH, OPTIONS, REPORT = (
+    sys.modules[f"taca_pack.taca.{m}"] for m in ("patch", "options", "report")
+)
+config_of = sys.modules["taca_pack.taca.run"].config_of
 
 
 def block_name(kind):
@@ -185,6 +192,7 @@ def test_saving(folder, apply_taca, kind, tmp_path, monkeypatch):
         "uni_pc",
         "euler_ancestral",
         "dpmpp_2m",
+        "ddim",
     ],
 )
 def test_samplers_densely(folder, apply_taca, kind, sampler):
@@ -250,6 +258,43 @@ def test_kontext(folder, apply_taca, references):
         sample(dense(model), "flux", steps=3, cfg=1.0),
     ):
         assert (other - expected).abs().max() > 0.1
+
+
+def test_tokens_that_another_node_adds_to_the_text(folder, apply_taca):
+    """As USO Style Reference puts a style before it: text for gamma, and whatever asks for single
+    tokens of the prompt is told, for they are elsewhere."""
+    style = torch.randn(1, 3, 128, generator=torch.manual_seed(5))
+
+    def styled(model):
+        def before(given):
+            text, ids = given["txt"], given["txt_ids"]
+            given["txt"] = torch.cat([style.expand(len(text), -1, -1), text], 1)
+            given["txt_ids"] = torch.cat([ids.new_zeros(len(text), 3, 3), ids], 1)
+            return given
+
+        model = model.clone()
+        model.set_model_post_input_patch(before)
+        return model
+
+    model = tiny.load(folder, "flux")
+    settings = {"steps": 2, "text": (TEXT, TEXT)}
+    expected = sample(styled(dense(model, text=TEXT + 3)), "flux", **settings)
+    ours = styled(apply_taca(model, 1.4, 0.0))
+    torch.testing.assert_close(sample(ours, "flux", **settings), expected, atol=2e-3, rtol=2e-3)
+    sample(REPORT.watched(ours, report_on({})), "flux", **settings)
+    weighs = weighed(tiny.conditioning("flux", TEXT), [1.0] * (TEXT - 1) + [2.0])
+    limited = OPTIONS.Options(prompt=(1.0,) * 5 + (0.0,) * 2)
+    schedule = config_of(ours).schedule
+    for asks in (
+        lambda: sample(styled(PATCH.patch_model(model, schedule, limited)), "flux", **settings),
+        lambda: sample(ours, "flux", positive=weighs, **settings),
+        lambda: sample(REPORT.watched(ours, report_on({"a": [1]})), "flux", **settings),
+        lambda: sample(REPORT.watched(ours, report_on({"a": [1]}, TEXT)), "flux", **settings),
+    ):
+        with pytest.raises(
+            ValueError, match=r"10 text tokens, and of 7 it is known .* adds tokens"
+        ):
+            asks()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -301,7 +301,9 @@ def test_steps_are_those_it_acted_on(folder, apply_taca, gammas, caplog, share, 
     assert caplog.records[-1].levelname == ("INFO" if any(told) else "WARNING")
 
 
-@pytest.mark.parametrize("name", ["heun", "dpm_2", "dpmpp_2m", "uni_pc", "dpmpp_sde", "euler"])
+@pytest.mark.parametrize(
+    "name", ["heun", "dpm_2", "dpmpp_2m", "uni_pc", "dpmpp_sde", "euler", "lcm"]
+)
 def test_a_step_of_several_calls_is_one(folder, apply_taca, caplog, name):
     """As many as begin inside the window."""
     caplog.set_level("INFO", logger="taca")
@@ -671,8 +673,12 @@ def test_what_is_said_before_a_run(folder, pack, monkeypatch, sent):
     assert gamma.startswith("Above gamma 1.5")
     monkeypatch.setattr(node, "hidden", None)
     with CurrentNodeContext("a", "10"):
-        node.execute(model, 1.5, 970.0)
+        first = node.execute(model, 1.5, 970.0).result[0]
     assert len(sent) == 1
+    with CurrentNodeContext("a", "11"):
+        node.execute(first, 1.2, 900.0)
+    replaces = "This replaces the TACA node before it (gamma 1.5 at t >= 970): only one acts."
+    assert sent[1:] == [(replaces, "11")]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 64)])

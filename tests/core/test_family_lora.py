@@ -1,5 +1,6 @@
 """Load TACA LoRA on every family: what core merges, inside the window."""
 
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
@@ -91,3 +92,34 @@ def test_a_lora_that_would_stay_is_refused(case, folder, pack, apply_taca, loras
     save_file(random_lora(model, rank=2), loras / "lora.safetensors")
     with pytest.raises(ValueError, match=r"LoRA .* on HiDream-O1, since ComfyUI caches"):
         pack["LoadTACALoRA"].execute(apply_taca(model), "lora.safetensors", 0.5)
+
+
+@pytest.mark.parametrize("case", named("Lumina 2", "Z-Image", "Qwen-Image"), ids=str)
+@pytest.mark.parametrize("gamma", [1.0, 1.5])
+def test_rows_of_which_some_are_inside(case, folder, apply_taca, load_lora, monkeypatch, gamma):
+    """A sampler with a sigma for each row: as if each were alone, norms in fused kernels too."""
+    model = families.load(case, folder, monkeypatch)
+    state = random_lora(model, rank=2) | random_lora(model, "norms")
+    text, noise = families.conditioning(case), torch.randn(3, *case.latent)
+
+    def rows(model, x, sigmas, extra_args, **kwargs):
+        return model(x, sigmas[0] * torch.tensor([0.95, 0.5, 0.99]), **extra_args)
+
+    def drawn(m):
+        guider = comfy.samplers.CFGGuider(m)
+        guider.set_conds(text, text)
+        sampler = comfy.samplers.KSAMPLER(rows)
+        return guider.sample(noise, torch.zeros_like(noise), sampler, torch.tensor([1.0, 0.0]))
+
+    plain, inside, some = (
+        drawn(m)
+        for m in (
+            model,
+            load_lora(apply_taca(model, gamma, 0.0), state),
+            load_lora(apply_taca(model, gamma, 900.0), state),
+        )
+    )
+    effect = (plain - inside).abs().amax((1, *range(2, plain.ndim)))
+    assert (effect > 1e-3).all()
+    assert (some[[0, 2]] - inside[[0, 2]]).abs().max() < 2e-3 * effect.max()
+    assert (some[1] - plain[1]).abs().max() < 2e-3 * effect.max()

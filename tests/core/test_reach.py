@@ -50,6 +50,38 @@ def test_globals_of_any_method(owner, more):
     assert torch.equal(owner.forward(q, k, v, **more), plain)
 
 
+class Block:
+    """Which is handed its options by position, and by name."""
+
+    def forward(self, q, k, v, transformer_options=None, heads=3):
+        return optimized_attention(q, k, v, heads, transformer_options=transformer_options)
+
+    def by_name_alone(self, q, k, v, *more, transformer_options=None, heads=3):
+        return optimized_attention(q, k, v, heads, transformer_options=transformer_options)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "named"),
+    [
+        ("forward", ({"of_a_pack": 7},), {}),
+        ("forward", (None, 4), {}),
+        ("forward", (), {"transformer_options": {"of_a_pack": 7}}),
+        ("forward", (), {"heads": 4}),
+        ("by_name_alone", (0, 0), {"heads": 4}),
+    ],
+)
+def test_options_by_position(name, more, named):
+    """Wherever they stand, and also where there are none; the call's own stay as they are."""
+    q, k, v = torch.randn(3, 1, 4, 6)
+    forward = getattr(Block(), name)
+    before = [dict(each) if isinstance(each, dict) else each for each in more]
+    attend, args, kwargs = reach.through_options(forward, (q, k, v, *more), named, override)
+    torch.testing.assert_close(attend(*args, **kwargs), forward(q, k, v, *more, **named) + 100)
+    assert [*more] == before
+    if more and isinstance(more[0], dict):
+        assert args[3]["of_a_pack"] == 7
+
+
 class Callable:
     def __call__(self, owner, q, k, v):
         return optimized_attention(q, k, v, 3)

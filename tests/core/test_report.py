@@ -16,6 +16,7 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
 from support import tiny
 from support import words as words_of
@@ -166,7 +167,7 @@ def test_places_lie_on_a_grid(folder):
     def places(latent, image):
         grid = family.grid(transformer, latent)
         own = partial(family.own_places, transformer, grid)
-        return report_module.Probe(*[None] * 5, own, False, 0).places(image)
+        return report_module.Probe(*[None] * 5, own, False, None).places(image)
 
     asked = places((1, 16, 128, 128), 4096)
     assert asked.shape == (1, 32, 32)
@@ -280,6 +281,27 @@ def test_other_guiders(folder, apply_taca, pack, reports, which):
     tables, maps = ([report.table() for report in reports], [r.maps for r in reports])
     torch.testing.assert_close(*tables, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(*map(torch.stack, maps), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", ["watch", "guidance"])
+def test_a_pass_without_some_layers_is_not_the_pictures(folder, apply_taca, first):
+    """Skip layer guidance calls the model once more with the prompt; the report is as without."""
+    model, reports = apply_taca(tiny.load(folder, "flux"), 1.5, 0.0), []
+
+    def skipping(model):
+        return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1", "0", 0.0).result[0]
+
+    for adds in ((), (skipping,)):
+        report = report_on({"a": [1]})
+        steps = [lambda m, report=report: report_module.watched(m, report), *adds]
+        watched = model
+        for add in steps if first == "watch" else steps[::-1]:
+            watched = add(watched)
+        sample(watched, "flux", steps=1, text=(7, 7))
+        reports.append(report)
+    assert len(reports[0].maps) == len(reports[1].maps) == 4
+    torch.testing.assert_close(*(report.table() for report in reports))
+    torch.testing.assert_close(*(torch.stack(report.maps) for report in reports))
 
 
 def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):

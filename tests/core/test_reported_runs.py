@@ -150,6 +150,47 @@ def test_another_prompt_is_still_told(film):
         sample_family(PATCH(model, schedule, OPTIONS(prompt=OWN[:3])), case)
 
 
+def test_pictures_amid_the_text(folder, monkeypatch):
+    """MiniMax-H3: what its encoder saw is image to the model, the third and fourth of nine tokens.
+
+    Words behind it, and the prompt's own tokens, are counted in the conditioning."""
+    [case] = named("MiniMax-H3 I2V")
+    if not exists(case):
+        pytest.skip("this ComfyUI has no MiniMax-H3")
+    model = families.load(case, folder, monkeypatch)
+    kinds = [k for kind, n, *_ in case.spans(case.text[0], case.tokens) for k in [kind] * n]
+    image = torch.tensor([kind == "image" for kind in kinds])
+    factor = torch.ones(len(kinds), len(kinds), dtype=torch.float64)
+    own = torch.tensor(OWN)
+    own[5] = 1.0
+    for i in (0, 1, 4, 5, 6, 7, 8):
+        factor[image, i] = 1 + 0.5 * own[i].double()
+    found = []
+
+    def dense(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
+        assert skip_reshape
+        if k.shape[2] != len(kinds):
+            return func(q, k, v, heads, mask=mask, skip_reshape=True, **kwargs)
+        eye = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+        seen = dense_attention(q, k, eye, factor)[0].mean(0)
+        found.append(seen[-2 * case.tokens :, 5].view(2, 4, 3).mean(0))
+        out = dense_attention(q, k, v, factor, mask).to(q.dtype)
+        return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+
+    expected = sample_family(attending(model, dense), case)
+    schedule = SCHEDULE.Schedule(1.5, SCHEDULE.TimestepWindow(0.0))
+    ours = PATCH(model, schedule, OPTIONS(prompt=tuple(own.tolist())))
+    report = report_on({"word": [5]}, 9)
+    result = sample_family(REPORT.watched(ours, report), case)
+    effect = (sample_family(model, case) - expected).abs().max()
+    assert (result - expected).abs().max() < 2e-3 * effect
+    maps = torch.stack(report.maps)[:, 0].double()
+    torch.testing.assert_close(maps, torch.stack(found), atol=1e-5, rtol=1e-3)
+    report = report_on({"word": [3]}, 9)
+    with pytest.raises(ValueError, match=r"'word' is text token 3, .* and the prompt has 7"):
+        sample_family(REPORT.watched(ours, report), case)
+
+
 @pytest.mark.parametrize("share", [0.9, 1.2])
 def test_steps_of_a_sampler_that_tells_another_sigma(folder, apply_taca, share):
     """The report's steps are the sampler's own."""

@@ -295,7 +295,8 @@ def test_the_curve_of_the_widget():
 
 
 def test_first_steps_need_a_run():
-    with pytest.raises(ValueError, match="training has none"):
+    """Training has none, nor has a call of the model by a node."""
+    with pytest.raises(ValueError, match="training has none, nor has a node that calls the model"):
         resolve(Schedule(1.2, schedule.FirstStepsWindow(3)), sampling("flux"))
 
 
