@@ -180,7 +180,7 @@ class RunWords:
         key = (*rows, sizes, call.t.device)
         if key not in self.tensors:
             made = [_of_row(row, num_text, extra) for row in rows]
-            notes = [note for row in rows for note in _notes(row, num_text, extra)]
+            notes = [note for row in rows for note in _notes(row, extra)]
             for note in dict.fromkeys(notes):
                 if note not in self.notes:
                     self.notes.append(note)
@@ -242,11 +242,12 @@ def _of_row(row: Row, num_text: int, extra: ExtraText) -> list[Weighted]:
     return before + [tokens[i] for i in extra.kept(num_text)] + after
 
 
-def _notes(row: Row, num_text: int, extra: ExtraText) -> Iterator[str]:
+def _notes(row: Row, extra: ExtraText) -> Iterator[str]:
     """What the user has to know of a row's tokens that weigh otherwise than written."""
     if row.words is None:
         return
-    if any(weight != 1 for weight in row.words.weights[num_text - extra.num_cut - row.filled :]):
+    weights = dict(enumerate(row.words.weights, row.filled))
+    if any(weights.get(i % row.length, 1) != 1 for i in extra.dropped):
         yield "The model cuts off words that weigh. Write a shorter prompt."
     appended = row.length - row.filled - len(row.words.weights)
     if appended:
