@@ -1,7 +1,7 @@
 """One call of the model: what is installed for its length."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,14 +9,12 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules import attention
 from comfy.model_base import BaseModel
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
+from .after_lora import without_lora
 from .arguments import CallArguments
 from .block import Trace, joint_forward, taca_override
-from .compiler import is_compiled
-from .events import replacement
-from .families import family_of, uncompiled
 from .kernels import for_masks
 from .reach import OVERRIDE
 from .run import Run
@@ -66,52 +64,15 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     ends = nullcontext() if any(inside) else without_lora(run, base_model, call)
     with ends, swapped(swaps):
         result = executor(*args, **kwargs)
-    if run.schedule is not None:
-        if gamma is not None:
-            run.events.end_call(traces, max(t), is_first, model)
-        elif lora_swaps:  # where gamma is 1, what its layers did
-            run.events.end_call([sites.lora_trace], max(t), is_first, model)
-        if words is not None:
-            run.word_events.end_call(traces, max(t), is_first, model)
+    if run.schedule is None:  # outside any run
+        return result
+    if gamma is not None:
+        run.events.end_call(traces, max(t), is_first, model)
+    elif lora_swaps:  # where gamma is 1, what its layers did
+        run.events.end_call([sites.lora_trace], max(t), is_first, model)
+    if words is not None:
+        run.word_events.end_call(traces, max(t), is_first, model)
     return result
-
-
-@contextmanager
-def without_lora(run: Run, base_model: BaseModel, call: CallArguments) -> Iterator[None]:
-    """Context of a call outside the window.
-
-    Raises RuntimeError if it is the first one after the window of a LoRA, and no block ran: then it
-    was answered with what the LoRA had made.
-    """
-    uuids = call.transformer_options.get("uuids", ())
-    if not run.lora_calls or run.lora_calls.isdisjoint(uuids):
-        yield
-        return
-    run.lora_calls.difference_update(uuids)
-    wrappers = call.transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if is_compiled(base_model.diffusion_model, wrappers):  # its blocks would be compiled anew
-        yield
-        return
-    transformer, ran = uncompiled(base_model.diffusion_model), list[None]()
-    # Hooks, since no forward is replaced outside the window. Another pack's own forward of a block
-    # still calls its layers.
-    hooks = [
-        module.register_forward_pre_hook(lambda *_: ran.append(None))
-        for block in family_of(transformer).joint_blocks(transformer)
-        for module in block.module.modules()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not ran:
-        raise RuntimeError(
-            f"TACA: no block of {type(transformer).__name__} ran in the first step after the "
-            f"window: a cache answered it with what the TACA LoRA had made. "
-            f"{replacement(base_model.diffusion_model)} Start that cache after the TACA window "
-            f"ends, or take it or Load TACA LoRA out."
-        )
 
 
 def in_some_rows(model: Forward, swaps: Sequence[Swap], rows: Tensor) -> Forward:

@@ -35,6 +35,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .after_lora import end_caches
 from .arguments import run_arguments, with_callback
 from .call import adjust_call
 from .compiler import check_compiler
@@ -45,7 +46,7 @@ from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import PATCH_KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
-from .timesteps import resolver, timesteps, timesteps_tensor
+from .timesteps import resolver, timesteps_tensor
 from .words import WORDS_KEY, RunWords, hide_avoided
 
 log = logging.getLogger("taca")
@@ -212,26 +213,6 @@ def install(run: Run, guider: Any) -> None:
         entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS_KEY}
     if prompts and not comfy.model_management.in_training:
         hide_avoided(prompts)
-
-
-def end_caches(
-    run: Run, executor: WrapperExecutor, x: Tensor, timestep: Tensor, model_options: Any, seed: Any
-) -> Tensor:
-    """ComfyUI's PREDICT_NOISE wrapper of a run with a TACA LoRA.
-
-    What EasyCache and LazyCache keep from calls inside the window is not used after it.
-    """
-    cache = model_options["transformer_options"].get("easycache")
-    if cache is not None and run.schedule is not None:
-        sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-        inside = any(map(run.schedule.contains, timesteps(sampling, timestep)))
-        if run.caches_lora and not inside:
-            # Without the last output's norm neither of them skips a call; nor does EasyCache
-            # without the differences, of prompts that come back later.
-            cache.output_prev_norm = None
-            getattr(cache, "uuid_cache_diffs", {}).clear()
-        run.caches_lora = inside
-    return executor(x, timestep, model_options, seed)
 
 
 def warn_of_lost_vram(patcher: ModelPatcher) -> None:

@@ -121,7 +121,7 @@ def score(options: argparse.Namespace) -> None:
     """Judge networks on the captions that were held out, and compare them with the first."""
     codec, captions = Codec.load(CODEC), captions_of("held-out")[: options.captions]
     asked = {key: getattr(options, key) for key in ("noises", "steps", "cfg")}
-    real = np.concatenate([*map(np.array, pictures_of(captions * options.noises, 1))])
+    real = np.concatenate([p.numpy() for p in pictures_of(captions * options.noises, 1)])
     report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
     criteria = {"right": world.CRITERIA, "tells": TOLD}
     judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
