@@ -26,6 +26,7 @@ from support.reports import report_on
 from support.tiny import KINDS, run, sample, sigmas_of
 
 report_module = sys.modules["taca_pack.taca.report"]
+probe_module = sys.modules["taca_pack.taca.probe"]
 tokens_module = sys.modules["taca_pack.taca.prompt_tokens"]
 family_of = sys.modules["taca_pack.taca.families"].family_of
 advice = sys.modules["taca_pack.nodes.preview"].advice
@@ -167,7 +168,7 @@ def test_places_lie_on_a_grid(folder):
     def places(latent, image):
         grid = family.grid(transformer, latent)
         own = partial(family.own_places, transformer, grid)
-        return report_module.Probe(*[None] * 5, own, False, None).places(image)
+        return probe_module.Probe(*[None] * 4, own, False, None, None).places(image)
 
     asked = places((1, 16, 128, 128), 4096)
     assert asked.shape == (1, 32, 32)
