@@ -27,8 +27,8 @@ class WordWeights:
 
     weights: Tensor  # w, float32 (b, t)
     is_negative: Tensor | None = None  # bool (b, t); None where none is
-    # Shares of each token in the mean value about which negative weights mirror, float32 (b, t);
-    # None to mirror about zero, which subtracts.
+    # How much each token counts in the mean value about which negative weights mirror, float32
+    # (b, t), in sum 1; None to mirror about zero, which subtracts.
     centre: Tensor | None = None
     # Tokens to avoid, bool (b, t): image queries and these tokens attend to them, other text does
     # not.
@@ -70,9 +70,9 @@ def weigh(
     shape = [1] * v.ndim  # SD3 hands its V as (b, n, h, d) also where dim is 1
     shape[0], shape[dim] = len(words.weights), -1
     mirror = v.new_zeros(())
-    for start, length, _, share in negatives:
-        if share is not None:
-            mean = v.narrow(dim, start, length).float() * share.view(shape)
+    for start, length, _, centre in negatives:
+        if centre is not None:
+            mean = v.narrow(dim, start, length).float() * centre.view(shape)
             mirror = mirror + 2 * mean.sum(dim, keepdim=True)
     mirror = mirror.to(v)
     for start, length, is_negative, _ in negatives:
@@ -82,7 +82,7 @@ def weigh(
 
 
 def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like: Tensor) -> Shared:
-    """The biases of ``weigh``; for each span of text its negative weights and centre shares."""
+    """The biases of ``weigh``; for each span of text its negative weights, and their centre."""
     image = image_bias(words, layout, like)
     biases = [
         image if is_image else _text_bias(words.avoided, layout, start, length, like)
@@ -93,9 +93,9 @@ def _of_layout(words: WordWeights, layout: Layout, groups: Sequence[Group], like
     for kind, length, _ in layout:
         if kind == "text":
             if words.is_negative is not None:
-                centre = words.centre
-                share = centre if centre is None else centre.narrow(1, done, length)
-                negatives.append((start, length, words.is_negative.narrow(1, done, length), share))
+                is_negative = words.is_negative.narrow(1, done, length)
+                centre = None if words.centre is None else words.centre.narrow(1, done, length)
+                negatives.append((start, length, is_negative, centre))
             done += length
         start += length
     return biases, negatives

@@ -104,7 +104,7 @@ class Weighted(NamedTuple):
     """The weight of one text token of a call."""
 
     weight: float = 1.0
-    centre: float = 0.0  # its share in the prompt's mean value
+    centre: float = 0.0  # how much it counts in the prompt's mean value
     is_avoided: bool = False
 
 
