@@ -33,8 +33,8 @@ FUSIONS = {
     "concatenation": {"caption_blocks": 2, "image_blocks": 2},
     "cross": {"caption_blocks": 2, "image_blocks": 2, "conditioning": "cross-attention"},
 }
-STEPS, FALL, WARMUP, POOL = 1200, 480, 200, 300
-BATCH, RATE, EMA, DROPOUT, SHIFT = 64, 1e-3, 0.998, 0.1, 2.0
+STEPS, FALL, WARMUP, POOL = 3600, 1440, 100, 100
+BATCH, RATE, EMA, DROPOUT, SHIFT = 16, 6e-3, 0.998, 0.1, 2.0
 TRY_OUT = {"FALL": 2, "WARMUP": 2, "POOL": 1, "BATCH": 4}
 SHAPES = world.SHAPES[:2]
 CODEC = Path(world.__file__).parent / "taca_demo_codec.safetensors"
