@@ -114,9 +114,7 @@ def read_config(
 
 
 def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Raise a ValueError if the weights' names, shapes or types are not the expected ones, or one
-    holds NaN or infinity.
-    """
+    """Raise a ValueError for weights of other names, shapes or types, or of NaN or infinity."""
     common = expected.keys() & state.keys()
     floats = {key for key in common if expected[key].is_floating_point()}
     problems = {

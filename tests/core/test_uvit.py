@@ -307,8 +307,16 @@ def test_the_wrong_latents_and_prompts_are_told(tmp_path):
     model = MODEL.load_uvit(path)
     with pytest.raises(ValueError, match="64 x 64 pixels"):
         sample(model, dataclasses.replace(config, side=16))
-    with pytest.raises(ValueError, match="7 tokens of 48"):
-        sample(model, dataclasses.replace(config, text_tokens=14))
+    for tokens, told in (
+        (14, "without words to avoid, and take out Conditioning"),
+        (6, "not 6 of"),
+    ):
+        with pytest.raises(ValueError, match=rf"7 tokens of 48.*{told}"):
+            sample(model, dataclasses.replace(config, text_tokens=tokens))
+    area = nodes.ConditioningSetArea().append(conditioning(config), 32, 64, 0, 0, 1.0)[0]
+    empty = {"samples": torch.zeros(1, 4, 8, 8)}
+    with pytest.raises(ValueError, match="no area of a picture"):
+        nodes.common_ksampler(model, 3, 4, 1.0, "euler", "normal", area, area, empty)
 
 
 def test_core_loads_it_again(tmp_path):
