@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +52,7 @@ def weights_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     Raises ValueError if it does not show which of several sets to take.
     """
     tensors = {k: w for k, w in _flat(state) if not k.startswith(TRAINING_PREFIX)}
-    prefixes = sorted({found[1] for key in tensors if (found := _BLOCK_KEY.match(key))})
+    prefixes = sorted(each for each in _prefixes(tensors) if f"{each}pos_embed" in tensors)
     averaged = [prefix for prefix in prefixes if _AVERAGED.fullmatch(prefix)]
     if not prefixes or "" in prefixes:
         return tensors
@@ -63,6 +63,11 @@ def weights_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         )
     prefix = prefixes[0] if len(prefixes) == 1 else averaged[0]
     return {k.removeprefix(prefix): w for k, w in tensors.items() if k.startswith(prefix)}
+
+
+def _prefixes(state: Iterable[str]) -> set[str]:
+    """What stands before the names of middle blocks of a U-ViT's kind."""
+    return {found[1] for key in state if (found := _BLOCK_KEY.match(key))}
 
 
 def _flat(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +146,7 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], n
 
 def _check_kind(state: Mapping[str, Tensor], name: str) -> None:
     """Raise a ValueError if these are the weights of another kind of model."""
-    if not any(_BLOCK_KEY.match(key) for key in state):
+    if "" not in _prefixes(state):
         parts = sorted({key.partition(".")[0] for key in state})
         more = " ..." if len(parts) > 6 else ""
         raise ValueError(

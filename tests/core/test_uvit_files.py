@@ -156,9 +156,11 @@ def test_another_model_is_told(tmp_path):
         "patch_embed.proj.weight": torch.zeros(8, 3, 2, 2),
         "decoder_pred.weight": torch.zeros(12, 8),
     }
-    for name, state in {"sd3": tiny.weights("sd3"), "pixart": pixart, "mae": mae}.items():
+    vae = {"decoder.mid_block.attn.qkv.weight": torch.zeros(24, 8), "decoder.norm": torch.zeros(8)}
+    others = {"sd3": tiny.weights("sd3"), "pixart": pixart, "mae": mae, "vae": vae}
+    for name, state in others.items():
         save_file(state, tmp_path / f"{name}.safetensors")
-    models = {"blocks": ["pixart", "mae"], "joint_blocks": ["sd3"]}
+    models = {"blocks": ["pixart", "mae"], "joint_blocks": ["sd3"], "decoder": ["vae"]}
     paths = [(part, tmp_path / f"{name}.safetensors") for part in models for name in models[part]]
     demos = ROOT / "demo/models/taca_demo_mmdit.safetensors"
     for part, path in [*paths, ("joint_blocks", demos)]:
