@@ -91,8 +91,10 @@ def _values(state: dict[str, Tensor], model: BaseModel) -> dict[Any, Value]:
     keys = comfy.lora.model_lora_keys_unet(model, {})
     # The model may be compiled. Core knows PEFT's own prefix for some models only.
     keys = {re.sub(r"_orig_mod[._]", "", key): target for key, target in keys.items()}
-    for key, target in list(keys.items()):
-        keys.setdefault(re.sub(r"^transformer\.", PEFT_PREFIX, key), target)
+    for prefix in ("transformer.", "diffusion_model."):  # of diffusers' model, of ComfyUI's own
+        for key, target in list(keys.items()):
+            if key.startswith(prefix):
+                keys.setdefault(PEFT_PREFIX + key.removeprefix(prefix), target)
     values = comfy.lora.load_lora(state, keys, log_missing=False)
     for key, target in keys.items():  # core knows no bias of a part of a fused layer
         if isinstance(target, tuple) and f"{key}.diff_b" in state:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,12 @@ _NDIM = {
     "decoder_pred.weight": 2,
 }
 """Axes of the weights that every U-ViT for text has."""
-_BLOCK_KEY = re.compile(r"mid_block\.(norm1|attn|norm2|mlp)\.")
+_BLOCK_KEY = re.compile(r"(|.*\.)mid_block\.(norm1|attn|norm2|mlp)\.")
+_AVERAGED = re.compile(r"(.*[._])?ema[._].*")
+"""Prefixes of averaged weights, where a file holds those beside the others."""
+DESCRIBED = "text_tokens", "latent_scale"
+"""What the weights do not tell: in a file's metadata, or as tensors where ComfyUI's own nodes saved
+the model, which write no metadata of others."""
 
 
 def metadata_of(config: UViTConfig, latent_scale: float, **more: Any) -> dict[str, str]:
@@ -38,19 +43,55 @@ def metadata_of(config: UViTConfig, latent_scale: float, **more: Any) -> dict[st
     return {"format": "pt", METADATA_KEY: json.dumps(description)}
 
 
+def weights_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The weights of the U-ViT in a file's content, by their own names.
+
+    They may be in dictionaries or under a prefix, as training scripts and ComfyUI write them. Of
+    two sets of weights that is taken which ``ema`` names as averaged.
+
+    Raises ValueError if it does not show which of several sets to take.
+    """
+    tensors = {k: w for k, w in _flat(state) if not k.startswith(TRAINING_PREFIX)}
+    prefixes = sorted(each for each in _prefixes(tensors) if f"{each}pos_embed" in tensors)
+    averaged = [prefix for prefix in prefixes if _AVERAGED.fullmatch(prefix)]
+    if not prefixes or "" in prefixes:
+        return tensors
+    if len(prefixes) > 1 and len(averaged) != 1:
+        raise ValueError(
+            f"{name} holds several U-ViTs, under {', '.join(prefixes)}: save the one to load in a "
+            f"file of its own."
+        )
+    prefix = prefixes[0] if len(prefixes) == 1 else averaged[0]
+    return {k.removeprefix(prefix): w for k, w in tensors.items() if k.startswith(prefix)}
+
+
+def _prefixes(state: Iterable[str]) -> set[str]:
+    """What stands before the names of middle blocks of a U-ViT's kind."""
+    return {found[1] for key in state if (found := _BLOCK_KEY.match(key))}
+
+
+def _flat(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in dictionaries in one another; names are joined by dots."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
 def read_config(
     state: Mapping[str, Tensor], metadata: Mapping[str, str] | None, name: str
 ) -> tuple[UViTConfig, float]:
     """The config and the latent scale of a U-ViT's weights.
 
-    ``state`` has the weights by their published names, ``metadata`` is the safetensors file's.
-    Without it text has CLIP's 77 tokens, and the latent scale is the published one. ``name`` is the
-    file's, for messages.
+    ``state`` has the weights by their published names, and may have ``DESCRIBED``; ``metadata`` is
+    the safetensors file's. Without both text has CLIP's 77 tokens, and the latent scale is the
+    published one. ``name`` is the file's, for messages.
 
     Raises ValueError if these are not all the weights of a U-ViT, or do not fit together.
     """
     _check_kind(state, name)
-    text_tokens, latent_scale = _read_metadata(metadata, name)
+    text_tokens, latent_scale = _read_description(state, metadata, name)
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     positions = state["pos_embed"].shape[1]
     image_tokens = positions - 1 - text_tokens
@@ -78,7 +119,7 @@ def read_config(
 
 
 def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Raise a ValueError if the weights' names, shapes or types are not the expected ones."""
+    """Raise a ValueError for weights of other names, shapes or types, or of NaN or infinity."""
     common = expected.keys() & state.keys()
     floats = {key for key in common if expected[key].is_floating_point()}
     problems = {
@@ -87,6 +128,11 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], n
         "has in another shape": {k for k in common if state[k].shape != expected[k].shape},
         "has in a type that is not floating-point": {
             k for k in floats if not state[k].is_floating_point()
+        },
+        "has NaN or infinity in": {
+            k
+            for k in common
+            if state[k].is_floating_point() and not state[k].float().isfinite().all()
         },
     }
     for problem, keys in problems.items():
@@ -100,7 +146,7 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], n
 
 def _check_kind(state: Mapping[str, Tensor], name: str) -> None:
     """Raise a ValueError if these are the weights of another kind of model."""
-    if not any(_BLOCK_KEY.match(key) for key in state):
+    if "" not in _prefixes(state):
         parts = sorted({key.partition(".")[0] for key in state})
         more = " ..." if len(parts) > 6 else ""
         raise ValueError(
@@ -125,15 +171,18 @@ def _check_kind(state: Mapping[str, Tensor], name: str) -> None:
             )
 
 
-def _read_metadata(metadata: Mapping[str, str] | None, name: str) -> tuple[int, float]:
-    """Number of text tokens and latent scale; the published ones where there is no metadata."""
+def _read_description(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None, name: str
+) -> tuple[int, float]:
+    """Number of text tokens and latent scale; the published ones where the file does not say."""
     try:
-        description = json.loads((metadata or {}).get(METADATA_KEY, "{}"))
+        saved = {key: state[key].item() for key in DESCRIBED if key in state}
+        description = saved | json.loads((metadata or {}).get(METADATA_KEY, "{}"))
         text_tokens = int(description.get("text_tokens", PUBLISHED_TEXT_TOKENS))
         latent_scale = float(description.get("latent_scale", PUBLISHED_LATENT_SCALE))
         if not 0 < latent_scale < math.inf:
             raise ValueError(f"a latent scale of {latent_scale}")
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"The metadata of {name} cannot be read: {error}. {_REMEDY}") from error
     return text_tokens, latent_scale
 

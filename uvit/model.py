@@ -13,14 +13,16 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from .config import UViTConfig
-from .files import TRAINING_PREFIX, check_weights, metadata_of, read_config
+from .files import DESCRIBED, check_weights, metadata_of, read_config, weights_of
 from .network import UViT
 
 SAVED_PREFIX = "model.diffusion_model."
 """Prefix of the weights' names in the files of ComfyUI's own saving nodes."""
+POSITIONS = "diffusion_model.pos_embed"
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
@@ -68,6 +70,14 @@ class ModelConfig(comfy.supported_models_base.BASE):
     def __init__(self, config: UViTConfig, latent_scale: float) -> None:
         super().__init__({"config": config})  # the arguments of ComfyUViT
         self.latent_format = LatentFormat(config.channels, latent_scale)
+        said = (torch.tensor(n, dtype=torch.float64) for n in (config.text_tokens, latent_scale))
+        self.described = dict(zip(DESCRIBED, said, strict=True))
+
+    def process_unet_state_dict_for_saving(
+        self, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The weights as ComfyUI's own nodes save them, and what they do not tell."""
+        return super().process_unet_state_dict_for_saving(state_dict | self.described)
 
 
 def read_file(path: str) -> tuple[dict[str, Tensor], UViTConfig, float]:
@@ -78,22 +88,14 @@ def read_file(path: str) -> tuple[dict[str, Tensor], UViTConfig, float]:
     name = Path(path).name
     try:
         state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        is_weights = all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-        )
+        state = dict(state)
     except Exception as error:  # of the file format, the system or the content: too many to list
         raise ValueError(
             f"{name} cannot be read as a file of weights: {error} Download it again."
         ) from error
-    if not is_weights:
-        raise ValueError(f"{name} is not a U-ViT: it holds more than weights.")
-    prefix = SAVED_PREFIX if f"{SAVED_PREFIX}pos_embed" in state else ""
-    weights = {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if key.startswith(prefix) and not key.startswith(TRAINING_PREFIX)
-    }
+    weights = weights_of(state, name)
     config, latent_scale = read_config(weights, metadata, name)
+    weights = {key: weight for key, weight in weights.items() if key not in DESCRIBED}
     check_weights(weights, UViT(config, device="meta").state_dict(), name)
     return weights, config, latent_scale
 
@@ -132,10 +134,20 @@ def patcher_of(
     model = comfy.model_base.BaseModel(model_config, model_type, unet_model=ComfyUViT)
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=load_device, offload_device=offload_device)
+    patcher.add_callback(CallbacksMP.ON_LOAD, patch_positions)
     if not management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(dict(weights), "", assign=patcher.is_dynamic())
     return patcher
+
+
+def patch_positions(patcher: ModelPatcher, device: torch.device, *_: Any) -> None:
+    """ComfyUI's ON_LOAD callback: merge into the positions what is merged into the other weights.
+
+    ComfyUI patches weights of layers only, and these are in none.
+    """
+    if POSITIONS in patcher.patches and POSITIONS not in patcher.backup:
+        patcher.patch_weight_to_device(POSITIONS, device_to=device)
 
 
 def save_uvit(patcher: ModelPatcher, path: str) -> None:
@@ -153,6 +165,7 @@ def save_uvit(patcher: ModelPatcher, path: str) -> None:
     weights = {
         key.removeprefix(SAVED_PREFIX): value.contiguous()
         for key, value in patcher.state_dict_for_saving().items()
+        if key.removeprefix(SAVED_PREFIX) not in DESCRIBED
     }
     latent_scale = patcher.model.latent_format.scale_factor
     comfy.utils.save_torch_file(weights, path, metadata=metadata_of(network.config, latent_scale))

@@ -285,14 +285,15 @@ def check_inputs(config: UViTConfig, x: Tensor, context: Tensor) -> None:
     """Raise a ValueError for latents or prompts that do not have the network's sizes."""
     side = config.side
     if tuple(x.shape[1:]) != (config.channels, side, side):
+        pixels = f" ({8 * side} x {8 * side} pixels)" if config.channels == 4 else ""
         raise ValueError(
-            f"This U-ViT draws latents of {config.channels} channels, {side} x {side} (with Stable "
-            f"Diffusion's VAE {8 * side} x {8 * side} pixels), not "
-            f"{' x '.join(map(str, x.shape[1:]))}."
+            f"This U-ViT draws latents of {config.channels} channels, {side} x {side}{pixels}, "
+            f"not {' x '.join(map(str, x.shape[1:]))}, and no area of a picture by itself."
         )
     if tuple(context.shape[1:]) != (config.text_tokens, config.text_width):
         raise ValueError(
             f"This U-ViT reads prompts of {config.text_tokens} tokens of {config.text_width} "
             f"channels, not {context.shape[1]} of {context.shape[2]}: take the text encoder it "
-            f"was trained with, and a shorter prompt if there are too many."
+            f"was trained with. Where there are too many tokens, write a shorter prompt, without "
+            f"words to avoid, and take out Conditioning (Concat)."
         )

@@ -10,6 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..taca.words import WORDS_KEY
 from .config import UViTConfig, outside
 from .data import Data
 from .files import PUBLISHED_LATENT_SCALE
@@ -98,18 +99,23 @@ def data_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unscaled latents, captions and the empty prompt of datasets, with the shapes of ``Data``."""
     samples = [latent["samples"] for latent in latents]
-    shapes = {tuple(sample.shape[1:]) for sample in samples}
+    shapes = {("nested",) if s.is_nested else tuple(s.shape[1:]) for s in samples}
     if len(shapes) > 1 or any(len(s) != 3 or s[1] != s[2] for s in shapes):
         found = ", ".join(sorted(" x ".join(map(str, shape)) for shape in shapes))
         raise ValueError(
             f"Train U-ViT takes square pictures of one size; these latents are {found}. Resize and "
             f"crop the pictures before you encode them."
         )
-    images = torch.cat(samples).float().cpu().clone()
+    images = _joined("pictures", samples)
     if images.shape[-1] % 2:
         raise ValueError(
             f"Train U-ViT puts 2 x 2 latents into a token, and these are {images.shape[-1]} "
             f"wide: with Stable Diffusion's VAE pictures must be a multiple of 16 wide."
+        )
+    if bool((images == images[0, 0, 0, 0]).all()):
+        raise ValueError(
+            "Train U-ViT: all numbers of the latents are equal, as in an empty latent. Connect "
+            "pictures that a VAE has encoded."
         )
     captions = [text for conditioning in positive for text, _ in conditioning]
     empty = [text for conditioning in negative for text, _ in conditioning]
@@ -120,7 +126,12 @@ def data_of(
             f"Train U-ViT takes prompts of one length, the empty one too; these are {found} "
             f"(tokens x channels). Shorten the captions to CLIP's 77 tokens."
         )
-    context = torch.cat(captions).float().cpu().clone()
+    context, nothing = _joined("captions", captions), _joined("empty prompts", empty)
+    if not torch.equal(nothing, nothing[:1].expand_as(nothing)):
+        raise ValueError(
+            f"Train U-ViT takes one empty prompt, and negative has {len(nothing)} different ones: "
+            f"connect that of an empty text alone."
+        )
     if len(context) == 1:
         context = context.expand(len(images), -1, -1)
     if len(context) != len(images):
@@ -128,4 +139,25 @@ def data_of(
             f"Train U-ViT got {len(images)} pictures and {len(context)} captions: each picture "
             f"needs its own, in the same order."
         )
-    return images, context, empty[0][:1].float().cpu().clone()
+    return images, context, nothing[:1]
+
+
+def has_weights(conditionings: list[io.Conditioning.Type]) -> bool:
+    """Whether a prompt has word weights."""
+    entries = [extras for conditioning in conditionings for _, extras in conditioning]
+    return any(WORDS_KEY in each and each[WORDS_KEY].has_weights for each in entries)
+
+
+def _joined(what: str, parts: list[Tensor]) -> Tensor:
+    """All rows in float32 on the CPU; raises ValueError if there are none, or not all finite."""
+    if not sum(map(len, parts)):
+        raise ValueError(f"Train U-ViT got no {what}: connect at least one.")
+    joined = torch.cat(parts).float().cpu().clone()
+    broken = (~joined.flatten(1).isfinite().all(1)).nonzero().flatten() + 1
+    if len(broken):
+        raise ValueError(
+            f"Train U-ViT: of {len(joined)} {what} {len(broken)} hold NaN or infinity, the first "
+            f"is number {int(broken[0])}. Encode them again; a VAE that overflows in half "
+            f"precision does not with ComfyUI's --fp32-vae."
+        )
+    return joined

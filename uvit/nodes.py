@@ -16,7 +16,7 @@ from ..nodes.ui.schema import schema
 from ..nodes.ui.text import show_text
 from .loss_plot import loss_plot
 from .model import load_uvit, save_uvit
-from .node_inputs import training_of
+from .node_inputs import has_weights, training_of
 from .training import Training
 
 log = logging.getLogger("taca")
@@ -110,14 +110,17 @@ class TrainUViT(io.ComfyNode):
         chosen = OWN_BLOCKS | {name: value[0] for name, value in settings.items()}
         with torch.inference_mode(False), torch.enable_grad():
             training = training_of(latents, positive, negative, chosen)
-            advice = ""
+            advice = []
             if training.recipe.bf16 and not comfy.model_management.should_use_bf16(training.device):
-                advice = (
+                advice.append(
                     "Train U-ViT: this device has no bf16, and computes it many times slower: "
                     "choose fp32 as precision."
                 )
-                log.warning(advice)
-                show_text(advice)
+            if has_weights([*positive, *negative]):
+                advice.append("Train U-ViT: word weights do not act in training.")
+            for each in advice:
+                log.warning(each)
+                show_text(" ".join(advice))
             bar = comfy.utils.ProgressBar(chosen["steps"])
 
             def after_step(running: Training) -> None:
@@ -126,7 +129,8 @@ class TrainUViT(io.ComfyNode):
 
             training.run(chosen["steps"], chosen["checkpoint_every"], after_step)
         plot = pictures.to_tensor(loss_plot(training.losses))
-        message = f"{training.step} steps; {training.path.name} is in output/uvit. {advice}".strip()
+        done = f"{training.step} steps; {training.path.name} is in output/uvit."
+        message = " ".join([done, *advice])
         show_text(message)
         shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), **ui.PreviewText(message).as_dict()}
         return io.NodeOutput(load_uvit(str(training.path)), plot, ui=shown)

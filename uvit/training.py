@@ -34,6 +34,10 @@ BETAS, WEIGHT_DECAY = (0.9, 0.9), 0.03
 """AdamW's, in the published training."""
 MOMENTS = "exp_avg", "exp_avg_sq"
 """AdamW's state of a weight, besides the step."""
+DIVERGED = (
+    "Train U-ViT: the {} became NaN or infinite at step {}: lower the learning rate, or raise the "
+    "warm-up, and begin with a new checkpoint."
+)
 UNREADABLE = SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError
 """What reading a damaged checkpoint, or another file, may raise."""
 
@@ -129,10 +133,7 @@ class Training:
         while self.step < steps:
             loss = self._train_step(self.step + 1)
             if not math.isfinite(loss):
-                raise RuntimeError(
-                    f"The loss became NaN or infinite at step {self.step + 1}: lower the learning "
-                    f"rate, or raise the warm-up, and begin with a new checkpoint."
-                )
+                raise RuntimeError(DIVERGED.format("loss", self.step + 1))
             self.step += 1
             self.losses.append(loss)
             try:
@@ -183,7 +184,13 @@ class Training:
         return {**self.network.state_dict(), **self.average}
 
     def save(self) -> None:
-        """Write the checkpoint, completely or not at all."""
+        """Write the checkpoint, completely or not at all.
+
+        Raises RuntimeError if the training diverged.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self.average.values()):
+            # The loss shows it a step later.
+            raise RuntimeError(DIVERGED.format("network", self.step))
         state = self.averaged()
         for name, weight in self.weights.items():
             state[f"{TRAINING_PREFIX}weights.{name}"] = weight.detach()
@@ -259,6 +266,10 @@ class Training:
         old_scale, scale = description["latent_scale"], self.data.latent_scale
         if not math.isclose(old_scale, scale, rel_tol=TOLERANCE):
             differences.append(f"latent_scale {old_scale}, now {scale}")
-        if config != self.config:
-            differences.append("another network")
+        now = asdict(self.config)
+        network = [
+            f"{key} {old}, now {now[key]}" for key, old in asdict(config).items() if old != now[key]
+        ]
+        if network:
+            differences.append(f"another network ({', '.join(network)})")
         return differences

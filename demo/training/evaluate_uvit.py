@@ -147,6 +147,9 @@ def score(options: argparse.Namespace) -> None:
     first, *others = judged["right"]
     for name in others:
         seeds = sorted(judged["right"][name].keys() & judged["right"][first].keys())
+        if not seeds:
+            print(name, "and", first, "have no training seed in common, and are not compared")
+            continue
         found = {"seeds": seeds}
         for kind, by_name in judged.items():
             found[kind] = paired(criteria[kind], by_name[name], by_name[first], seeds)

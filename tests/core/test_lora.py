@@ -287,6 +287,19 @@ def test_pefts_prefix_keeps_alpha_and_dora(published, load_lora, apply_taca, cap
     assert "left out" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_prefix_before_comfyuis_names(folder, load_lora, apply_taca, kind):
+    """As PEFT saves what it trained on ComfyUI's or the authors' own model, and not diffusers'."""
+    model = tiny.load(folder, kind)
+    state = random_lora(model)
+    renamed = {
+        key.replace("diffusion_model.", "base_model.model.", 1): w for key, w in state.items()
+    }
+    ours = sample(load_lora(apply_taca(model, 1.0, 0.0), renamed), kind)
+    expected = sample(load_lora(apply_taca(model, 1.0, 0.0), state), kind)
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("algorithm", ["dora", "OFT", "GLoRA", "set"])
 def test_several_that_are_no_sums(folder, apply_taca, load_lora, algorithm, order):

@@ -15,6 +15,7 @@ import comfy.sd1_clip
 import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -306,8 +307,16 @@ def test_the_wrong_latents_and_prompts_are_told(tmp_path):
     model = MODEL.load_uvit(path)
     with pytest.raises(ValueError, match="64 x 64 pixels"):
         sample(model, dataclasses.replace(config, side=16))
-    with pytest.raises(ValueError, match="7 tokens of 48"):
-        sample(model, dataclasses.replace(config, text_tokens=14))
+    for tokens, told in (
+        (14, "without words to avoid, and take out Conditioning"),
+        (6, "not 6 of"),
+    ):
+        with pytest.raises(ValueError, match=rf"7 tokens of 48.*{told}"):
+            sample(model, dataclasses.replace(config, text_tokens=tokens))
+    area = nodes.ConditioningSetArea().append(conditioning(config), 32, 64, 0, 0, 1.0)[0]
+    empty = {"samples": torch.zeros(1, 4, 8, 8)}
+    with pytest.raises(ValueError, match="no area of a picture"):
+        nodes.common_ksampler(model, 3, 4, 1.0, "euler", "normal", area, area, empty)
 
 
 def test_core_loads_it_again(tmp_path):
@@ -336,6 +345,36 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, pack, monkeypatch, fusion):
     assert MODEL.load_uvit(saved).model.latent_format.scale_factor == 0.25
     with pytest.raises(ValueError, match="takes a U-ViT"):
         save(pack, tiny.load(tmp_path, "sd3"), monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_what_core_merges_and_saves(tmp_path, pack, monkeypatch, fusion):
+    """Every weight, the positions too; by core's nodes and by ours; the first model stays."""
+    models, states = [], []
+    for seed in (0, 1):
+        path, config = write(tmp_path / f"{seed}.safetensors", seed, **FUSIONS[fusion])
+        models.append(MODEL.load_uvit(path))
+        states.append(load_file(path))
+    plain = sample(models[0], config)
+    merged = ModelMergeSimple().merge(*models, 0.25)[0]
+    state = {
+        key: 0.25 * w.double() + 0.75 * states[1][key] if w.is_floating_point() else w
+        for key, w in states[0].items()
+    }
+    expected = reference_run(config, state)
+    close = 1e-5 * expected.abs().max()
+    assert (sample(merged, config) - expected).abs().max() < close
+    assert torch.equal(sample(models[0], config), plain)
+    core = ModelSave()
+    core.output_dir = str(tmp_path)
+    core.save(merged, "core")
+    files = save(pack, merged, monkeypatch, tmp_path), str(next(tmp_path.glob("core_*")))
+    for file in files:
+        again = MODEL.load_uvit(file)
+        assert again.model.diffusion_model.config == config
+        assert again.model.latent_format.scale_factor == 0.25
+        assert torch.equal(sample(again, config), sample(merged, config))
+    assert load_file(files[0]).keys() == states[0].keys()
 
 
 @pytest.mark.parametrize("fusion", ["central", "two streams, text as keys"])

@@ -47,6 +47,45 @@ def test_the_published_file(tmp_path):
         assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+WRAPPED = {
+    "data parallel": lambda s, _: under("module.", s),
+    "compiled": lambda s, _: under("_orig_mod.", s),
+    "lightning": lambda s, _: {"state_dict": under("model.", s), "epoch": 3},
+    "whole training": lambda s, old: {"nnet": old, "nnet_ema": s, "step": 7, "optimizer": {0: s}},
+    "average beside": lambda s, old: under("model.", old) | under("model_ema.module.", s),
+    "another model beside": lambda s, _: under("nnet.", s) | {"vae.decoder.weight": torch.ones(2)},
+}
+
+
+@pytest.mark.parametrize("fusion", ["early", "central", "two streams", "two streams, text as keys"])
+@pytest.mark.parametrize("how", WRAPPED)
+def test_what_a_training_script_wrote(tmp_path, how, fusion):
+    """Under a prefix, in dictionaries, beside other things; of two the averaged one."""
+    config = UViTConfig(blocks=5, width=64, side=8, **FUSIONS[fusion])
+    state, old = (seeded(UViT(config), seed).state_dict() for seed in (0, 1))
+    files = [as_pth(tmp_path / "it.pth", WRAPPED[how](state, old))]
+    flat = {k: v.clone() for k, v in WRAPPED[how](state, old).items() if torch.is_tensor(v)}
+    if flat:
+        files.append(str(tmp_path / "it.safetensors"))
+        save_file(flat, files[1])
+    for file in files:
+        network = MODEL.load_uvit(file).model.diffusion_model
+        assert network.config == config
+        assert all(torch.equal(state[key], w) for key, w in network.state_dict().items())
+
+
+def test_which_of_several_is_told(tmp_path):
+    state = UViT(UViTConfig(blocks=3, width=64)).initialise().state_dict()
+    for one, other in (("first.", "second."), ("ema_slow.", "ema_fast.")):
+        path = as_pth(tmp_path / "two.pth", under(one, state) | under(other, state))
+        with pytest.raises(ValueError, match=r"two\.pth holds several U-ViTs, under .*file of its"):
+            MODEL.load_uvit(path)
+
+
 BROKEN = {
     "is not a U-ViT": lambda s: {"weight": torch.zeros(2)},
     "lacks mid_block.attn.qkv.weight": lambda s: without(s, "mid_block.attn.qkv.weight"),
@@ -68,6 +107,10 @@ BROKEN = {
     "side is at least 1": lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 4, 0, 2)},
     "in a type that is not floating-point": lambda s: (
         s | {"norm.bias": s["norm.bias"].to(torch.int8)}
+    ),
+    "has NaN or infinity in norm.bias": lambda s: s | {"norm.bias": s["norm.bias"] / 0},
+    "NaN or infinity in mid_block.mlp.fc1.bias": lambda s: (
+        s | {"mid_block.mlp.fc1.bias": torch.full((512,), torch.nan).to(torch.float8_e4m3fn)}
     ),
     "draws classes": lambda s: without(s, "context_embed") | {"label_emb.weight": torch.ones(3)},
     "lacks context_embed": lambda s: without(s, "context_embed"),
@@ -113,9 +156,11 @@ def test_another_model_is_told(tmp_path):
         "patch_embed.proj.weight": torch.zeros(8, 3, 2, 2),
         "decoder_pred.weight": torch.zeros(12, 8),
     }
-    for name, state in {"sd3": tiny.weights("sd3"), "pixart": pixart, "mae": mae}.items():
+    vae = {"decoder.mid_block.attn.qkv.weight": torch.zeros(24, 8), "decoder.norm": torch.zeros(8)}
+    others = {"sd3": tiny.weights("sd3"), "pixart": pixart, "mae": mae, "vae": vae}
+    for name, state in others.items():
         save_file(state, tmp_path / f"{name}.safetensors")
-    models = {"blocks": ["pixart", "mae"], "joint_blocks": ["sd3"]}
+    models = {"blocks": ["pixart", "mae"], "joint_blocks": ["sd3"], "decoder": ["vae"]}
     paths = [(part, tmp_path / f"{name}.safetensors") for part in models for name in models[part]]
     demos = ROOT / "demo/models/taca_demo_mmdit.safetensors"
     for part, path in [*paths, ("joint_blocks", demos)]:

@@ -8,6 +8,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy.nested_tensor import NestedTensor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from support.uvit import (
     without,
     write,
 )
+from support.words import weighed
 
 RECIPE = {"batch_size": 4, "learning_rate": 1e-3, "warm_up": 3, "ema": 0.9, "bf16": False}
 
@@ -79,9 +81,12 @@ def test_a_checkpoint_of_another_training_is_told(tmp_path, grad):
     training(tmp_path).run(1, 1, lambda running: None)
     for changes, told in (
         ({"seed": 1}, "seed 0, now 1"),
-        ({"config": UViTConfig(**TINY)}, "another network"),
-        ({"config": UViTConfig(**TINY, image_blocks=1, caption_blocks=0)}, "another network"),
-        ({"config": UViTConfig(**TINY | {"width": 64}, image_blocks=1)}, "another network"),
+        ({"config": UViTConfig(**TINY)}, r"another network \(image_blocks 1, now 0\)"),
+        ({"config": UViTConfig(**TINY, image_blocks=1, caption_blocks=0)}, "_blocks None, now 0"),
+        (
+            {"config": UViTConfig(**TINY | {"width": 64, "blocks": 3}, image_blocks=1)},
+            "blocks 5, now 3, width 128, now 64",
+        ),
     ):
         with pytest.raises(ValueError, match=told):
             training(tmp_path, **changes)
@@ -144,6 +149,25 @@ def test_a_training_that_diverges_is_told(tmp_path, grad):
     assert all(w.isfinite().all() for w in state.values() if w.is_floating_point())
 
 
+def test_a_network_that_diverged_is_not_saved(tmp_path, grad):
+    """Its loss may still be finite: weights of an earlier step stay, and the error names the step;
+    also where the run is interrupted.
+    """
+    running = training(tmp_path)
+    running.run(2, 1, lambda running: None)
+
+    def overflow(running):
+        with torch.no_grad():
+            running.average["norm.weight"][3] = torch.nan
+        if running.step == 4:
+            raise comfy.model_management.InterruptProcessingException
+
+    for every in (1, 100):
+        with pytest.raises(RuntimeError, match=r"network became NaN.* step .*lower the learning"):
+            training(tmp_path).run(9, every, overflow)
+        assert training(tmp_path).step == 2
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_gradient_is_that_of_the_published_loss(tmp_path, grad, bf16):
     """The first step's loss and update, from the reference network in float64."""
@@ -204,12 +228,15 @@ def train_node(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     config = UViTConfig(**TINY)
 
-    def run(latents=None, positive=None, **changes):
+    def run(latents=None, positive=None, negative=None, **changes):
         x, _, context = inputs(config, 3)
         with torch.inference_mode():
-            latents = latents or [{"samples": x[i : i + 1]} for i in range(3)]
-            positive = positive or [[[context[i : i + 1], {}]] for i in range(3)]
-            negative = [[[torch.zeros(1, *context.shape[1:]), {}]]]
+            if latents is None:
+                latents = [{"samples": x[i : i + 1]} for i in range(3)]
+            if positive is None:
+                positive = [[[context[i : i + 1], {}]] for i in range(3)]
+            if negative is None:
+                negative = [[[torch.zeros(1, *context.shape[1:]), {}]]]
             settings = {name: [value] for name, value in (NODE | changes).items()}
             return pack["TrainUViT"].execute(latents, positive, negative, **settings)
 
@@ -295,10 +322,26 @@ def test_one_batch_and_other_latents(train_node):
     assert out.ui["text"][0].endswith("choose fp32 as precision.")
 
 
+SOME = torch.randn(3, 4, 8, 8, generator=torch.manual_seed(0))
 BAD_DATA = {
     "square": {"latents": [{"samples": torch.zeros(3, 4, 8, 6)}]},
     "of one size": {"latents": [{"samples": torch.zeros(1, 4, s, s)} for s in (8, 8, 6)]},
     "multiple of 16": {"latents": [{"samples": torch.zeros(3, 4, 7, 7)}]},
+    "are nested": {"latents": [{"samples": NestedTensor([torch.zeros(1, 4, 8, 8)] * 2)}]},
+    "no pictures": {"latents": []},
+    "no pictures: ": {"latents": [{"samples": torch.zeros(0, 4, 8, 8)}]},
+    "no captions": {"positive": [[]]},
+    "no empty prompts": {"negative": [[]]},
+    "of 3 pictures 1 hold NaN or infinity, the first is number 2": {
+        "latents": [{"samples": SOME / torch.tensor([1.0, 0.0, 1.0])[:, None, None, None]}]
+    },
+    "of 3 captions 2 hold NaN": {
+        "positive": [[[torch.zeros(3, 7, 48) / torch.tensor([1.0, 0, 0])[:, None, None], {}]]]
+    },
+    "of 1 empty prompts 1 hold": {"negative": [[[torch.full((1, 7, 48), torch.nan), {}]]]},
+    "has 2 different ones": {"negative": [[[torch.zeros(1, 7, 48) + i, {}]] for i in range(2)]},
+    "all numbers of the latents are equal": {"latents": [{"samples": torch.zeros(3, 4, 8, 8)}]},
+    "an empty latent": {"latents": [{"samples": torch.ones(3, 16, 8, 8)}]},
     "2 captions": {"positive": [[[torch.zeros(2, 7, 48), {}]]]},
     "14 x 48, 7 x 48": {"positive": [[[torch.zeros(3, 14, 48), {}]]]},
     "no name for a checkpoint": {"checkpoint": "../it"},
@@ -310,3 +353,12 @@ BAD_DATA = {
 def test_bad_data_is_told(train_node, told):
     with pytest.raises(ValueError, match=told):
         train_node(**BAD_DATA[told])
+
+
+def test_word_weights_do_not_train(train_node, caplog):
+    """As in core's trainer: what trains is the text, and that is said."""
+    _, _, context = inputs(UViTConfig(**TINY), 3)
+    prompts = [weighed([[c[None], {}]], [1.0, 2.0] + [1.0] * 5) for c in context]
+    out = train_node(positive=prompts, steps=1)
+    assert out.ui["text"][0].endswith("word weights do not act in training.")
+    assert "word weights do not act in training" in caplog.text

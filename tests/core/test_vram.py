@@ -11,10 +11,13 @@ import comfy.model_patcher
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcherDynamic
+from comfy_extras.nodes_model_merging import ModelMergeSimple
+from safetensors.torch import load_file
 
 from support import tiny
 from support.loras import random_lora, replaced
 from support.tiny import KINDS, sample
+from support.uvit import MODEL, write
 
 CPU = torch.device("cpu", 0)  # for ComfyUI another device than the one to which it offloads
 lora_module = sys.modules["taca_pack.taca.lora"]
@@ -131,3 +134,19 @@ def test_text_encoders_stay(folder, apply_taca, load_lora, dynamic, gpu):
         gpu.size = held  # nothing is free
         sample(each, "flux", steps=1)
         assert encoder.loaded_size() == held > 0
+
+
+@pytest.mark.parametrize("kind", ["gpu", "dynamic"])
+def test_merged_positions_come_and_go(tmp_path, request, kind):
+    """Of a U-ViT, which ComfyUI does not patch: merged once a load, and taken back for others."""
+    request.getfixturevalue(kind)
+    files = [write(tmp_path / f"{seed}.safetensors", seed)[0] for seed in (0, 1)]
+    model, other = map(MODEL.load_uvit, files)
+    first, second = (load_file(file)["pos_embed"] for file in files)
+    merged = ModelMergeSimple().merge(model, other, 0.25)[0]
+    for patcher, wanted in ((merged, 0.25), (merged, 0.25), (model, 1.0), (merged, 0.25)):
+        management.load_models_gpu([patcher])
+        positions = model.model.diffusion_model.pos_embed
+        torch.testing.assert_close(positions.data, torch.lerp(second, first, wanted))
+    management.unload_all_models()
+    assert torch.equal(model.model.diffusion_model.pos_embed, first)

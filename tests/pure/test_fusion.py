@@ -55,6 +55,7 @@ def test_fusions_differ_in_fusion_alone():
 def test_score_pairs_networks_of_the_same_seed(train, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_uvit, "tells", partial(evaluate_uvit.tells, draws=1))
     files = [train(fusion, 3, seed=seed) for fusion in ("early", "cross") for seed in (0, 1)]
+    files.append(train("concatenation", 3, seed=2))  # with which none can be paired
     out = tmp_path / "score.json"
     asked = {"files": files, "noises": 1, "captions": 8, "steps": 2, "cfg": 3.0, "out": out}
     evaluate_uvit.score(argparse.Namespace(**asked))
@@ -64,7 +65,7 @@ def test_score_pairs_networks_of_the_same_seed(train, tmp_path, monkeypatch):
     ((name, found),) = report["differences"].items()
     assert (name, found["seeds"]) == ("cross, 3 steps, minus early, 3 steps", [0, 1])
     for kind, criteria in (("right", evaluate_uvit.world.CRITERIA), ("tells", evaluate_uvit.TOLD)):
-        shares = [report["networks"][file.stem][kind] for file in files]
+        shares = [report["networks"][file.stem][kind] for file in files[:4]]
         for what in criteria:
             early, cross = (np.array([s[what] for s in two]) for two in (shares[:2], shares[2:]))
             expected = 100 * (cross - early)
