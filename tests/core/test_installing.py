@@ -27,7 +27,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 from support import tiny
-from support.compiling import TRACED, compiled, load
+from support.compiling import compiled, load
 from support.loras import random_lora
 from support.tiny import KINDS, call, installed_on, run, sample, sigmas_of
 from support.words import weighed
@@ -401,7 +401,8 @@ def warnings_in(caplog):
     return caplog.text.count("cannot be compiled in one piece")
 
 
-@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
 def test_an_error_of_inductor_runs_uncompiled(folder, apply_taca, caplog, whole):
     model, failed = load(folder, "flux", whole), []
 
@@ -423,8 +424,9 @@ def test_an_error_of_inductor_runs_uncompiled(folder, apply_taca, caplog, whole)
     assert not installed_on(model)
 
 
-@pytest.mark.parametrize("kind", TRACED)
-@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [True, False])
 def test_a_kernel_is_traced_in_vain_once(folder, apply_taca, untraceable, caplog, kind, whole):
     """Not again at the next prompt; and wrappers inside ours run once a step, also then."""
     calls = []

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support import tiny
-from support.compiling import TRACED, compiled, load
+from support.compiling import compiled, load
 from support.tiny import KINDS, sample
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -209,7 +209,8 @@ def test_the_host_waits_once_a_call(folder, apply_taca, with_lora, kind):
         assert calls[1][0].reads - calls[0][0].reads <= 2
 
 
-@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_graphs_for_gamma_ramp_lora_and_size(folder, apply_taca, with_lora, kind):
     """Two graphs a size, plain and inside, for every gamma; one more with a LoRA."""
     fast = compiled(load(folder, kind), whole=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import comfy.clip_model
@@ -42,7 +41,6 @@ from support.uvit import (
     write,
 )
 
-CASES = int(os.environ.get("TACA_FUZZ", "300"))
 PUBLISHED = {"small": (13, 44_692_644), "small deep": (17, 58_345_636)}
 TIMES = torch.tensor([1, 317, 1000])
 CONDITIONINGS = "concatenation", "cross-attention"

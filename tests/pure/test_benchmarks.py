@@ -160,6 +160,7 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path, all_float32):
     assert page.count("\n| v") == 2 * 2
 
 
+@pytest.mark.slow
 def test_flops_of_fusions():
     """At the published size, against what the widths come to by hand, in percent."""
     with torch.enable_grad():

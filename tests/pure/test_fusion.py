@@ -29,6 +29,7 @@ def train(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_longer_training_goes_on_from_a_shorter_ones_constant_part(train):
     """And is what it would be from its own beginning, to the bit."""
     train("cross", 4)

@@ -41,6 +41,7 @@ from support.servers import (
 from support.workflow import DEMO, ONE_THREAD, USERS, WIDGETS, api_form, read
 
 log = logging.getLogger(__name__)
+pytestmark = pytest.mark.slow
 FUZZ = int(os.environ.get("TACA_FUZZ", "0"))
 LONG = "TACA_PROMPTS" in os.environ
 PROMPTS = int(os.environ.get("TACA_PROMPTS", "40"))
@@ -214,7 +215,6 @@ def log_slope(what, values, at):
     log.info("%s in 100 prompts: %+.2f, 95 %% from %+.2f to %+.2f", what, slope, low, high)
 
 
-@pytest.mark.slow
 def test_many_prompts(server, serving):
     """Workflows with two models, seeds and sizes in random order, some after one that fails: each
     as the first time, and none that changes what another draws; memory is flat.

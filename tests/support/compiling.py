@@ -1,13 +1,10 @@
 """torch.compile as core's TorchCompileModel and KJNodes' nodes apply it."""
 
-import pytest
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from support import tiny
 
-# Tracing takes longest of all, FLUX most.
-TRACED = [pytest.param("flux", marks=pytest.mark.slow), "sd3"]
 LISTS = ("double_blocks", "single_blocks", "joint_blocks")
 
 
