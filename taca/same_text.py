@@ -29,7 +29,7 @@ def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> list[str
 
     The text is encoded once more. A token that stands for no word, as those of the text's end, has
     seen the whole of it, and ComfyUI's weights on embeddings leave it as it is: where these are
-    equal, so is the text. Else another node may have mixed texts, or the CLIP is not quite the
+    equal, so is the text; where the encoder has none, all tokens have to be. Else another node may have mixed texts, or the CLIP is not quite the
     same. Even then, where texts are padded to one length, many tokens resemble the token at their
     own place most, and none with a weight, together with its neighbour, resembles another place
     more.
@@ -87,9 +87,11 @@ def _is_of(text: Tensor, made: Tensor, table: Table) -> bool:
     """Whether a conditioning is of the text that ``made`` is of."""
     if len(text) != len(made):
         return False
-    same = _same(text, made)
-    if made.shape[1] > 1:  # else they are ids, which HiDream-O1 encodes in the model
-        same = same[torch.tensor(_ends(table))]
+    same, ends = _same(text, made), _ends(table)
+    # Lumina 2's last token is a word, and its first has seen none. Tokens of one channel are ids,
+    # which HiDream-O1 encodes in the model.
+    if ends[-1] and made.shape[1] > 1:
+        same = same[torch.tensor(ends)]
     return bool(same.all())
 
 
