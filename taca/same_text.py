@@ -16,8 +16,10 @@ OTHER_TEXT = (
     "TACA: this conditioning is of another text, so the weights would be on the wrong words. "
     "Connect the CLIP and the text that made it, there without brackets."
 )
-
-
+OTHER_CLIP = (
+    "TACA: this conditioning is of another text encoder, with tokens of {} channels in place of "
+    "{}. Connect the CLIP and the text that made it."
+)
 NOT_MADE_OF_IT = (
     "TACA: this conditioning is not what the CLIP makes of the text. Right if another node has "
     "mixed or weighed it; otherwise the weights may be on the wrong words."
@@ -29,12 +31,12 @@ def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> list[str
 
     The text is encoded once more. A token that stands for no word, as those of the text's end, has
     seen the whole of it, and ComfyUI's weights on embeddings leave it as it is: where these are
-    equal, so is the text. Else another node may have mixed texts, or the CLIP is not quite the
-    same. Even then, where texts are padded to one length, many tokens resemble the token at their
-    own place most, and none with a weight, together with its neighbour, resembles another place
-    more.
+    equal, so is the text; where the encoder has none, all tokens have to be. Else another node may
+    have mixed texts, or the CLIP is not quite the same. Even then, where texts are padded to one
+    length, many tokens resemble the token at their own place most, and none with a weight, together
+    with its neighbour, resembles another place more.
 
-    Raises ValueError if it is of another text, or already has words to avoid.
+    Raises ValueError if it is of another text or text encoder, or already has words to avoid.
     """
     if any(each.get(WORDS_KEY) and each[WORDS_KEY].num_avoided for _, each in conditioning):
         raise ValueError(
@@ -49,6 +51,8 @@ def check_text(conditioning: Conditioning, clip: CLIP, words: Words) -> list[str
     own = torch.tensor(words.prompt.own()).bool()
     for text, extras in theirs:
         given = _tokens(text)
+        if given.shape[1] != made.shape[1]:
+            raise ValueError(OTHER_CLIP.format(given.shape[1], made.shape[1]))
         more = len(given) - len(made)
         if more > 0 and sees_pictures(clip):
             first = next((i for i, is_end in enumerate(_ends(words.prompt.table)) if not is_end), 0)
@@ -87,9 +91,11 @@ def _is_of(text: Tensor, made: Tensor, table: Table) -> bool:
     """Whether a conditioning is of the text that ``made`` is of."""
     if len(text) != len(made):
         return False
-    same = _same(text, made)
-    if made.shape[1] > 1:  # else they are ids, which HiDream-O1 encodes in the model
-        same = same[torch.tensor(_ends(table))]
+    same, ends = _same(text, made), _ends(table)
+    # Lumina 2's last token is a word, and its first has seen none. Tokens of one channel are ids,
+    # which HiDream-O1 encodes in the model.
+    if ends[-1] and made.shape[1] > 1:
+        same = same[torch.tensor(ends)]
     return bool(same.all())
 
 

@@ -54,12 +54,12 @@ def weights_of(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     tensors = {k: w for k, w in _flat(state) if not k.startswith(TRAINING_PREFIX)}
     prefixes = sorted(each for each in _prefixes(tensors) if f"{each}pos_embed" in tensors)
     averaged = [prefix for prefix in prefixes if _AVERAGED.fullmatch(prefix)]
-    if not prefixes or "" in prefixes:
+    if prefixes in ([], [""]):
         return tensors
     if len(prefixes) > 1 and len(averaged) != 1:
         raise ValueError(
-            f"{name} holds several U-ViTs, under {', '.join(prefixes)}: save the one to load in a "
-            f"file of its own."
+            f"{name} holds several U-ViTs, under {', '.join(p or 'no prefix' for p in prefixes)}: "
+            f"save the one to load in a file of its own."
         )
     prefix = prefixes[0] if len(prefixes) == 1 else averaged[0]
     return {k.removeprefix(prefix): w for k, w in tensors.items() if k.startswith(prefix)}

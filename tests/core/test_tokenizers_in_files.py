@@ -8,6 +8,7 @@ models of Gemma's kind and of Jina's, trained on a few sentences. AuraFlow's com
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import comfy.sd
 import pytest
 import torch
 
+import nodes
 from support.clips import OPTIONS, TINY, clip_of, part
 
 of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of
@@ -250,3 +252,26 @@ def test_words_are_their_pieces(name, prompt, word):
     decoded = inner.tokenizer.decode([int(ids[cut + i]) for i in found])
     times = prompt.replace("catfish", "").count(word)
     assert decoded.replace(" ", "") == word * times
+
+
+def test_another_text_without_an_end_is_told(pack, monkeypatch):
+    """Lumina 2's encoder is causal, and its last token is a word: the first is always the same."""
+    tiny = TINY | {"num_hidden_layers": 3, "vocab_size": 400}
+    monkeypatch.setitem(OPTIONS, "gemma2_2b_model_config", tiny)
+    file = {"spiece_model": gemma()}
+    clip = clip_of("lumina2.LuminaTokenizer", "lumina2.LuminaModel", file=file)
+    shown, text = [], "a red (cat:2) on a plate"
+    text_module = sys.modules["taca_pack.nodes.ui.text"]
+    monkeypatch.setattr(text_module, "show_text", lambda *args: shown.append(args[0]))
+
+    def told(plain):
+        shown.clear()
+        try:
+            pack["TACAWeighWords"].execute(*nodes.CLIPTextEncode().encode(clip, plain), clip, text)
+        except ValueError as error:
+            return str(error)
+        return "".join(shown)
+
+    assert told("a red cat on a plate") == ""
+    for other in ("a dog near the blue sea", "a red dog on a plate"):
+        assert re.search("not what the CLIP makes of the text|of another text", told(other))

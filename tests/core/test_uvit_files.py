@@ -57,6 +57,7 @@ WRAPPED = {
     "lightning": lambda s, _: {"state_dict": under("model.", s), "epoch": 3},
     "whole training": lambda s, old: {"nnet": old, "nnet_ema": s, "step": 7, "optimizer": {0: s}},
     "average beside": lambda s, old: under("model.", old) | under("model_ema.module.", s),
+    "average beside bare weights": lambda s, old: old | under("ema.", s),
     "another model beside": lambda s, _: under("nnet.", s) | {"vae.decoder.weight": torch.ones(2)},
 }
 
@@ -80,7 +81,7 @@ def test_what_a_training_script_wrote(tmp_path, how, fusion):
 
 def test_which_of_several_is_told(tmp_path):
     state = UViT(UViTConfig(blocks=3, width=64)).initialise().state_dict()
-    for one, other in (("first.", "second."), ("ema_slow.", "ema_fast.")):
+    for one, other in (("first.", "second."), ("ema_slow.", "ema_fast."), ("", "other.")):
         path = as_pth(tmp_path / "two.pth", under(one, state) | under(other, state))
         with pytest.raises(ValueError, match=r"two\.pth holds several U-ViTs, under .*file of its"):
             MODEL.load_uvit(path)

@@ -223,6 +223,8 @@ def test_a_conditioning_of_another_node(pack):
     other = [[torch.cat([theirs[0][0]] * 2, 1), {}]]
     with pytest.raises(ValueError, match="this conditioning has 512 text tokens, and the text has"):
         encode(other, clip, TEXT)
+    with pytest.raises(ValueError, match="another text encoder, with tokens of 8 channels"):
+        encode([[theirs[0][0][..., :8], {}]], clip, TEXT)
 
 
 def test_a_text_that_its_padding_makes_as_long(pack):
