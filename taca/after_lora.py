@@ -37,11 +37,11 @@ def end_caches(
 
 
 @contextmanager
-def without_lora(run: Run, base_model: BaseModel, call: CallArguments) -> Iterator[None]:
-    """Context of a call outside the window.
+def expect_blocks(run: Run, base_model: BaseModel, call: CallArguments) -> Iterator[None]:
+    """Context of a call outside the window; in the first one after a LoRA's, blocks have to run.
 
-    Raises RuntimeError if it is the first one after the window of a LoRA, and no block ran: then it
-    was answered with what the LoRA had made.
+    Raises RuntimeError if none did: then a cache answered with what the LoRA had made. A compiled
+    model is not looked at.
     """
     uuids = call.transformer_options.get("uuids", ())
     if not run.lora_calls or run.lora_calls.isdisjoint(uuids):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .spans import Layout, check_text, query_groups
+from .spans import Layout, check_num_text, query_groups
 from .word_weights import WordWeights, add_bias, weigh
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -99,5 +99,5 @@ def _along(k: Tensor, gamma: Tensor, layout: Layout, dim: int) -> Tensor:
             f"TACA has gamma of shape {tuple(gamma.shape)} for an attention of {k.shape[0]} rows."
         )
     if gamma.ndim > 1:
-        check_text(layout, gamma.shape[1])
+        check_num_text(layout, gamma.shape[1])
     return gamma.view(gamma.shape[0], *(1,) * (dim - 1), -1, 1)

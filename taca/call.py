@@ -12,7 +12,7 @@ from comfy.model_base import BaseModel
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
-from .after_lora import without_lora
+from .after_lora import expect_blocks
 from .arguments import CallArguments
 from .block import Trace, joint_forward, taca_override
 from .kernels import for_masks
@@ -33,7 +33,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if comfy.model_management.in_training:
         return adjust_training_call(run, schedule, executor, call)
     # The only time in a call that the host waits for the device: everything else is decided from
-    # these numbers. Outside the window nothing more is done.
+    # these numbers. Outside the window nothing more is done, but in the first call after a LoRA's.
     t = timesteps(base_model.model_sampling, call.t)
     inside = [bool(schedule.contains(each)) for each in t]
     uuids = call.transformer_options.get("uuids", ())
@@ -41,7 +41,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     model = base_model.diffusion_model
     words = run.words.of_call(call, t, model) if run.words is not None else None
     if not any(inside) and words is None:
-        with without_lora(run, base_model, call):
+        with expect_blocks(run, base_model, call):
             return executor(*args, **kwargs)
     gamma = gamma_of_call(run, schedule, call, t, model) if any(inside) else None
     sites, traces = run.sites_of(base_model), list[Trace]()
@@ -61,7 +61,7 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
         executor.original = in_some_rows(executor.original, lora_swaps, rows)
     if lora_swaps and run.schedule is not None:
         run.lora_calls.update(uuids)
-    ends = nullcontext() if any(inside) else without_lora(run, base_model, call)
+    ends = nullcontext() if any(inside) else expect_blocks(run, base_model, call)
     with ends, swapped(swaps):
         result = executor(*args, **kwargs)
     if run.schedule is None:  # outside any run

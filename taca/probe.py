@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention import scale_text_keys
 from .block import AFTER_HEADS, Trace
 from .layouts import TextPlaces
-from .spans import Layout, Span, check_text
+from .spans import Layout, Span, check_num_text
 from .swap import Forward
 from .word_weights import WordWeights, add_bias, image_bias
 
@@ -106,7 +106,7 @@ class Probe:
         text = kinds.nonzero().flatten().to(q.device)
         words = {}
         if self.asked:
-            check_text(layout, self.text.num_text)
+            check_num_text(layout, self.text.num_text)
             self.check_words(k.shape[-1])
             words = {
                 word: [copy[i] for copy in self.text.copies for i in at if i in copy]

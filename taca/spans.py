@@ -18,7 +18,7 @@ Layout = Sequence[Span]
 """A whole joint sequence, in order."""
 
 
-def check_text(layout: Layout, count: int) -> None:
+def check_num_text(layout: Layout, count: int) -> None:
     """Raise ValueError if a sequence has other text tokens than the ``count`` that are known."""
     num_text = sum(length for kind, length, _ in layout if kind == "text")
     if num_text != count:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spans import Group, Layout, check_text
+from .spans import Group, Layout, check_num_text
 
 Negative = tuple[int, int, Tensor, Tensor | None]
 Shared = tuple[Sequence[Tensor | None], Sequence[Negative]]
@@ -106,7 +106,7 @@ def image_bias(words: WordWeights, layout: Layout, like: Tensor) -> Tensor:
 
     Raises ValueError if the sequence has other text tokens than those with weights.
     """
-    check_text(layout, words.weights.shape[1])
+    check_num_text(layout, words.weights.shape[1])
     return over_keys(words.weights.abs().log(), layout, 0.0)[:, None, None].to(like)
 
 

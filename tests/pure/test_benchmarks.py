@@ -143,10 +143,18 @@ def test_cost_of_fusion_is_one_file(monkeypatch, tmp_path, all_float32):
     asked = ["--rounds", "2", "--batches", "2", "--out", str(file)]
     asked += ["--all-float32"] if all_float32 else []
     monkeypatch.setattr(sys, "argv", ["fusion.py", *asked])
-    threads = torch.get_num_threads()
+    threads, dtypes = torch.get_num_threads(), set()
+
+    def seen(module, given, result):
+        if isinstance(module, torch.nn.Linear):
+            dtypes.add(result.dtype)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(seen)
     with torch.enable_grad():
         fusion.main()
+    hook.remove()
     torch.set_num_threads(threads)
+    assert (torch.bfloat16 in dtypes) != all_float32
     report = json.loads(file.read_text())
     assert list(report["throughput"]) == ["small, batch 2, training", "small, batch 2, sampling"]
     for found in report["throughput"].values():
