@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 import train_uvit
+import world
+from codec import SCALE, Codec
+from trainer import tokens_of
 
 
 @pytest.fixture
@@ -27,6 +30,33 @@ def train(tmp_path, monkeypatch):
         return work / f"{fusion}-seed-{seed}-steps-{steps}.safetensors"
 
     return run
+
+
+def test_the_velocity_from_pictures_to_noise_is_learnt(train, monkeypatch):
+    """What the network is given less t times its target is the picture of its caption; that and
+    the target are noise."""
+    seen = []
+
+    def forward(network, noisy, t, context):
+        predicted = torch.zeros_like(noisy, requires_grad=True)
+        seen.append((noisy, t / 1000, context, predicted))
+        return predicted
+
+    monkeypatch.setattr(train_uvit.UViT, "forward", forward)
+    train("early", 4)
+    codec, names = Codec.load(train_uvit.CODEC), train_uvit.captions_of("train")
+    texts = codec.embed(tokens_of(names)).flatten(1)
+    told = []
+    for noisy, t, context, predicted in seen:
+        target = -predicted.grad * predicted.numel() / 2  # of the mean square's gradient
+        x = noisy - t[:, None, None, None] * target
+        assert 0.9 < (x + target).std() < 1.1
+        for picture, text in zip(codec.decode(x / SCALE).numpy(), context.flatten(1), strict=True):
+            [caption] = (texts == text).all(1).nonzero().flatten().tolist() or [None]
+            told.append(caption is None or world.check(picture, names[caption])["everything"])
+    assert len(told) == 4 * train_uvit.BATCH
+    assert all(told)
+    assert len({float(t) for _, every, *_ in seen for t in every}) == len(told)
 
 
 @pytest.mark.slow
