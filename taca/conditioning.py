@@ -43,7 +43,7 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
     """Adds the weights' wrapper to whatever model a conditioning is sampled with.
 
     It registers nothing, so ComfyUI removes it from the conditioning again, and positive and
-    negative stay in one batch if neither has other hooks. A model with TACA needs no such wrapper.
+    negative stay in one batch (``share_hooks``). A model with TACA needs no such wrapper.
     """
 
     def add_hook_patches(

@@ -47,7 +47,7 @@ from .prompt_calls import Prompts
 from .run import PATCH_KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
 from .timesteps import resolver, timesteps_tensor
-from .words import WORDS_KEY, RunWords, hide_avoided
+from .words import WORDS_KEY, RunWords, hide_avoided, share_hooks
 
 log = logging.getLogger("taca")
 
@@ -213,6 +213,8 @@ def install(run: Run, guider: Any) -> None:
         entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS_KEY}
     if prompts and not comfy.model_management.in_training:
         hide_avoided(prompts)
+    if run.words:
+        share_hooks(run.words.prompts)
 
 
 def warn_of_lost_vram(patcher: ModelPatcher) -> None:

@@ -100,6 +100,18 @@ def hide_avoided(prompts: Prompts) -> None:
             entry.setdefault("cross_attn_controlnet", torch.cat(parts, 1))
 
 
+def share_hooks(prompts: Prompts) -> None:
+    """One group for conditionings of the same hooks, of which ComfyUI makes one call.
+
+    ``attach`` gave a conditioning a group of its own, and its hook is gone from there by now.
+    """
+    groups: dict[Any, Any] = {}
+    for _, entry in prompts.entries():
+        if hooks := entry.get("hooks"):
+            key = tuple((hook, hook.hook_keyframe) for hook in hooks.hooks)
+            entry["hooks"] = groups.setdefault(key, hooks)
+
+
 class Weighted(NamedTuple):
     """The weight of one text token of a call."""
 

@@ -1,17 +1,20 @@
 """Words that weigh beside what users combine them with: each equals the same done densely."""
 
 import contextlib
+from functools import partial
 
+import comfy.hooks
 import comfy.samplers
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
 import nodes
 from support import tiny
-from support.loras import hooked, random_lora
+from support.loras import hooked, lora_hooks, random_lora
 from support.tiny import KINDS, installed_on, sample
 from support.words import PROMPT, by_reference, dense_words, weighed
 
@@ -120,6 +123,59 @@ def test_a_lora_hooked_to_steps(folder, kind, weights_first):
     assert min((expected - each).abs().max() for each in (plain, without)) > 0.05
     torch.testing.assert_close(sample(model, kind, positive=both, **settings), expected, **CLOSE)
     assert torch.equal(sample(model, kind, positive=hooked(prompt, lora), **settings), plain)
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+@pytest.mark.parametrize("weighing", [("positive",), ("positive", "negative")])
+def test_prompts_of_one_lora_stay_in_one_call(folder, weights_first, weighing):
+    """ComfyUI calls the model once for prompts that share their hooks."""
+    model = tiny.load(folder, "flux")
+    lora = lora_hooks(random_lora(model, only="blocks"))
+    hook = partial(comfy.hooks.set_hooks_for_conditioning, hooks=lora)
+    calls, drawn = {}, {}
+    for weighed_ones in ((), weighing):
+        given = {}
+        for name, seed in {"positive": 1, "negative": 5}.items():
+            weigh = partial(weighed, weights=PROMPT) if name in weighed_ones else list
+            steps = (weigh, hook) if weights_first else (hook, weigh)
+            given[name] = steps[1](steps[0](tiny.conditioning("flux", 7, seed=seed)))
+        counted, calls[weighed_ones] = counting(model)
+        drawn[weighed_ones] = drawn_with(counted, **given)
+    assert len(calls[()]) == len(calls[weighing]) == 4
+    assert not torch.allclose(drawn[()], drawn[weighing], atol=0.05)
+
+
+def test_one_lora_at_other_times_stays_apart(folder):
+    """Hooks of one LoRA with keyframes of their own are not the same."""
+    model = tiny.load(folder, "flux")
+    lora = lora_hooks(random_lora(model, only="blocks"))
+    positive, negative = (tiny.conditioning("flux", 7, seed=seed) for seed in (1, 5))
+    always = lora.clone()
+    always.set_keyframes_on_hooks(comfy.hooks.HookKeyframeGroup())
+    given = {"negative": comfy.hooks.set_hooks_for_conditioning(negative, always)}
+    hooked_one = comfy.hooks.set_hooks_for_conditioning(positive, lora)
+    override = dense_words({7: [1.0] * 7, (7, 0): PROMPT}, threshold=0.0)
+    expected = drawn_with(by_reference(model, override), positive=hooked_one, **given)
+    ours = drawn_with(model, positive=weighed(hooked_one, PROMPT), **given)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+def counting(model):
+    """The model, and a list that grows with each of its calls."""
+    calls, counted = [], model.clone()
+
+    def count(executor, *args, **kwargs):
+        calls.append(len(args[0]))
+        return executor(*args, **kwargs)
+
+    counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
+    return counted, calls
+
+
+def drawn_with(model, positive, negative):
+    latents = {"samples": torch.zeros(1, 16, 16, 16)}
+    how = (3, 4, 3.0, "euler", "simple", positive, negative, latents)
+    return nodes.common_ksampler(model, *how)[0]["samples"]
 
 
 def averaged(a, b):

@@ -142,11 +142,16 @@ def in_blocks(weights):
     ]
 
 
-def hooked(conditioning, lora):
-    """A prompt with core's keyframed LoRA: on in the first half of the sampling."""
+def lora_hooks(lora):
+    """Core's hook of a keyframed LoRA: on in the first half of the sampling."""
     hook = comfy.hooks.create_hook_lora(lora=dict(lora), strength_model=1.0, strength_clip=0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for strength, start in ((1.0, 0.0), (0.0, 0.5)):
         keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
     hook.set_keyframes_on_hooks(keyframes)
-    return comfy.hooks.set_hooks_for_conditioning(conditioning, hook)
+    return hook
+
+
+def hooked(conditioning, lora):
+    """A prompt with ``lora_hooks``."""
+    return comfy.hooks.set_hooks_for_conditioning(conditioning, lora_hooks(lora))
