@@ -96,7 +96,7 @@ def test_gamma_is_the_positive_prompts(folder, pack, gammas, which):
 
 @pytest.mark.parametrize("length", [7, 14])
 def test_rows_in_another_order(folder, pack, gammas, length):
-    """Tiles in one batch: t1 positive, t1 negative, t2 positive, t2 negative.
+    """Tiles in one batch.
 
     A text may begin with another one: an empty prompt's of a causal encoder, in a template.
     """
@@ -105,21 +105,8 @@ def test_rows_in_another_order(folder, pack, gammas, length):
         lengths[1][0][0] = lengths[0][0][0][:, :7]
     results = []
     for together in (False, True):
-
-        def tiled(apply_model, given, together=together):
-            x, t, c = given["input"], given["timestep"], given["c"]
-            tiles = x.chunk(2, -1)
-            if not together:
-                return torch.cat([apply_model(tile, t, **c) for tile in tiles], -1)
-            twice = {
-                key: torch.cat([each, each]) if isinstance(each, torch.Tensor) else each
-                for key, each in c.items()
-            }
-            both = apply_model(torch.cat(tiles), torch.cat([t, t]), **twice)
-            return torch.cat(both.chunk(2), -1)
-
         model = limited(pack, tiny.load(folder, "flux"))
-        model.set_model_unet_function_wrapper(tiled)
+        model.set_model_unet_function_wrapper(tiny.tiled(together))
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(*lengths)
         guider.set_cfg(3.0)

@@ -160,14 +160,8 @@ def test_a_run_equals_dense(kind, gamma, folder, apply_taca):
 
 def test_alone_in_a_batch(folder, apply_taca):
     """Positive and negative of one length: one call of two rows, the negative's bits as ever."""
-    model, calls = tiny.load(folder, "flux"), []
-
-    def seen(executor, *args, **kwargs):
-        calls.append(len(args[0]))
-        return executor(*args, **kwargs)
-
-    watched = model.clone()
-    watched.add_wrapper("apply_model", seen)
+    model = tiny.load(folder, "flux")
+    watched, calls = tiny.counting(model)
     ours = sample(
         watched,
         "flux",

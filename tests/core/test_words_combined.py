@@ -7,7 +7,6 @@ import comfy.hooks
 import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
@@ -15,7 +14,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 import nodes
 from support import tiny
 from support.loras import hooked, lora_hooks, random_lora
-from support.tiny import KINDS, installed_on, sample
+from support.tiny import KINDS, counting, installed_on, sample, tiled
 from support.words import PROMPT, by_reference, dense_words, weighed
 
 NAGuidance = EasyCacheNode = None
@@ -140,7 +139,7 @@ def test_prompts_of_one_lora_stay_in_one_call(folder, weights_first, weighing):
             steps = (weigh, hook) if weights_first else (hook, weigh)
             given[name] = steps[1](steps[0](tiny.conditioning("flux", 7, seed=seed)))
         counted, calls[weighed_ones] = counting(model)
-        drawn[weighed_ones] = drawn_with(counted, **given)
+        drawn[weighed_ones] = sample(counted, "flux", steps=4, **given)
     assert len(calls[()]) == len(calls[weighing]) == 4
     assert not torch.allclose(drawn[()], drawn[weighing], atol=0.05)
 
@@ -155,27 +154,9 @@ def test_one_lora_at_other_times_stays_apart(folder):
     given = {"negative": comfy.hooks.set_hooks_for_conditioning(negative, always)}
     hooked_one = comfy.hooks.set_hooks_for_conditioning(positive, lora)
     override = dense_words({7: [1.0] * 7, (7, 0): PROMPT}, threshold=0.0)
-    expected = drawn_with(by_reference(model, override), positive=hooked_one, **given)
-    ours = drawn_with(model, positive=weighed(hooked_one, PROMPT), **given)
+    expected = sample(by_reference(model, override), "flux", positive=hooked_one, **given)
+    ours = sample(model, "flux", positive=weighed(hooked_one, PROMPT), **given)
     torch.testing.assert_close(ours, expected, **CLOSE)
-
-
-def counting(model):
-    """The model, and a list that grows with each of its calls."""
-    calls, counted = [], model.clone()
-
-    def count(executor, *args, **kwargs):
-        calls.append(len(args[0]))
-        return executor(*args, **kwargs)
-
-    counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
-    return counted, calls
-
-
-def drawn_with(model, positive, negative):
-    latents = {"samples": torch.zeros(1, 16, 16, 16)}
-    how = (3, 4, 3.0, "euler", "simple", positive, negative, latents)
-    return nodes.common_ksampler(model, *how)[0]["samples"]
 
 
 def averaged(a, b):
@@ -234,21 +215,6 @@ def test_perp_neg(folder):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_tiles_in_one_batch(folder, batch):
     """Rows in another order, as tiled diffusion makes them: the text tells whose each is."""
-
-    def tiled(together):
-        def call(apply_model, given):
-            x, t, c = given["input"], given["timestep"], given["c"]
-            tiles = x.chunk(2, -1)
-            if not together:
-                return torch.cat([apply_model(tile, t, **c) for tile in tiles], -1)
-            twice = {
-                key: torch.cat([each, each]) if isinstance(each, torch.Tensor) else each
-                for key, each in c.items()
-            }
-            both = apply_model(torch.cat(tiles), torch.cat([t, t]), **twice)
-            return torch.cat(both.chunk(2), -1)
-
-        return call
 
     def run(model, together, positive=None):
         model = model.clone()

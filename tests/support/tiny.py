@@ -6,6 +6,7 @@ The weights are large enough that attention is far from uniform, so that gamma s
 import comfy.samplers
 import comfy.sd
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import (
     BasicGuider,
     CFGGuider,
@@ -153,11 +154,12 @@ def sample(
     sampler="euler",
     scheduler="simple",
     positive=None,
+    negative=None,
     seed=3,
 ):
     """Latents of a run through core's KSampler function."""
     positive = positive or conditioning(kind, text[0])
-    negative = conditioning(kind, text[1], seed=5)
+    negative = negative or conditioning(kind, text[1], seed=5)
     empty = {"samples": torch.zeros(batch, 16, *size)}
     return nodes.common_ksampler(
         model, seed, steps, cfg, sampler, scheduler, positive, negative, empty
@@ -226,3 +228,36 @@ def run(node, model, kind, steps=4, cfg=1.0, size=(16, 16), text=7, sampler="eul
         {"samples": torch.zeros(1, 16, *size)},
         **more,
     ).result
+
+
+def counting(model):
+    """A clone of the model, and a list that gets the number of rows of each of its calls."""
+    calls, counted = [], model.clone()
+
+    def count(executor, *args, **kwargs):
+        calls.append(len(args[0]))
+        return executor(*args, **kwargs)
+
+    counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
+    return counted, calls
+
+
+def tiled(together):
+    """A node's function around the model: two tiles, in one call or in two.
+
+    In one call the rows are t1 positive, t1 negative, t2 positive, t2 negative.
+    """
+
+    def call(apply_model, given):
+        x, t, c = given["input"], given["timestep"], given["c"]
+        tiles = x.chunk(2, -1)
+        if not together:
+            return torch.cat([apply_model(tile, t, **c) for tile in tiles], -1)
+        twice = {
+            key: torch.cat([each, each]) if isinstance(each, torch.Tensor) else each
+            for key, each in c.items()
+        }
+        both = apply_model(torch.cat(tiles), torch.cat([t, t]), **twice)
+        return torch.cat(both.chunk(2), -1)
+
+    return call
