@@ -128,7 +128,7 @@ def test_wrong_captions_are_wrong():
     for caption in evaluate_uvit.captions_of("held-out"):
         picture = evaluate_uvit.world.render(caption, rng)
         for wrong in evaluate_uvit.wrong(caption):
-            assert "triangle" not in wrong
+            assert "circle" not in wrong
             assert not evaluate_uvit.world.check(picture, wrong)["everything"]
 
 
