@@ -160,6 +160,20 @@ def test_one_lora_at_other_times_stays_apart(folder):
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_lora_hooked_to_another_prompt(folder, zeroed):
+    """Of hooks that ComfyUI does not register it leaves None in a prompt, and then reads that."""
+    model = tiny.load(folder, "flux")
+    prompt = tiny.conditioning("flux", 7)
+    other = hooked(tiny.conditioning("flux", 7, seed=5), random_lora(model, only="blocks"))
+    override = dense_words({7: [1.0] * 7, (7, 0): [1.0] * 7 if zeroed else PROMPT}, threshold=0.0)
+    given = [prompt, weighed(prompt, PROMPT)]
+    if zeroed:
+        given = [nodes.ConditioningZeroOut().zero_out(each)[0] for each in given]
+    expected = drawn_with(by_reference(model, override), given[0], other)
+    torch.testing.assert_close(drawn_with(model, given[1], other), expected, **CLOSE)
+
+
 def counting(model):
     """The model, and a list that grows with each of its calls."""
     calls, counted = [], model.clone()
