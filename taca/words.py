@@ -90,10 +90,16 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
 
 
 def hide_avoided(prompts: Prompts) -> None:
-    """Give the ControlNets of a run their text without the tokens to avoid."""
-    for _, entry in prompts.entries():
+    """Give the ControlNets of a run their text without the tokens to avoid.
+
+    ComfyUI may add the ControlNet of one prompt to the others, when the run has begun.
+    """
+    entries = [entry for _, entry in prompts.entries()]
+    if not any("control" in entry for entry in entries):
+        return
+    for entry in entries:
         words = entry.get(WORDS_KEY)
-        if words and words.num_avoided and "control" in entry:
+        if words and words.num_avoided:
             end = len(words.weights)
             text = entry["cross_attn"]
             parts = text[:, : end - words.num_avoided], text[:, end:]
