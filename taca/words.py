@@ -1,7 +1,7 @@
 """The word weights of a prompt, as its conditioning carries them and as a call needs them."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -87,6 +87,11 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     """
     own = entry[WORDS_KEY].prompt.own()
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
+
+
+def carrying(entries: Iterable[dict[str, Any]], texts: Iterable[str]) -> list[dict[str, Any]]:
+    """The conditionings that carry the tokens of one of these texts."""
+    return [each for each in entries if WORDS_KEY in each and each[WORDS_KEY].prompt.text in texts]
 
 
 def hide_avoided(prompts: Prompts) -> None:
