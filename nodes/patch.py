@@ -7,12 +7,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..taca.conditioning import read
 from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
 from ..taca.prompt_tokens import PromptTokens, text_of
 from ..taca.run import config_of
 from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
+from ..taca.weighted_text import read
 from .ui.schema import schema
 from .ui.text import NodeText
 

@@ -12,9 +12,9 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..taca.conditioning import read
 from ..taca.prompt_tokens import PromptTokens, find_words, text_of
 from ..taca.report import Asked, Report, watched
+from ..taca.weighted_text import read
 from ..taca.words import WORDS_KEY, carrying, own_tokens
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks

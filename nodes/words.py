@@ -6,9 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..taca.conditioning import AVOID_STRENGTH, attach, encode, parse, read, words_of
+from ..taca.conditioning import AVOID_STRENGTH, attach, encode, words_of
 from ..taca.same_text import check_text
 from ..taca.schedule import Schedule
+from ..taca.weighted_text import parse, read
 from .patch import TACASchedule
 from .sweep import parsed
 from .ui.schema import schema

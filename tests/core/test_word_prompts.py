@@ -11,6 +11,7 @@ import nodes
 from support.clips import CLIPS, FLUX, SD3_WITHOUT_T5, clip_of
 
 conditioning = sys.modules["taca_pack.taca.conditioning"]
+weighted_text = sys.modules["taca_pack.taca.weighted_text"]
 KEY = sys.modules["taca_pack.taca.words"].WORDS_KEY
 TEXT = "a (blue scarf:1.5) on a chair, (fog:0) and (pillows:-1)"
 PLAIN = "a blue scarf on a chair, fog and pillows"
@@ -67,7 +68,7 @@ def test_the_conditioning_is_that_of_the_plain_text(name, pack):
     ],
 )
 def test_weights_as_core_reads_them(text, plain, weights):
-    parsed = conditioning.parse(text)
+    parsed = weighted_text.parse(text)
     assert parsed.text == plain
     found = {plain[start:end]: weight for start, end, weight in parsed.phrases}
     assert found == pytest.approx(weights)
@@ -77,7 +78,7 @@ def test_weights_as_core_reads_them(text, plain, weights):
 def test_a_weight_that_is_no_number():
     for weight in ("nan", "inf", "-inf", "1e40"):
         with pytest.raises(ValueError, match="the weight of 'fog' must be a number"):
-            conditioning.parse(f"a (fog:{weight})")
+            weighted_text.parse(f"a (fog:{weight})")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_weight_that_is_no_number():
     ],
 )
 def test_what_is_no_weight_is_told(text, plain, says, pack, monkeypatch, caplog):
-    parsed = conditioning.parse(text)
+    parsed = weighted_text.parse(text)
     assert parsed.text == plain
     shown = []
     text_module = sys.modules["taca_pack.nodes.ui.text"]
@@ -158,7 +159,7 @@ def test_words_beyond_a_chunk_and_across_brackets():
     text = "word " * 80 + "(scarf:2) and (blue:3)berry"
     ((_, extras),) = conditioning.encode(clip, text)
     of = sys.modules["taca_pack.taca.prompt_tokens"].PromptTokens.of(
-        clip, conditioning.parse(text).text
+        clip, weighted_text.parse(text).text
     )
     weights = extras[KEY].weights
     assert {weights[i] for i in of.word("scarf")} == {2.0}
@@ -193,7 +194,7 @@ def test_an_embedding_beside_brackets(tmp_path, text):
             {key: torch.randn(2, 32) for key in ("clip_l", "clip_g")}, tmp_path / f"{name}.pt"
         )
     clip = clip_of(*SD3_WITHOUT_T5, str(tmp_path), t5=False)
-    parsed = conditioning.parse(text)
+    parsed = weighted_text.parse(text)
     [theirs], [ours] = (clip.tokenize(each)["l"] for each in (text, parsed.text))
     plain = [[torch.is_tensor(t) or t for t, _ in each] for each in (theirs, ours)]
     assert plain[0] == plain[1]
@@ -204,7 +205,7 @@ def test_an_embedding_beside_brackets(tmp_path, text):
 def test_a_word_that_is_cut_off_or_unknown():
     """Z-Image's cut-off is none; Mochi-like limits are: by a tokenizer that stops at 77."""
     clip = clip_named("FLUX.1")
-    parsed = conditioning.parse("a (\U0001f9e3:2) scarf")
+    parsed = weighted_text.parse("a (\U0001f9e3:2) scarf")
     with pytest.raises(ValueError, match="TACA cannot weigh '\U0001f9e3'"):
         conditioning.words_of(clip, parsed)
 
@@ -311,7 +312,7 @@ def test_a_picture_before_hunyuan_videos_text(pack):
     more = theirs[0][0].shape[1] - plain[0][0].shape[1]
     assert more == 8
     ((_, extras),) = pack["TACAWeighWords"].execute(theirs, clip, TEXT).result[0]
-    weights = conditioning.words_of(clip, conditioning.parse(TEXT)).weights
+    weights = conditioning.words_of(clip, weighted_text.parse(TEXT)).weights
     assert extras[KEY].weights == (1.0,) * more + weights
 
 
@@ -377,7 +378,7 @@ def test_one_hook_at_most(pack):
 def test_words_of_what_is_beside_the_text():
     """Llama's tokens of HiDream-I1."""
     clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
-    words = conditioning.words_of(clip, conditioning.parse(TEXT))
+    words = conditioning.words_of(clip, weighted_text.parse(TEXT))
     ((text, extras),) = clip.encode_from_tokens_scheduled(clip.tokenize(PLAIN))
     assert len(words.weights) == text.shape[1]
     beside = words.beside["conditioning_llama3"]
@@ -409,7 +410,7 @@ def test_words_of_what_is_beside_the_text():
 def test_what_is_to_be_written_weighs_in_byt5(tokenizer, text, weighed):
     """ByT5 is handed what stands in quotation marks, in an order of its own."""
     clip = clip_of(tokenizer, GLYPHS)
-    parsed = conditioning.parse(text)
+    parsed = weighted_text.parse(text)
     words = conditioning.words_of(clip, parsed)
     (chunk,) = clip.tokenize(parsed.text)["byt5"]
     ids = [each for each, _ in chunk]
@@ -439,7 +440,7 @@ def test_brackets_that_are_text(name, text):
 def test_a_word_that_one_encoder_alone_knows():
     """HiDream-I1's T5 lacks a letter that its Llama has."""
     clip = clip_of("hidream.HiDreamTokenizer", "hidream.hidream_clip")
-    words = conditioning.words_of(clip, conditioning.parse("(ĩ:1.5) and a (cat:2)"))
+    words = conditioning.words_of(clip, weighted_text.parse("(ĩ:1.5) and a (cat:2)"))
     assert 2.0 in words.weights
     assert 1.5 in words.beside["conditioning_llama3"]
     assert [*words.weighed_tokens()] == ["cat"]
@@ -455,7 +456,7 @@ def test_pictures_stand_before_the_text(name, pack):
         [each for chunk in tokens[key] for each, *_ in chunk]
         for tokens in (clip.tokenize(PLAIN, images=[picture]), clip.tokenize(PLAIN))
     )
-    words = conditioning.words_of(clip, conditioning.parse(TEXT))
+    words = conditioning.words_of(clip, weighted_text.parse(TEXT))
     last = [i for i, w in enumerate(words.weights) if w != 1]
     tail = len(words.weights) - last[0]
     assert with_picture[-tail:] == without[-tail:]
