@@ -24,7 +24,7 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from train_uvit import CODEC, SHAPES, SIZE, captions_of, context_of, noised, predicted
+from train_uvit import CODEC, RELATIONS, SHAPES, SIZE, captions_of, context_of, noised, predicted
 from trainer import DEVICE, pictures_of, tokens_of
 
 from uvit.files import read_config
@@ -101,7 +101,8 @@ def wrong(caption: str) -> list[str]:
         items = (i._replace(**{what: v}) for i, v in zip(scene[::2], (first, second), strict=True))
         return str(world.Scene(next(items), scene.relation, next(items)))
 
-    turned = str(scene._replace(relation=scene.mirrored().relation))
+    [other] = set(RELATIONS) - {scene.relation}
+    turned = str(scene._replace(relation=other))
     return [exchanged("colour", list(world.COLOURS)), exchanged("shape", SHAPES), turned]
 
 
@@ -167,12 +168,8 @@ def score(options: argparse.Namespace) -> None:
 def paired(
     criteria: Sequence[str], ours: BySeed, theirs: BySeed, seeds: list[int], draws: int = 10_000
 ) -> dict[str, dict[str, Any]]:
-    """Differences in points, by criterion: mean, 95 % interval, by training seed.
-
-    Captions come in pairs that tell the same scene, and are drawn together.
-    """
-    difference = 100 * np.stack([(ours[seed] - theirs[seed]).mean(0) for seed in seeds])
-    scenes = difference.reshape(len(seeds), -1, 2, len(criteria)).mean(2)
+    """Differences in points, by criterion: mean, 95 % interval, by training seed."""
+    scenes = 100 * np.stack([(ours[seed] - theirs[seed]).mean(0) for seed in seeds])
     rows = bootstrap(scenes, draws).T.round(2), scenes.mean((0, 1)), scenes.mean(1).T.round(2)
     return {
         what: {"mean": round(float(mean), 2), "interval": ends.tolist(), "by_seed": each.tolist()}
@@ -196,8 +193,8 @@ def bootstrap(values: np.ndarray, draws: int = 10_000) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", help="the first is what others compare with")
-    parser.add_argument("--noises", type=int, default=8)
-    parser.add_argument("--captions", type=int, help="only so many, an even number, to try it out")
+    parser.add_argument("--noises", type=int, default=16)
+    parser.add_argument("--captions", type=int, help="only so many, to try it out")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--out", type=Path)

@@ -38,15 +38,19 @@ BATCH, RATE, EMA, DROPOUT = 48, 6e-3, 0.998, 0.1
 ADAMW = 1 / 3  # of the rate: more, and the text is learnt later
 NOISE = 2.0  # median of the noise's share over the picture's
 TRY_OUT = {"FALL": 2, "WARMUP": 2, "POOL": 1, "BATCH": 4}
-SHAPES = world.SHAPES[:2]
+SHAPES, RELATIONS = world.SHAPES[:2], ("left of", "above")
 SIZE, TOKENS = 32, 8  # pixels to the side of a picture; words of the longest caption
 CODEC = Path(world.__file__).parent / "taca_demo_codec.safetensors"
 
 
 def captions_of(split: str) -> list[str]:
-    """The demo's captions of ``SHAPES`` alone: they are learnt sooner."""
+    """The demo's captions of ``SHAPES`` and ``RELATIONS`` alone, one of each scene."""
     scenes = {told: world.parse(told) for told in world.captions(split)}
-    return [told for told, (a, _, b) in scenes.items() if {a.shape, b.shape} <= set(SHAPES)]
+    return [
+        told
+        for told, (a, relation, b) in scenes.items()
+        if relation in RELATIONS and {a.shape, b.shape} <= set(SHAPES)
+    ]
 
 
 def config_of(fusion: str) -> UViTConfig:
