@@ -36,7 +36,7 @@ on a line: every object with its number and its colour or texture, and every rel
 two objects. Use the words of the description and write nothing else.
 
 Description: {}"""
-_MARK = re.compile(r"\s*(?:[-*\u2022]|\d+[.)])\s+")
+_MARK = re.compile(r"\s*(?:(?:[-*\u2022\u2013\u2014]|\(?\d+[.)\uff0e\uff09])(?:\s+|$)|\d+\u3001)")
 _QWEN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -112,6 +112,8 @@ class Judge:
 
         The picture is encoded once for all questions. ``step`` is called after each of them. Call
         ``load`` first.
+
+        Raises ValueError if an answer is no number.
         """
         device = self.clip.patcher.load_device
         answers = []
@@ -127,6 +129,12 @@ class Judge:
             for question in questions:
                 logits = self._logits(seen, extra, question, device)
                 answers.append(torch.softmax(logits, -1)[: len(self.words[0])].sum().item())
+                if math.isnan(answers[-1]):
+                    raise ValueError(
+                        f"TACA Prompt Check: {self.family.name}'s answer is no number (NaN), as "
+                        f"where it overflows in fp16. Start ComfyUI with --bf16-text-enc or "
+                        f"--fp32-text-enc, or load another file of it."
+                    )
                 step()
         return answers
 
@@ -169,11 +177,10 @@ class Judge:
         request = self.family.chat.format(REQUEST.format(text))
         tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
         ids = self.clip.generate(tokens, do_sample=False, max_length=LONGEST)
-        lines = self.clip.decode(ids).splitlines()
+        said = self.clip.decode(ids)
         if len(ids) >= LONGEST:
-            lines.pop()  # cut off
-        stripped = [_MARK.sub("", line, count=1).strip() for line in lines]
-        found = list(dict.fromkeys(filter(None, stripped)))
+            said = said.rpartition("\n")[0]  # its last line is cut off
+        found = listed(said)
         if not found:
             raise ValueError(
                 f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write "
@@ -212,6 +219,12 @@ class Judge:
         )
 
 
+def listed(said: str) -> list[str]:
+    """The lines of a list, each once, without their marks and numbers."""
+    found = (line[mark.end() if (mark := _MARK.match(line)) else 0 :] for line in said.splitlines())
+    return list(dict.fromkeys(filter(None, map(str.strip, found))))
+
+
 def prepared(picture: Tensor, side: int | None = None) -> Tensor:
     """A picture as encoders get it: three channels, at most a megapixel; or a square of ``side``.
 
@@ -228,7 +241,7 @@ def prepared(picture: Tensor, side: int | None = None) -> Tensor:
     scale = math.sqrt(LARGEST / (height * width))
     if scale >= 1:
         return picture
-    size = round(width * scale), round(height * scale)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     channels = picture.movedim(-1, 1)
     return comfy.utils.common_upscale(channels, *size, "area", "disabled").movedim(1, -1)
 

@@ -241,6 +241,25 @@ def test_pictures_of_which_nothing_can_be_said(pack, check, qwen3):
             run([whole, torch.cat([whole, broken])])
 
 
+def test_an_encoder_that_gives_no_number(check, tmp_path):
+    """As one that overflows in half precision."""
+
+    def change(state, model):
+        state["model.language_model.norm.weight"] = state["model.language_model.norm.weight"] * 1e39
+        return state
+
+    clip = made("qwen3", tmp_path, change=change)[1]
+    with pytest.raises(ValueError, match=r"Qwen3-VL's answer is no number.*--fp32-text-enc"):
+        check(pictures(64, 64), "a cat", clip)
+
+
+def test_a_picture_a_pixel_high(monkeypatch):
+    """It keeps that pixel where it is made smaller."""
+    monkeypatch.setattr(judge_of, "LARGEST", 1000)
+    assert judge_of.prepared(pictures(1, 5000)).shape == (1, 1, 2236, 3)
+    assert judge_of.prepared(pictures(5000, 1)).shape == (1, 2236, 1, 3)
+
+
 def test_a_grey_picture(pack, check, qwen3):
     """As the same in three channels; also where a picture is shown behind a map."""
     grey = pictures(56, 84)[..., :1]
@@ -278,6 +297,29 @@ def test_phrases_that_the_encoder_lists(check, tmp_path, monkeypatch):
     monkeypatch.setattr(judge_of, "LONGEST", 1)
     with pytest.raises(ValueError, match=r"Qwen3-VL listed no phrases.*yourself"):
         judge.phrases("a picture")
+
+
+@pytest.mark.parametrize(
+    ("said", "phrases"),
+    [
+        ("- a cat - asleep\n* a sign: 2. floor", ["a cat - asleep", "a sign: 2. floor"]),
+        ("(1) a cat\n 2) a dog\n3. 2 birds", ["a cat", "a dog", "2 birds"]),
+        ("1、两只猫\n２． 红球", ["两只猫", "红球"]),
+        ("– a cat\n• a dog\n-\n3.", ["a cat", "a dog"]),
+        ("1.5 litres of milk\n-5 degrees", ["1.5 litres of milk", "-5 degrees"]),
+    ],
+)
+def test_the_marks_of_a_list(said, phrases):
+    """Those before a phrase go, what is within it stays."""
+    assert judge_of.listed(said) == phrases
+
+
+def test_nothing_but_what_no_text_shows(qwen3, monkeypatch):
+    """256 tokens that decode to nothing, as padding does."""
+    monkeypatch.setattr(qwen3, "generate", lambda *a, **k: [151643] * judge_of.LONGEST)
+    monkeypatch.setattr(qwen3, "decode", lambda *a, **k: "")
+    with pytest.raises(ValueError, match="listed no phrases"):
+        judge_of.Judge(qwen3).phrases("a picture")
 
 
 def test_what_cannot_answer_is_refused(pair, tmp_path, monkeypatch):
