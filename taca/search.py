@@ -175,12 +175,14 @@ class Search:
         baseline, and of their squares; and the number of units.
         """
         total = square = np.zeros(())
-        units = 0
+        scale = units = 0
         for block, following in zip_longest(blocks, self.plan[1 : len(blocks)]):
             difference = block[:, 1:] - block[:, :1]
             total, square = total + difference.sum(-1), square + (difference**2).sum(-1)
             units += block.shape[-1]
-            order = np.argsort(-np.round(total, 9), axis=1, kind="stable")
+            # Sums that differ by rounding errors alone are equal, whatever the scores' scale.
+            scale = max(scale, np.ptp(block, axis=1).max())
+            order = np.argsort(-np.round(total / (scale or 1), 9), axis=1, kind="stable")
             if following:
                 stay = order[:, : following.settings]
                 total, square = (np.take_along_axis(each, stay, 1) for each in (total, square))

@@ -119,16 +119,17 @@ def test_finds_what_is_there():
     assert searched(scores)[1].winner == 0
 
 
-def test_units_and_scale_do_not_matter():
+@pytest.mark.parametrize("scale", [100, 1e12, 1e-12])
+def test_units_and_scale_do_not_matter(scale):
     """A prompt that is hard for all settings is no difference between them."""
     random = np.random.default_rng(2)
     scores = alike(random)
     scores[3] += 0.4
     _, found = searched(scores)
-    _, moved = searched(100 * (scores + 10 * random.normal(size=(1, 48))))
+    _, moved = searched(scale * (scores + 10 * random.normal(size=(1, 48))))
     assert moved.best == found.best
     for name in ("difference", "low", "high"):
-        assert getattr(moved, name) == pytest.approx(100 * getattr(found, name))
+        assert getattr(moved, name) == pytest.approx(scale * getattr(found, name))
 
 
 def test_differences_without_spread():
