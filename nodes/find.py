@@ -201,14 +201,13 @@ def shown_of(
 ) -> list[tuple[Any, str]]:
     """The first pictures of the baseline and of the best settings, with their captions."""
     names = compared.labels
-    rank = sorted(search.differences, key=lambda i: search.differences[i][::-1], reverse=True)
     shown = []
     for pair, judged in list(scores.items())[:ROWS]:
         images = drawn.get(socket("image", pair), [])
         if len(images) != len(judged):
             continue
         by_setting = dict(zip(judged, images, strict=True))
-        for column, setting in enumerate([0, *rank][:COLUMNS]):
+        for column, setting in enumerate([0, *search.ranking][:COLUMNS]):
             about = f"{names[setting]}: {judged[setting]:.3g}"
             if not column:
                 about = f"{compared.prompts[pair[0]]} (seed {compared.seed_of(pair)}). {about}"

@@ -132,6 +132,16 @@ class Search:
         stay = self.todo.settings if self.todo else 1
         self.alive = [0, *(self.alive[1 + i] for i in order[0, :stay])]
 
+    @property
+    def ranking(self) -> list[int]:
+        """The settings besides the baseline, the best first; what was dropped early comes last."""
+
+        def place(setting: int) -> tuple[bool, int, float]:
+            difference, units = self.differences[setting]
+            return setting != self.alive[1], -units, -difference
+
+        return sorted(self.differences, key=place)
+
     def pictures(self) -> tuple[int, int]:
         """Numbers of scores: those the search takes, and those of all settings on all units."""
         taken = sum((each.settings + 1) * len(each.units) for each in self.plan)

@@ -104,6 +104,19 @@ def test_declares_a_winner_in_5_of_100(settings, units):
     assert abs(told - 0.05) <= 0.006
 
 
+def test_the_best_is_ranked_first():
+    """Also beside one as good, whose mean is larger by a rounding error."""
+    thirds = [[0] * 7, [3, 2, 1, 3, 2, 3, 0], [3, 3, 0, 1, 2, 3, 2]]
+    made, found = searched(np.array(thirds) / 3)
+    assert made.differences[2] > made.differences[1]
+    assert found.best == 1
+    assert made.ranking == [1, 2]
+    made, found = searched(alike(np.random.default_rng(4)))
+    assert made.ranking[0] == found.best
+    units = [made.differences[setting][1] for setting in made.ranking]
+    assert units == [48, 24, 12, 12, 6, 6, 6, 6]
+
+
 def test_finds_what_is_there():
     random = np.random.default_rng(1)
     scores = alike(random)
