@@ -432,6 +432,53 @@ def test_gemma3_equals_transformers(gemma, size):
     assert wanted != pytest.approx(both_ways, abs=1e-3)
 
 
+@pytest.fixture(scope="module", params=judges.GEMMA4)
+def gemma4(request, tmp_path_factory):
+    """transformers' Gemma 4, the CLIP, and its tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    if not hasattr(comfy.sd.TEModel, "GEMMA_4_12B"):
+        pytest.skip("this ComfyUI has no Gemma 4")
+    texts = [*QUESTIONS, "Yes No user model thought\n", judge_of.REQUEST]
+    written = judges.gemma4_tokenizer(texts, [word for some in WORDS for word in some])
+    model = judges.gemma4(request.param)
+    file = tmp_path_factory.mktemp("gemma4") / "gemma.safetensors"
+    save_file(judges.published_gemma4(model, written), file)
+    own = tokenizers.Tokenizer.from_str(written)
+    return request.param, model, judges.load_gemma4(request.param, file), own
+
+
+@pytest.mark.parametrize("size", [(528, 1200), (20, 3000)], ids=str)
+def test_gemma4_equals_transformers(gemma4, size):
+    """From the picture's bytes on; of the sizes that are resized, from what core makes of it."""
+    kind, model, clip, own = gemma4
+    judge = judge_of.Judge(clip)
+    as_bytes = (pictures(*size) * 255).round().byte()
+    picture = (as_bytes + 0.25) / 255  # core rounds down
+    resized = (judge.shown(picture)["data"] * 255).round().byte()
+    assert size != (528, 1200) or torch.equal(resized, as_bytes)
+    name = f"Gemma4{'Unified' * (kind == '12B')}ImageProcessor"
+    processor = getattr(transformers, name)(do_resize=False)
+    shown = processor(list(resized.movedim(-1, 1)), return_tensors="pt")
+    count = int(shown.pop("num_soft_tokens_per_image")[0])
+    vocabulary = own.get_vocab()
+    words = [[vocabulary[m + w] for m in ("", "\u2581") for w in some] for some in WORDS]
+    assert [{*some.values()} for some in judge.words] == [{*some} for some in words]
+    wanted = []
+    for question in QUESTIONS:
+        text = f"<|turn>user\n\n\n<|image>{'<|image|>' * count}<image|>\n\n{question}<turn|>\n"
+        text += "<|turn>model\n" + "<|channel>thought\n<channel|>" * (kind == "12B")
+        ids = torch.tensor([[2, *own.encode(text, add_special_tokens=False).ids]])
+        kinds = (ids == 258880).int()
+        out = model(ids, **shown, mm_token_type_ids=kinds, logits_to_keep=1)
+        logits = out.logits[0, -1].double()
+        exps = (logits - logits.max()).exp()
+        wanted.append((exps[words[0]].sum() / exps[[*words[0], *words[1]]].sum()).item())
+    assert len({round(each, 3) for each in wanted}) == 3, "the questions must differ"
+    judge.load()
+    # From 0.33 on another kernel of core's rotates the positions.
+    assert judge.ask(picture, QUESTIONS) == pytest.approx(wanted, abs=1e-3)
+
+
 def test_what_is_seen_is_in_order():
     """As each version of core needs it."""
     import inspect
