@@ -145,6 +145,15 @@ def test_units_and_scale_do_not_matter(scale):
         assert getattr(moved, name) == pytest.approx(scale * getattr(found, name))
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (2, 5), (3, 4), (5, 2)])
+def test_the_interval_has_0_in_it_where_there_is_no_winner(shape):
+    """Few units have few shuffles, and the search that was made is often at their limit."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        _, found = searched(random.normal(size=shape), shuffled=199)
+        assert (found.low <= 0 <= found.high) == (found.winner is None)
+
+
 def test_differences_without_spread():
     """Alike in all: nothing is known of others. One that is better by as much everywhere wins."""
     scores = np.tile(np.arange(8.0), (3, 1))
