@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..taca.conditioning import read
 from ..taca.options import NO_OPTIONS, Options
 from ..taca.patch import patch_model
 from ..taca.prompt_tokens import PromptTokens, text_of
@@ -173,6 +174,5 @@ class TACAOptions(io.ComfyNode):
             return io.NodeOutput(Options(positive_only, blocks, prompt_only=prompt_only))
         prompt = prompt or ""
         tokens = PromptTokens.of(clip, prompt)
-        return io.NodeOutput(
-            Options(positive_only, blocks, tokens.own(), encode=partial(text_of, clip, prompt))
-        )
+        texts, encode = frozenset([prompt, read(clip, prompt).text]), partial(text_of, clip, prompt)
+        return io.NodeOutput(Options(positive_only, blocks, tokens.own(), texts, encode=encode))

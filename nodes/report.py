@@ -12,9 +12,10 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..taca.conditioning import read
 from ..taca.prompt_tokens import PromptTokens, find_words, text_of
 from ..taca.report import Asked, Report, watched
-from ..taca.words import WORDS_KEY, own_tokens
+from ..taca.words import WORDS_KEY, carrying, own_tokens
 from .ui import pictures
 from .ui.plots import COLOURS, Axes, round_up, ticks
 from .ui.schema import schema
@@ -151,28 +152,30 @@ def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
 
     Raises ValueError as ``find_words``.
     """
-    if clip is not None and prompt is not None:
-        tokens = PromptTokens.of(clip, prompt)
-        found = find_words(words, tokens)
-        return Asked(found, len(tokens.table), partial(text_of, clip, prompt))
     positive = getattr(guider, "original_conds", {}).get("positive", ())
-    carrying = [each for each in positive if WORDS_KEY in each]
-    if not carrying:
+    own = [each for each in positive if WORDS_KEY in each]
+    if clip is not None and prompt is not None:
+        own = carrying(positive, (prompt, read(clip, prompt).text))
+        if not own:
+            tokens = PromptTokens.of(clip, prompt)
+            found = find_words(words, tokens)
+            return Asked(found, len(tokens.table), partial(text_of, clip, prompt))
+    if not own:
         return Asked(find_words(words, None))
-    chosen, found = _carried(words, carrying)
-    same = (each["uuid"] for each in carrying if each[WORDS_KEY] is chosen[WORDS_KEY])
+    chosen, found = _carried(words, own)
+    same = (each["uuid"] for each in own if each[WORDS_KEY] is chosen[WORDS_KEY])
     return Asked(found, len(own_tokens(chosen)), carrying=frozenset(same))
 
 
-def _carried(words: str, carrying: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
+def _carried(words: str, entries: list[Any]) -> tuple[Any, Mapping[str, list[int]]]:
     """The first conditioning with all of these words, or with weights; and their tokens."""
     if not words.strip():
-        chosen = next((each for each in carrying if each[WORDS_KEY].has_weights), carrying[0])
+        chosen = next((each for each in entries if each[WORDS_KEY].has_weights), entries[0])
         return chosen, chosen[WORDS_KEY].weighed_tokens()
-    for each in carrying[:-1]:
+    for each in entries[:-1]:
         with suppress(ValueError):
             return each, find_words(words, each[WORDS_KEY].prompt)
-    return carrying[-1], find_words(words, carrying[-1][WORDS_KEY].prompt)
+    return entries[-1], find_words(words, entries[-1][WORDS_KEY].prompt)
 
 
 def plot(table: Tensor, blocks: list[str]) -> Image.Image:

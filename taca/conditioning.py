@@ -22,10 +22,8 @@ from .words import WORDS_KEY, Words
 Conditioning = list[list[Any]]
 """ComfyUI's: a list of ``[text (b, num_text, channels), dictionary]``."""
 
-
 AVOID_STRENGTH = 2.0
 """Measured in docs/words.md: 1 has little effect, 4 harms pictures."""
-
 
 LARGEST = 1000.0
 """The largest absolute weight: the attention's exponentials have to stay finite."""
@@ -37,6 +35,13 @@ _LIKE_A_WEIGHT = re.compile(
     r"[:\uff1a](\s*[-+\u2010-\u2015\u2212\uff0b\uff0d]?\s*[\d.,\uff0c\uff0e\u066b]*\d\s*%?\s*)[)\uff09]"
 )
 _IN_EMBEDDING = re.compile(r"(?:^|\s)embedding:\S*$")
+
+
+NO_WEIGHTS = (
+    "TACA: the words of a prompt would not weigh. A node that calls the model with a prompt of its "
+    "own, as Perp-Neg does, needs one without weights. Where any_model is off, put the TACA node "
+    "before the sampler (with gamma 1 it does nothing else)."
+)
 
 
 class WeighHook(comfy.hooks.TransformerOptionsHook):
@@ -54,19 +59,19 @@ class WeighHook(comfy.hooks.TransformerOptionsHook):
         outer.setdefault(PATCH_KEY, [partial(run_with_taca, None)])
         return False
 
+    def on_apply_hooks(self, model: Any, transformer_options: dict[str, Any]) -> None:
+        """Raise RuntimeError: no guider has removed it, so no run knows of the conditioning."""
+        raise RuntimeError(NO_WEIGHTS)
+
 
 class NeedsTaca(comfy.conds.CONDRegular):
     """Part of a conditioning without the hook; a run of a model with TACA removes it.
 
-    On any other model ComfyUI processes it like the text, and that raises RuntimeError.
+    Anywhere else ComfyUI processes it like the text, and that raises RuntimeError.
     """
 
     def process_cond(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            "TACA: this model has no TACA, and any_model is off for the words of its prompt, so "
-            "they would not weigh. Put the TACA node before the sampler (with gamma 1 it does "
-            "nothing else), or turn any_model on."
-        )
+        raise RuntimeError(NO_WEIGHTS)
 
 
 class WeightedText(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arguments import CallArguments
 from .families import family_of, uncompiled
 from .prompt_calls import Prompts, conditionings_of, positive_rows
-from .words import WORDS_KEY, own_tokens
+from .words import WORDS_KEY, carrying, own_tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Options:
     # Share of gamma - 1 for each text token of the positive conditioning: 1 for the prompt's own
     # tokens, 0 for padding.
     prompt: tuple[float, ...] | None = None
+    texts: frozenset[str] = frozenset()  # that prompt, as written and without the weights of words
     prompt_only: bool = False  # the same, for prompts whose conditionings carry their tokens
     # Encodes the prompt again, to find its conditioning among several.
     encode: Callable[[], Tensor] | None = field(default=None, compare=False)
@@ -33,6 +34,9 @@ class Options:
         """The conditionings of the prompt, as ``conditionings_of``; errors as there."""
         if self.prompt is None:
             return None
+        own = carrying(getattr(guider, "original_conds", {}).get("positive", ()), self.texts)
+        if own:
+            return frozenset(each["uuid"] for each in own)
         return conditionings_of(guider, len(self.prompt), self.encode)
 
     def limit(
@@ -64,11 +68,14 @@ class Options:
 
         Raises ValueError if no positive conditioning carries its tokens.
         """
-        if self.prompt is not None:
+        positive = prompts.positive() if prompts else []
+        found = carrying(positive, self.texts)
+        if self.prompt is not None and not found:
             return [(self.prompt, prompts.limited if prompts else None)]
-        if not self.prompt_only or prompts is None:
-            return []
-        found = [each for each in prompts.positive() if WORDS_KEY in each]
+        if self.prompt is None:
+            if not self.prompt_only or prompts is None:
+                return []
+            found = [each for each in positive if WORDS_KEY in each]
         if not found:
             raise ValueError(
                 "TACA Options cannot tell the prompt's own tokens: encode the positive prompt with "

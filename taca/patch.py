@@ -211,6 +211,9 @@ def install(run: Run, guider: Any) -> None:
         wrappers[WrappersMP.PREDICT_NOISE] = ours | others
     for _, entry in prompts.entries() if prompts else ():  # words weigh: ``NeedsTaca`` may go
         entry["model_conds"] = {n: c for n, c in entry["model_conds"].items() if n != WORDS_KEY}
+        # ComfyUI leaves None where the weights' hook was the only one, and fails to read it.
+        if entry.get("hooks", ()) is None:
+            del entry["hooks"]
     if prompts and not comfy.model_management.in_training:
         hide_avoided(prompts)
     if run.words:

@@ -151,8 +151,9 @@ def positive_rows(
 
 
 UNTOLD = (
-    "TACA cannot tell which rows of the batch are {}, since another node has changed the batch. "
-    "Take out that node, or {}."
+    "TACA cannot tell which rows of the batch are {}: another node has changed the batch, or a "
+    "prompt with an area has the text of another prompt. Take out that node, give one of these "
+    "texts another comma, or take out {}."
 )
 
 

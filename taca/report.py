@@ -52,14 +52,15 @@ class Report:
     shares: dict[tuple[int, float, int], list[Pair]] = field(default_factory=dict)
     # Of each call and block. An area of the picture or a tile has a size of its own.
     maps: list[Tensor] = field(default_factory=list)
-    # t, and the positive prompt's latents and text, of each call since t last changed.
-    asked_at: list[tuple[float, list[Tensor]]] = field(default_factory=list)
+    # t, the positive prompt's conditionings, and their latents and text, of each call since t last
+    # changed.
+    asked_at: list[tuple[float, frozenset[Any], list[Tensor]]] = field(default_factory=list)
 
-    def is_again(self, t: float, given: list[Tensor]) -> bool:
+    def is_again(self, t: float, whose: frozenset[Any], given: list[Tensor]) -> bool:
         """Whether this was asked before, as by a guidance that then leaves out layers."""
-        self.asked_at = [(at, each) for at, each in self.asked_at if at == t]
-        again = any(_are_equal(given, each) for _, each in self.asked_at)
-        self.asked_at.append((t, given))
+        self.asked_at = [each for each in self.asked_at if each[0] == t]
+        again = any(whose & own and _are_equal(given, each) for _, own, each in self.asked_at)
+        self.asked_at.append((t, whose, given))
         return again
 
     def table(self) -> Tensor:
@@ -138,7 +139,9 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
     t = timesteps_tensor(base_model.model_sampling, call.t)
     given = [each[positive] for each in (call.x, call.c_crossattn) if each is not None]
-    if not len(positive) or report.is_again(float(t.max()), given):
+    rows = report.prompts.of_rows(call) if report.prompts else []
+    whose = frozenset(each["uuid"] for i in positive.tolist() for _, each in rows[i])
+    if not len(positive) or report.is_again(float(t.max()), whose, given):
         return executor(*args, **kwargs)
     report.events.begin_call((), t.tolist())
     transformer = uncompiled(base_model.diffusion_model)

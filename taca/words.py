@@ -1,7 +1,7 @@
 """The word weights of a prompt, as its conditioning carries them and as a call needs them."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -89,11 +89,22 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
 
 
+def carrying(entries: Iterable[dict[str, Any]], texts: Iterable[str]) -> list[dict[str, Any]]:
+    """The conditionings that carry the tokens of one of these texts."""
+    return [each for each in entries if WORDS_KEY in each and each[WORDS_KEY].prompt.text in texts]
+
+
 def hide_avoided(prompts: Prompts) -> None:
-    """Give the ControlNets of a run their text without the tokens to avoid."""
-    for _, entry in prompts.entries():
+    """Give the ControlNets of a run their text without the tokens to avoid.
+
+    ComfyUI may add the ControlNet of one prompt to the others, when the run has begun.
+    """
+    entries = [entry for _, entry in prompts.entries()]
+    if not any("control" in entry for entry in entries):
+        return
+    for entry in entries:
         words = entry.get(WORDS_KEY)
-        if words and words.num_avoided and "control" in entry:
+        if words and words.num_avoided:
             end = len(words.weights)
             text = entry["cross_attn"]
             parts = text[:, : end - words.num_avoided], text[:, end:]

@@ -24,7 +24,7 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from train_uvit import CODEC, SHAPES, captions_of
+from train_uvit import CODEC, SHAPES, SIZE, captions_of, context_of, noised, predicted
 from trainer import DEVICE, pictures_of, tokens_of
 
 from uvit.files import read_config
@@ -38,21 +38,28 @@ BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
 def sample(
     network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
 ) -> np.ndarray:
-    """Draw a picture of each caption by Euler's method at shift 3: ``(captions, 64, 64, 3)``.
+    """Draw a picture of each caption by DDIM: ``(captions, 32, 32, 3)``.
 
     A caption's noise depends on the seed and its place among the captions alone.
     """
     tokens = tokens_of(captions)
-    context = codec.embed(torch.cat([tokens, torch.zeros_like(tokens)])).to(DEVICE)
+    context = context_of(codec, torch.cat([tokens, torch.zeros_like(tokens)])).to(DEVICE)
     side = network.config.side
-    x = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    x, times = x.to(DEVICE), torch.linspace(1, 0, steps + 1, device=DEVICE)
-    times = 3 * times / (1 + 2 * times)
-    for t, following in itertools.pairwise(times):
-        velocity = network(x.repeat(2, 1, 1, 1), (1000 * t).expand(2 * len(x)), context)
-        positive, negative = velocity.chunk(2)
-        x = x + (following - t) * (negative + cfg * (positive - negative))
-    return codec.decode(x.cpu() / SCALE).numpy()
+    z = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
+    z, share = z.to(DEVICE), torch.linspace(1, 0, steps + 1, device=DEVICE)
+    for angle, following in itertools.pairwise(torch.atan2(3 * share, 1 - share)):
+        v = predicted(network, z.repeat(2, 1, 1, 1), angle.expand(2 * len(z)), context)
+        positive, negative = v.chunk(2)
+        v = negative + cfg * (positive - negative)
+        z = (following - angle).cos() * z + (following - angle).sin() * v
+    return codec.decode(z.cpu() / SCALE).numpy()
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """A picture at the size that the checker knows, between its pixels linearly."""
+    rows = torch.from_numpy(picture).movedim(-1, 0)[None]
+    larger = torch.nn.functional.interpolate(rows, size=world.SIZE, mode="bilinear")
+    return larger[0].movedim(0, -1).numpy()
 
 
 class Colours(torch.nn.Module):
@@ -101,18 +108,16 @@ def wrong(caption: str) -> list[str]:
 @torch.no_grad()
 def tells(network: UViT, codec: Codec, captions: list[str], draws: int = 16) -> np.ndarray:
     """Whether each caption explains its picture better than wrong ones: ``(captions, TOLD)``."""
-    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0)])).to(DEVICE)
+    x = SCALE * codec.encode(torch.cat([*pictures_of(captions, 0, SIZE)])).to(DEVICE)
     told = [captions, *zip(*map(wrong, captions), strict=True)]
-    contexts = [codec.embed(tokens_of(each)).to(DEVICE) for each in told]
+    contexts = [context_of(codec, tokens_of(each)).to(DEVICE) for each in told]
     drawn = torch.Generator().manual_seed(0)
     loss = torch.zeros(len(contexts), len(captions), device=DEVICE)
     for i in range(draws):
-        t = (i + 0.5) / draws
-        noise = torch.randn(x.shape, generator=drawn).to(DEVICE)
-        noisy = torch.lerp(x, noise, t)
+        angle = x.new_full((len(x),), (i + 0.5) / draws * torch.pi / 2)
+        z, v = noised(x, torch.randn(x.shape, generator=drawn).to(DEVICE), angle)
         for each, context in zip(loss, contexts, strict=True):
-            velocity = network(noisy, x.new_full((len(x),), 1000 * t), context)
-            each += (velocity - (noise - x)).square().mean((1, 2, 3))
+            each += (predicted(network, z, angle, context) - v).square().mean((1, 2, 3))
     right = (loss[0] < loss[1:]).T
     return torch.cat((right, right.all(1, keepdim=True)), 1).cpu().numpy()
 
@@ -121,7 +126,7 @@ def score(options: argparse.Namespace) -> None:
     """Judge networks on the captions that were held out, and compare them with the first."""
     codec, captions = Codec.load(CODEC), captions_of("held-out")[: options.captions]
     asked = {key: getattr(options, key) for key in ("noises", "steps", "cfg")}
-    real = np.concatenate([p.numpy() for p in pictures_of(captions * options.noises, 1)])
+    real = np.concatenate([p.numpy() for p in pictures_of(captions * options.noises, 1, SIZE)])
     report: dict[str, Any] = {"captions": len(captions), **asked, "networks": {}, "differences": {}}
     criteria = {"right": world.CRITERIA, "tells": TOLD}
     judged: dict[str, dict[str, BySeed]] = {kind: {} for kind in criteria}
@@ -132,7 +137,7 @@ def score(options: argparse.Namespace) -> None:
         for seed in range(options.noises):
             pictures = sample(network, codec, captions, seed, options.steps, options.cfg)
             drawn.append(pictures)
-            checks = [world.check(*pair) for pair in zip(pictures, captions, strict=True)]
+            checks = [world.check(enlarged(p), c) for p, c in zip(pictures, captions, strict=True)]
             right.append([[check[key] for key in world.CRITERIA] for check in checks])
         found = {"right": np.array(right), "tells": tells(network, codec, captions)[None]}
         fid = colour_fid(np.concatenate(drawn), real)

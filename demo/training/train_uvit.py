@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
-from codec import SCALE, Codec
+from codec import PATCH, SCALE, Codec
 from trainer import DEVICE, Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
 
 from uvit.config import UViTConfig
@@ -33,10 +33,13 @@ FUSIONS = {
     "concatenation": {"caption_blocks": 2, "image_blocks": 2},
     "cross": {"caption_blocks": 2, "image_blocks": 2, "conditioning": "cross-attention"},
 }
-STEPS, FALL, WARMUP, POOL = 3600, 1440, 100, 100
-BATCH, RATE, EMA, DROPOUT, SHIFT = 16, 6e-3, 0.998, 0.1, 2.0
+STEPS, FALL, WARMUP, POOL = 4000, 1600, 100, 100
+BATCH, RATE, EMA, DROPOUT = 48, 6e-3, 0.998, 0.1
+ADAMW = 1 / 3  # of the rate: more, and the text is learnt later
+NOISE = 2.0  # median of the noise's share over the picture's
 TRY_OUT = {"FALL": 2, "WARMUP": 2, "POOL": 1, "BATCH": 4}
-SHAPES = ("square", "triangle")  # whose areas differ most
+SHAPES = world.SHAPES[:2]
+SIZE, TOKENS = 32, 8  # pixels to the side of a picture; words of the longest caption
 CODEC = Path(world.__file__).parent / "taca_demo_codec.safetensors"
 
 
@@ -48,8 +51,26 @@ def captions_of(split: str) -> list[str]:
 
 def config_of(fusion: str) -> UViTConfig:
     """The network of a fusion."""
-    grid = world.SIZE // 4
-    return UViTConfig(BLOCKS, WIDTH, 16, grid, 2, world.TOKENS, 64, **FUSIONS[fusion])
+    return UViTConfig(BLOCKS, WIDTH, 16, SIZE // PATCH, 2, TOKENS, 64, **FUSIONS[fusion])
+
+
+def context_of(codec: Codec, tokens: Tensor) -> Tensor:
+    """The text as the networks get it, ``(n, 8, 64)``: without the padding behind all captions."""
+    return codec.embed(tokens)[:, :TOKENS]
+
+
+def noised(x: Tensor, noise: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """What a network sees at angles ``(n,)`` and the v that it has to tell (arXiv 2202.00512).
+
+    0 is the picture, pi / 2 the noise. Both have the variance of x, if that is 1.
+    """
+    cos, sin = (each[:, None, None, None] for each in (angle.cos(), angle.sin()))
+    return cos * x + sin * noise, cos * noise - sin * x
+
+
+def predicted(network: UViT, z: Tensor, angle: Tensor, context: Tensor) -> Tensor:
+    """The v of ``noised``; the time of the network goes to 1000."""
+    return network(z, angle * (2000 / torch.pi), context)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -59,7 +80,7 @@ def train(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     constant = options.steps - FALL  # as many steps as a longer run has too
     codec, captions = Codec.load(CODEC), captions_of("train") * POOL
-    pictures = pictures_of(captions, options.seed)
+    pictures = pictures_of(captions, options.seed, SIZE)
     pool = torch.cat([(SCALE * codec.encode(some)).half() for some in pictures])
     tokens = tokens_of(captions)
     config = config_of(options.fusion)
@@ -67,7 +88,9 @@ def train(options: argparse.Namespace) -> None:
     files = folder / f"{name}.pt", folder / f"{name}.jsonl"
     if options.precision == "fp32":
         torch.optim._muon._zeropower_via_newtonschulz = orthogonalised
-    trainer = Trainer(network, optimisers_of(network, RATE), EMA, *files, time.process_time)
+    trainer = Trainer(
+        network, optimisers_of(network, RATE, share=ADAMW), EMA, *files, time.process_time
+    )
     begun = {int(f.stem.rpartition("-")[2]): f for f in folder.glob(f"{run}-constant-*.pt")}
     if not trainer.step and any(steps <= constant for steps in begun):
         trainer.resume(begun[max(steps for steps in begun if steps <= constant)])
@@ -79,17 +102,15 @@ def train(options: argparse.Namespace) -> None:
         # A step's own generator: the same draws whatever the fusion, and when resumed.
         drawn = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         chosen = torch.randint(len(pool), (BATCH,), generator=drawn)
-        t = torch.sigmoid(torch.randn(BATCH, generator=drawn))
-        t = SHIFT * t / (1 + (SHIFT - 1) * t)
+        angle = (NOISE * torch.randn(BATCH, generator=drawn).exp()).atan()
         kept = torch.rand(BATCH, 1, generator=drawn) >= DROPOUT
         x = pool[chosen].float()
         noise = torch.randn(x.shape, generator=drawn)
-        given = x, noise, t, codec.embed(tokens[chosen] * kept)
-        x, noise, t, context = (each.to(DEVICE) for each in given)
-        noisy = torch.lerp(x, noise, t[:, None, None, None])
+        given = *noised(x, noise, angle), angle, context_of(codec, tokens[chosen] * kept)
+        z, v, angle, context = (each.to(DEVICE) for each in given)
         with torch.autocast(DEVICE.type, torch.bfloat16, options.precision == "bf16"):
-            velocity = network(noisy, 1000 * t, context)
-        return (velocity.float() - (noise - x)).square().mean()
+            told = predicted(network, z, angle, context)
+        return (told.float() - v).square().mean()
 
     if trainer.step < constant:
         trainer.run(constant, rate_at, loss_at)

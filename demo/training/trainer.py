@@ -48,14 +48,18 @@ def orthogonalised(
 
 
 def optimisers_of(
-    model: torch.nn.Module, lr: float, muon: bool = True
+    model: torch.nn.Module, lr: float, muon: bool = True, share: float = 1.0
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest (or for everything)."""
+    """Muon for the matrices of the blocks, AdamW for the rest (or for everything).
+
+    AdamW's rate is always that ``share`` of Muon's.
+    """
     matrices, others = [], []
     for name, weight in model.named_parameters():
         is_matrix = "_block" in name and "adaLN" not in name and weight.ndim == 2
         (matrices if muon and is_matrix else others).append(weight)
-    found = [torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    group = {"params": others, "share": share}
+    found = [torch.optim.AdamW([group], lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
     if matrices:
         like_adamw = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
         found.append(torch.optim.Muon(matrices, lr, **like_adamw))
@@ -120,7 +124,7 @@ class Trainer:
         for step in range(self.step + 1, steps + 1):
             for optimiser in self.optimisers:
                 for group in optimiser.param_groups:
-                    group["lr"] = rate_at(step)
+                    group["lr"] = rate_at(step) * group.get("share", 1.0)
             loss = loss_at(step)
             loss.backward()
             for optimiser in self.optimisers:

@@ -211,6 +211,26 @@ def test_a_controlnet(folder, apply_taca, kind, layout, tmp_path):
     assert {*lengths} == {TEXT}
 
 
+def test_a_controlnet_that_comfyui_adds_to_the_negative(folder, tmp_path):
+    """Apply ControlNet (OLD) takes the positive alone: what the negative is to avoid is hidden."""
+    save_file(xlabs_controlnet(), tmp_path / "control.safetensors")
+    control = comfy.controlnet.load_controlnet(str(tmp_path / "control.safetensors"))
+    model, lengths = tiny.load(folder, "flux"), []
+    picture = torch.rand(1, 128, 128, 3, generator=torch.manual_seed(0))
+    prompt = tiny.conditioning("flux", TEXT)
+    [positive] = nodes.ControlNetApply().apply_controlnet(prompt, control, picture, 0.7)
+    weights = [1.0] * TEXT + [-1.5] * 3
+    negative = weighed(tiny.conditioning("flux", TEXT + 3), weights, num_avoided=3)
+
+    def seen_text(module, args, kwargs):
+        lengths.append(kwargs["context"].shape[1])
+
+    control.control_model.register_forward_pre_hook(seen_text, with_kwargs=True)
+    latents = {"samples": torch.zeros(1, 16, *SIZE)}
+    nodes.common_ksampler(model, 3, 1, 3.0, "euler", "simple", positive, negative, latents)
+    assert lengths == [TEXT] * 2
+
+
 @contextlib.contextmanager
 def adjusted(control_model):
     """A ControlNet whose own joint attention has Eq. 10 too, which TACA does not do."""

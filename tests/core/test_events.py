@@ -199,6 +199,17 @@ def test_rows_that_nobody_knows_are_an_error(folder, pack):
         run(guider)
 
 
+def test_an_area_with_the_negative_prompts_text(folder, pack):
+    """ComfyUI adds a copy of the area to the negative prompt, of one uuid and here of one text."""
+    prompt = tiny.conditioning("flux", 7)
+    area = [[prompt[0][0], {**prompt[0][1], "area": (4, 4, 0, 0), "strength": 1.0}]]
+    guider = comfy.samplers.CFGGuider(limited(pack, tiny.load(folder, "flux")))
+    guider.set_conds([*area, *tiny.conditioning("flux", 7, seed=2)], prompt)
+    guider.set_cfg(3.0)
+    with pytest.raises(ValueError, match="give one of these texts another comma"):
+        run(guider)
+
+
 def test_a_guider_that_names_no_positive_prompt(folder, pack):
     """What needs it is an error, and nothing is guessed."""
 

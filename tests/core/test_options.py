@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import nodes
 from support import families, family_runs, tiny
 from support.attention import factors, random, sdpa
+from support.clips import CLIPS, SD3_WITHOUT_T5, clip_of
 from support.clips import FLUX as FLUX_CLIP
-from support.clips import SD3_WITHOUT_T5, clip_of
 from support.reference import dense_attention, euler
 from support.tiny import KINDS, sample
 
@@ -184,6 +184,32 @@ def test_a_combined_prompt_has_its_own_pattern(folder, limited, lengths):
 
     expected = (run(own, first) + run(None, second)) / 2
     torch.testing.assert_close(run(own, [*first, *second]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flux", "Qwen-Image"])
+def test_the_text_with_its_weights_names_the_prompt(folder, pack, monkeypatch, kind):
+    """One string goes to TACA Text Encode, to TACA Options and to the report: as without clip and
+    prompt there. FLUX's CLIP would weigh its brackets, Qwen-Image's would read them as text."""
+    clip = clip_of(*FLUX_CLIP) if kind == "flux" else clip_of(*CLIPS[kind])
+    text, (other,) = "a (red:2) cat on a (mat:0.5)", tiny.conditioning("flux", 256)
+    [(made, extras)] = pack["TACATextEncode"].execute(clip, text).result[0]
+    if kind == "flux":
+        model, empty = tiny.load(folder, "flux"), {"samples": torch.zeros(1, 16, 16, 16)}
+        positive = [other, [made, {**extras, "pooled_output": torch.zeros(1, 32)}]]
+    else:
+        [case] = families.named(kind)
+        model, empty = families.load(case, folder, monkeypatch), families.empty(case)
+        positive = [[made.repeat(1, 1, 3), extras]]
+    drawn, maps = [], []
+    for told in ((clip, text), (None, None)):
+        options = pack["TACAOptions"].execute(False, "", *told, prompt_only=True).result[0]
+        patched = pack["TACAPatchModel"].execute(model, 1.5, 0.0, None, options).result[0]
+        watched, report = pack["TACAWatchAttention"].execute(patched, "red, mat", *told).result
+        run = watched, 3, 1, 1.0, "euler", "simple", positive, [], empty
+        drawn.append(nodes.common_ksampler(*run)[0]["samples"])
+        maps.append(torch.stack(report.maps))
+    assert torch.equal(*drawn)
+    assert torch.equal(*maps)
 
 
 AROUND = {

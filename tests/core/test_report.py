@@ -20,7 +20,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
 from support import tiny
 from support import words as words_of
-from support.loras import replaced
+from support.loras import hooked, random_lora, replaced
 from support.reference import factor_matrix, to_float64, velocity
 from support.reports import report_on
 from support.tiny import KINDS, run, sample, sigmas_of
@@ -303,6 +303,19 @@ def test_a_pass_without_some_layers_is_not_the_pictures(folder, apply_taca, firs
     assert len(reports[0].maps) == len(reports[1].maps) == 4
     torch.testing.assert_close(*(report.table() for report in reports))
     torch.testing.assert_close(*(torch.stack(report.maps) for report in reports))
+
+
+def test_a_prompt_twice_is_measured_twice(folder, apply_taca):
+    """Of one text and the same latents, with a LoRA's hook and without: other attention."""
+    model = apply_taca(tiny.load(folder, "flux"), 1.5, 0.0)
+    prompt = tiny.conditioning("flux", 7)
+    hooked_one, tables = hooked(prompt, random_lora(model, only="blocks")), []
+    for positive in (prompt, hooked_one, [*prompt, *hooked_one]):
+        report = report_on({"a": [1]}, 7, lambda: prompt[0][0])
+        sample(report_module.watched(model, report), "flux", steps=1, positive=positive)
+        tables.append(report.table())
+    assert (tables[0] - tables[1]).abs().max() > 1e-3
+    torch.testing.assert_close(tables[2], (tables[0] + tables[1]) / 2, atol=1e-5, rtol=1e-4)
 
 
 def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):

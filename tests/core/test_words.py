@@ -8,6 +8,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, Guider_DualCFG
+from comfy_extras.nodes_perpneg import PerpNeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,6 +197,17 @@ def test_through_taca_on_the_model_alone(folder, apply_taca):
     with pytest.raises(RuntimeError, match="any_model is off"):
         sample(model, "flux", steps=3, positive=by_model)
     assert torch.equal(sample(model, "flux", steps=3, positive=by_hook), expected)
+
+
+@pytest.mark.parametrize("any_model", [True, False])
+def test_a_prompt_that_a_node_keeps_for_itself(folder, apply_taca, any_model):
+    """Perp-Neg as a model patch calls the model with its own, of which no guider knows."""
+    model, plain = tiny.load(folder, "flux"), tiny.conditioning("flux", 7)
+    model = model if any_model else apply_taca(model)
+    weighs = weighed(plain, PROMPT, any_model=any_model)
+    sample(PerpNeg.execute(model, plain, 1.0).result[0], "flux", steps=1, positive=weighs)
+    with pytest.raises(RuntimeError, match="needs one without weights"):
+        sample(PerpNeg.execute(model, weighs, 1.0).result[0], "flux", steps=1)
 
 
 def test_dynamic_vram_stays(folder, apply_taca, monkeypatch, caplog):

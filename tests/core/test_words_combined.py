@@ -159,6 +159,21 @@ def test_one_lora_at_other_times_stays_apart(folder):
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_lora_hooked_to_another_prompt(folder, zeroed):
+    """Of hooks that ComfyUI does not register it leaves None in a prompt, and then reads that."""
+    model = tiny.load(folder, "flux")
+    prompt = tiny.conditioning("flux", 7)
+    other = hooked(tiny.conditioning("flux", 7, seed=5), random_lora(model, only="blocks"))
+    override = dense_words({7: [1.0] * 7, (7, 0): [1.0] * 7 if zeroed else PROMPT}, threshold=0.0)
+    given = [prompt, weighed(prompt, PROMPT)]
+    if zeroed:
+        given = [nodes.ConditioningZeroOut().zero_out(each)[0] for each in given]
+    expected = sample(by_reference(model, override), "flux", positive=given[0], negative=other)
+    ours = sample(model, "flux", positive=given[1], negative=other)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
 def averaged(a, b):
     return nodes.ConditioningAverage().addWeighted(a, b, 0.6)[0]
 

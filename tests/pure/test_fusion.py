@@ -11,7 +11,8 @@ import torch
 import train_uvit
 import world
 from codec import SCALE, Codec
-from trainer import tokens_of
+from evaluate_uvit import enlarged
+from trainer import pictures_of, tokens_of
 
 
 @pytest.fixture
@@ -32,31 +33,55 @@ def train(tmp_path, monkeypatch):
     return run
 
 
-def test_the_velocity_from_pictures_to_noise_is_learnt(train, monkeypatch):
-    """What the network is given less t times its target is the picture of its caption; that and
-    the target are noise."""
+def test_pictures_of_captions_are_learnt(train, monkeypatch):
+    """By what the network is given and its target, its noise removed is a picture of its caption;
+    the rest is noise."""
     seen = []
 
-    def forward(network, noisy, t, context):
-        predicted = torch.zeros_like(noisy, requires_grad=True)
-        seen.append((noisy, t / 1000, context, predicted))
-        return predicted
+    def forward(network, z, t, context):
+        told = torch.zeros_like(z, requires_grad=True)
+        seen.append((z, t / 1000 * torch.pi / 2, context, told))
+        return told
 
     monkeypatch.setattr(train_uvit.UViT, "forward", forward)
     train("early", 4)
     codec, names = Codec.load(train_uvit.CODEC), train_uvit.captions_of("train")
-    texts = codec.embed(tokens_of(names)).flatten(1)
-    told = []
-    for noisy, t, context, predicted in seen:
-        target = -predicted.grad * predicted.numel() / 2  # of the mean square's gradient
-        x = noisy - t[:, None, None, None] * target
-        assert 0.9 < (x + target).std() < 1.1
+    texts = codec.embed(tokens_of(names))[:, : train_uvit.TOKENS].flatten(1)
+    right = []
+    for z, angle, context, told in seen:
+        cos, sin = (each[:, None, None, None] for each in (angle.cos(), angle.sin()))
+        target = -told.grad * told.numel() / 2  # of the mean square's gradient
+        x, noise = cos * z - sin * target, sin * z + cos * target
+        assert 0.9 < noise.std() < 1.1
         for picture, text in zip(codec.decode(x / SCALE).numpy(), context.flatten(1), strict=True):
             [caption] = (texts == text).all(1).nonzero().flatten().tolist() or [None]
-            told.append(caption is None or world.check(picture, names[caption])["everything"])
-    assert len(told) == 4 * train_uvit.BATCH
-    assert all(told)
-    assert len({float(t) for _, every, *_ in seen for t in every}) == len(told)
+            checked = (
+                caption is None or world.check(enlarged(picture), names[caption])["everything"]
+            )
+            right.append(checked)
+    assert len(right) == 4 * train_uvit.BATCH
+    assert all(right)
+    assert len({float(t) for _, every, *_ in seen for t in every}) == len(right)
+
+
+def test_a_network_that_knows_the_picture_draws_it():
+    """DDIM by the v of one picture ends there, whatever the steps and the guidance."""
+    captions = train_uvit.captions_of("held-out")[:6]
+    codec = Codec.load(train_uvit.CODEC)
+    [pictures] = pictures_of(captions, 0, train_uvit.SIZE)
+    x = SCALE * codec.encode(pictures).repeat(2, 1, 1, 1)
+
+    def network(z, t, context):
+        angle = t[:, None, None, None] / 1000 * torch.pi / 2
+        noise = (z - angle.cos() * x) / angle.sin()
+        return angle.cos() * noise - angle.sin() * x
+
+    network.config = train_uvit.config_of("early")
+    for steps, cfg in ((1, 1.0), (5, 3.0)):
+        drawn = evaluate_uvit.sample(network, codec, captions, 0, steps, cfg)
+        assert np.allclose(drawn, codec.decode(x[:6] / SCALE), atol=1e-4)
+        pairs = zip(drawn, captions, strict=True)
+        assert all(world.check(enlarged(one), told)["everything"] for one, told in pairs)
 
 
 @pytest.mark.slow
@@ -110,9 +135,11 @@ def test_colour_fid_is_the_distance_of_two_gaussians():
     assert captions
     assert not any("triangle" in caption for caption in captions)
     many = captions * (400 // len(captions))
-    real, other = (np.concatenate([*evaluate_uvit.pictures_of(many, seed)]) for seed in (0, 1))
+    real, other = (
+        np.concatenate([*evaluate_uvit.pictures_of(many, seed, train_uvit.SIZE)]) for seed in (0, 1)
+    )
     drawn = 0.8 * other
-    features = [each.reshape(len(each), 8, 8, 8, 8, 3).mean((2, 4)) for each in (drawn, real)]
+    features = [each.reshape(len(each), 8, 4, 8, 4, 3).mean((2, 4)) for each in (drawn, real)]
     features = [each.reshape(len(each), -1).astype(float) for each in features]
     means = [each.mean(0) for each in features]
     covariances = [np.cov(each.T) for each in features]
