@@ -15,7 +15,7 @@ from typing import Any
 import comfy.utils
 import numpy as np
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import GraphBuilder
+from comfy_execution.graph_utils import GraphBuilder, is_link
 
 from ..taca.search import Finding, Search, units_of
 from .copies import Link, between, copy
@@ -166,6 +166,9 @@ def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link])
 
     Raises ValueError if score or image do not come from the pictures of its TACA Trial.
     """
+    for name, end in ends.items():
+        if not is_link(end):
+            raise ValueError(f"{FIND}: {name} must be connected to a node that judges or draws.")
     node_of, own = hidden.dynprompt.get_node, hidden.unique_id
     trial = node_of(own)["inputs"]["trials"][0]
     nodes = between(node_of, trial, ends.values())
@@ -201,14 +204,13 @@ def shown_of(
 ) -> list[tuple[Any, str]]:
     """The first pictures of the baseline and of the best settings, with their captions."""
     names = compared.labels
-    rank = sorted(search.differences, key=lambda i: search.differences[i][::-1], reverse=True)
     shown = []
     for pair, judged in list(scores.items())[:ROWS]:
         images = drawn.get(socket("image", pair), [])
         if len(images) != len(judged):
             continue
         by_setting = dict(zip(judged, images, strict=True))
-        for column, setting in enumerate([0, *rank][:COLUMNS]):
+        for column, setting in enumerate([0, *search.ranking][:COLUMNS]):
             about = f"{names[setting]}: {judged[setting]:.3g}"
             if not column:
                 about = f"{compared.prompts[pair[0]]} (seed {compared.seed_of(pair)}). {about}"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..taca.encoder_files import SAFE, files_of
-from .ui.pictures import require_pictures
+from .ui.pictures import in_rgb, require_pictures
 from .ui.schema import schema
 from .ui.text import show_text
 
@@ -47,7 +47,7 @@ class TACAAlignmentScore(io.ComfyNode):
         cls, image: Tensor, text: str, clip_vision: Any, clip: Any, label: str | None = None
     ) -> io.NodeOutput:
         require_pictures("TACA Alignment Score", [image])
-        cosines = clip_cosines(image, text, clip_vision, clip)
+        cosines = clip_cosines(in_rgb(image), text, clip_vision, clip)
         score = cosines.mean().item()
         shown = f"CLIP {score:.4f}"
         if len(cosines) > 1:

@@ -1,5 +1,6 @@
 """TACA Sweep and TACA Contact Sheet: several settings through the user's own sampler."""
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from itertools import chain, product, zip_longest
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ class TACASweep(io.ComfyNode):
                 note = " (LoRA alone)" if gamma == 1 else ""
                 label = "gamma 1 (plain)" if plain else f"gamma {gamma:g}{note}, {window}"
                 chosen.append((Schedule(gamma, window), label))
-        given = parsed(name, "seeds", seeds, int) if seeds.strip() else []
+        given = seeds_in(name, seeds) if seeds.strip() else []
         seed_label = "seed {}" if given else ""
         texts = lines(prompts)
         say = NodeText(total=len(chosen) * max(1, len(given)) * max(1, len(texts)))
@@ -88,8 +89,10 @@ def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]
 
     Raises ValueError if one cannot be read, or there is none.
     """
+    # What a Chinese keyboard writes: commas, digits and percent signs as wide as its letters.
+    plain = unicodedata.normalize("NFKC", text).translate({ord(mark): "," for mark in ";\u3001"})
     try:
-        values = [read(part.strip()) for part in text.replace(";", ",").split(",") if part.strip()]
+        values = [read(part.strip()) for part in plain.split(",") if part.strip()]
     except ValueError as error:
         raise ValueError(
             f"{node}: {name} must be numbers with commas between, such as 1, 1.2; got {text!r}."
@@ -97,6 +100,14 @@ def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]
     if not values:
         raise ValueError(f"{node}: {name} is empty; write one number or more.")
     return values
+
+
+def seeds_in(node: str, text: str) -> list[int]:
+    """The seeds of a list that samplers take; errors as ``parsed``."""
+    seeds = parsed(node, "seeds", text, int)
+    if not all(-(2**63) <= seed < 2**64 for seed in seeds):  # PyTorch takes negative ones too
+        raise ValueError(f"{node}: seeds must be numbers from 0 to {2**64 - 1}; got {text!r}.")
+    return seeds
 
 
 class TACAContactSheet(io.ComfyNode):

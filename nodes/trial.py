@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from .sweep import lines, parsed
+from .sweep import lines, seeds_in
 from .ui.schema import schema
 
 TRIAL = "TACA Trial"
@@ -123,7 +123,7 @@ def checked(
             f"{TRIAL} has {count} settings and {len(labels)} labels: connect both from the same "
             f"sweep."
         )
-    numbers = parsed(TRIAL, "seeds", ", ".join(seeds), int)
+    numbers = seeds_in(TRIAL, ", ".join(seeds))
     texts = lines("\n".join(prompts)) or [""]
     for what, values in (("seed", numbers), ("prompt", texts)):
         if len(set(values)) < len(values):

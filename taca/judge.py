@@ -9,74 +9,30 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.sd1_clip import SDClipModel, SDTokenizer
+from comfy.sd1_clip import SDTokenizer
 from comfy.text_encoders import qwen_vl
 from torch import Tensor
 
 from .encoder_files import opened
+from .vision_encoders import LOAD, vision_encoder
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 YES, NO = ("Yes", " Yes", "yes", " yes"), ("No", " No", "no", " no")
 LARGEST = 1024 * 1024  # pixels; a larger picture is scaled down, as core's edit nodes do
 LONGEST = 256  # tokens that a list of phrases may take
-LOAD = (
-    "Load Qwen3-VL (4B or 8B, type krea2 or stable_diffusion), Qwen2.5-VL 7B (type qwen_image) "
-    "or Gemma 3 with its vision model by Load CLIP, from a safetensors file with all weights."
-)
 REQUEST = """\
 A picture was drawn after the description below. List what can be checked in it, one short phrase \
 on a line: every object with its number and its colour or texture, and every relation between \
 two objects. Use the words of the description and write nothing else.
 
 Description: {}"""
-_MARK = re.compile(r"\s*(?:[-*\u2022]|\d+[.)])\s+")
-_QWEN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-_QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-@dataclass(frozen=True)
-class EncoderFamily:
-    """A kind of text encoder, and its chat template."""
-
-    name: str
-    chat: str  # a turn of the user, with {} for the message
-    picture: str  # what stands for a picture; one token of it is replaced by the picture's own
-    place: int  # the id of that token
-    start: tuple[int, ...] = ()  # ids that begin every text
-    around: tuple[int, ...] = ()  # ids inserted before and after the picture
-    is_square: bool = False  # whether pictures are squeezed into a square of the model's own size
-    is_headless: bool = False  # whether core loads no head of it, and would use its embeddings
-
-
-_GEMMA = EncoderFamily(
-    "Gemma 3",
-    "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
-    "\n\n<image_soft_token>\n\n",
-    262144,
-    start=(2,),
-    around=(255999, 256000),
-    is_square=True,
-)
-ENCODER_FAMILIES = {
-    "Qwen25_7BVLI": EncoderFamily(
-        "Qwen2.5-VL",
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + _QWEN,
-        _QWEN_PICTURE,
-        151655,
-        is_headless=True,
-    ),
-    "Qwen3VL": EncoderFamily("Qwen3-VL", _QWEN, _QWEN_PICTURE, 151655),
-    "Gemma3_4B_Vision": _GEMMA,
-    "Gemma3_12B": _GEMMA,
-}
-"""By the name of core's class of the model, or of a base class."""
+_MARK = re.compile(r"\s*(?:(?:[-*\u2022\u2013\u2014]|\(?\d+[.)\uff0e\uff09])(?:\s+|$)|\d+\u3001)")
 
 
 class Judge:
@@ -88,7 +44,7 @@ class Judge:
 
     def __init__(self, clip: Any) -> None:
         self.clip = clip
-        self.name, self.model, self.family = _vision_encoder(clip)
+        self.name, self.model, self.family = vision_encoder(clip)
         within = vars(clip.tokenizer) | {"": clip.tokenizer}
         tokenizers = {n: part for n, part in within.items() if isinstance(part, SDTokenizer)}
         # Core calls Gemma's encoder by another name than its tokenizer.
@@ -112,13 +68,13 @@ class Judge:
 
         The picture is encoded once for all questions. ``step`` is called after each of them. Call
         ``load`` first.
+
+        Raises ValueError if an answer is no number.
         """
         device = self.clip.patcher.load_device
         answers = []
         with getattr(comfy.model_management, "cuda_device_context", nullcontext)(device):
-            side = self.model.image_size if self.family.is_square else None
-            shown = {"type": "image", "data": prepared(picture, side), "original_type": "image"}
-            seen, extra = self.model.preprocess_embed(shown, device=device)
+            seen, extra = self.model.preprocess_embed(self.shown(picture), device=device)
             if self.is_shuffled:
                 seen = seen[torch.argsort(self.model.visual.get_window_index(extra)[0])]
             seen = seen.reshape(1, -1, seen.shape[-1]).float()
@@ -127,8 +83,23 @@ class Judge:
             for question in questions:
                 logits = self._logits(seen, extra, question, device)
                 answers.append(torch.softmax(logits, -1)[: len(self.words[0])].sum().item())
+                if math.isnan(answers[-1]):
+                    raise ValueError(
+                        f"TACA Prompt Check: {self.family.name}'s answer is no number (NaN), as "
+                        f"where it overflows in fp16. Start ComfyUI with --bf16-text-enc or "
+                        f"--fp32-text-enc, or load another file of it."
+                    )
                 step()
         return answers
+
+    def shown(self, picture: Tensor) -> dict[str, Any]:
+        """A picture as core's encoders take it from core's tokenizers."""
+        if self.family.is_tokenized:
+            tokens = self.clip.tokenize(self.family.picture, image=picture[..., :3])
+            [shown] = (t for some in tokens.values() for t, *_ in some[0] if isinstance(t, dict))
+            return dict(shown)
+        side = self.model.image_size if self.family.is_square else None
+        return {"type": "image", "data": prepared(picture, side), "original_type": "image"}
 
     def _logits(self, seen: Tensor, extra: Any, question: str, device: Any) -> Tensor:
         """Logits of ``ids``, ``(ids,)``, for the first token of the answer."""
@@ -141,7 +112,11 @@ class Judge:
         )
         info = {"type": "image", "index": place, "size": seen.shape[1], "extra": extra}
         embeds = torch.cat([before.float(), seen, after.float()], 1)
-        hidden = self.model(None, embeds=embeds, embeds_info=[info])[0][:, -1:]
+        run, own = self.model, {}
+        if self.family.reads_ids:
+            ids = [*tokens[:place], *[0] * seen.shape[1], *tokens[place + 1 :]]
+            run, own = self.model.model, {"input_ids": torch.tensor([ids], device=device)}
+        hidden = run(None, embeds=embeds, embeds_info=[info], **own)[0][:, -1:]
         if self.rows is not None:
             return hidden[0, 0].float() @ self.rows.to(hidden.device).T
         return self.model.logits(hidden)[0, -1].float()[self.ids]
@@ -169,11 +144,10 @@ class Judge:
         request = self.family.chat.format(REQUEST.format(text))
         tokens = self.clip.tokenize(request, skip_template=True, min_length=1)
         ids = self.clip.generate(tokens, do_sample=False, max_length=LONGEST)
-        lines = self.clip.decode(ids).splitlines()
+        said = self.clip.decode(ids)
         if len(ids) >= LONGEST:
-            lines.pop()  # cut off
-        stripped = [_MARK.sub("", line, count=1).strip() for line in lines]
-        found = list(dict.fromkeys(filter(None, stripped)))
+            said = said.rpartition("\n")[0]  # its last line is cut off
+        found = listed(said)
         if not found:
             raise ValueError(
                 f"TACA Prompt Check: {self.family.name} listed no phrases of this text. Write "
@@ -212,6 +186,12 @@ class Judge:
         )
 
 
+def listed(said: str) -> list[str]:
+    """The lines of a list, each once, without their marks and numbers."""
+    found = (line[mark.end() if (mark := _MARK.match(line)) else 0 :] for line in said.splitlines())
+    return list(dict.fromkeys(filter(None, map(str.strip, found))))
+
+
 def prepared(picture: Tensor, side: int | None = None) -> Tensor:
     """A picture as encoders get it: three channels, at most a megapixel; or a square of ``side``.
 
@@ -228,7 +208,7 @@ def prepared(picture: Tensor, side: int | None = None) -> Tensor:
     scale = math.sqrt(LARGEST / (height * width))
     if scale >= 1:
         return picture
-    size = round(width * scale), round(height * scale)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     channels = picture.movedim(-1, 1)
     return comfy.utils.common_upscale(channels, *size, "area", "disabled").movedim(1, -1)
 
@@ -258,32 +238,6 @@ def geometric_mean(probabilities: Sequence[float]) -> float:
     """The geometric mean; 0 if one of them is 0."""
     # The root of each, since the product of many would underflow.
     return math.prod(each ** (1 / len(probabilities)) for each in probabilities)
-
-
-def _vision_encoder(clip: Any) -> tuple[str, Any, EncoderFamily]:
-    """The encoder of a CLIP that sees pictures: name, model and kind; errors as ``Judge``."""
-    named = dict(clip.cond_stage_model.named_children()) | {"": clip.cond_stage_model}
-    models = {n: part.transformer for n, part in named.items() if isinstance(part, SDClipModel)}
-    for name, model in models.items():
-        for kind in type(model).__mro__:
-            if (family := ENCODER_FAMILIES.get(kind.__name__)) is None:
-                continue
-            if model.model.norm is None:
-                raise ValueError(
-                    f"TACA Prompt Check: this {family.name} is cut off below its last layers, and "
-                    f"has no answers. {LOAD}"
-                )
-            if not family.is_headless and not hasattr(model, "logits"):
-                raise ValueError(
-                    f"TACA Prompt Check: this ComfyUI does not generate text with {family.name}. "
-                    f"Update ComfyUI."
-                )
-            return name, model, family
-    kinds = ", ".join(sorted({type(model).__name__.strip("_") for model in models.values()}))
-    raise ValueError(
-        f"TACA Prompt Check cannot show a picture to this text encoder ({kinds or 'unknown'}). "
-        f"{LOAD}"
-    )
 
 
 def _rows(file: Any, key: str, ids: Sequence[int]) -> Tensor:

@@ -132,6 +132,16 @@ class Search:
         stay = self.todo.settings if self.todo else 1
         self.alive = [0, *(self.alive[1 + i] for i in order[0, :stay])]
 
+    @property
+    def ranking(self) -> list[int]:
+        """The settings besides the baseline, the best first; what was dropped early comes last."""
+
+        def place(setting: int) -> tuple[bool, int, float]:
+            difference, units = self.differences[setting]
+            return setting != self.alive[1], -units, -difference
+
+        return sorted(self.differences, key=place)
+
     def pictures(self) -> tuple[int, int]:
         """Numbers of scores: those the search takes, and those of all settings on all units."""
         taken = sum((each.settings + 1) * len(each.units) for each in self.plan)
@@ -146,8 +156,10 @@ class Search:
         limit = np.sort(sizes)[math.ceil(CONFIDENCE * (shuffled + 1)) - 1]
         is_significant = bool(abs(statistic) > limit)
         half = limit * error if error else 0.0
-        if not error and not is_significant:
+        if not is_significant and not error:
             half = math.inf  # differences that are all equal do not tell how much others could vary
+        elif not is_significant and half < abs(mean) * (1 + 1e-6):
+            half = abs(mean)  # but for rounding errors, as where few units have few shuffles
         return Finding(self.alive[1], mean, mean - half, mean + half, is_significant)
 
     def _statistic(self, blocks: Sequence[Scores]) -> tuple[Scores, Scores, Scores]:
@@ -175,12 +187,14 @@ class Search:
         baseline, and of their squares; and the number of units.
         """
         total = square = np.zeros(())
-        units = 0
+        scale = units = 0
         for block, following in zip_longest(blocks, self.plan[1 : len(blocks)]):
             difference = block[:, 1:] - block[:, :1]
             total, square = total + difference.sum(-1), square + (difference**2).sum(-1)
             units += block.shape[-1]
-            order = np.argsort(-np.round(total, 9), axis=1, kind="stable")
+            # Sums that differ by rounding errors alone are equal, whatever the scores' scale.
+            scale = max(scale, np.ptp(block, axis=1).max())
+            order = np.argsort(-np.round(total / (scale or 1), 9), axis=1, kind="stable")
             if following:
                 stay = order[:, : following.settings]
                 total, square = (np.take_along_axis(each, stay, 1) for each in (total, square))

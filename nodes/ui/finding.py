@@ -36,10 +36,7 @@ def cost(drawn: int, whole: int) -> str:
 
 def intervals(found: Finding, search: Search, labels: Sequence[str], unit: str) -> Image.Image:
     """A plot of the settings' differences to the first, best first; for the best, its interval."""
-    order = sorted(
-        search.differences,
-        key=lambda i: (i != found.best, *(-x for x in search.differences[i][::-1])),
-    )
+    order = search.ranking
     ends = [each for each in (found.low, found.high) if math.isfinite(each)]
     values = [0.0, *ends, *(difference for difference, _ in search.differences.values())]
     reach = round_up(max(map(abs, values)))

@@ -467,6 +467,16 @@ def test_sweep(folder, pack):
     for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
         with pytest.raises(ValueError, match=says):
             pack["TACASweep"].execute(model, bad, "970")
+    with pytest.raises(ValueError, match="seeds must be numbers from 0 to 18446744073709551615"):
+        pack["TACASweep"].execute(model, "1.2", "970", f"1, {2**64}")
+
+
+def test_a_list_from_a_chinese_keyboard(folder, pack):
+    model = tiny.load(folder, "flux")
+    written = "1\uff0c1.2\uff1b\uff11.\uff15", "970\uff0c25\uff05", "3\u30014"
+    given = pack["TACASweep"].execute(model, *written).result
+    plain = pack["TACASweep"].execute(model, "1, 1.2, 1.5", "970, 25%", "3, 4").result
+    assert given[1:] == plain[1:]
 
 
 def test_contact_sheet(pack):

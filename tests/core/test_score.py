@@ -129,6 +129,21 @@ def test_other_sizes_are_resized_as_transformers_does(clip_l, loaded, score):
     assert value == pytest.approx(expected(clip_l[0], image, TEXT).item(), abs=2e-4)
 
 
+def test_grey_and_transparent_pictures(loaded, score):
+    """As the same in three channels; transparency is not looked at."""
+    grey = pictures((224, 224), 1)[..., :1]
+    of_three, *others = (
+        score(each, TEXT, *loaded).result[0]
+        for each in (
+            grey.expand(-1, -1, -1, 3),
+            grey,
+            torch.cat([grey, grey * 0], -1),
+            torch.cat([grey, grey, grey, grey * 0], -1),
+        )
+    )
+    assert others == [of_three] * 3
+
+
 def test_what_is_not_clip_l_is_refused(clip_l, loaded, score):
     import comfy.sd
 

@@ -104,6 +104,19 @@ def test_declares_a_winner_in_5_of_100(settings, units):
     assert abs(told - 0.05) <= 0.006
 
 
+def test_the_best_is_ranked_first():
+    """Also beside one as good, whose mean is larger by a rounding error."""
+    thirds = [[0] * 7, [3, 2, 1, 3, 2, 3, 0], [3, 3, 0, 1, 2, 3, 2]]
+    made, found = searched(np.array(thirds) / 3)
+    assert made.differences[2] > made.differences[1]
+    assert found.best == 1
+    assert made.ranking == [1, 2]
+    made, found = searched(alike(np.random.default_rng(4)))
+    assert made.ranking[0] == found.best
+    units = [made.differences[setting][1] for setting in made.ranking]
+    assert units == [48, 24, 12, 12, 6, 6, 6, 6]
+
+
 def test_finds_what_is_there():
     random = np.random.default_rng(1)
     scores = alike(random)
@@ -119,16 +132,26 @@ def test_finds_what_is_there():
     assert searched(scores)[1].winner == 0
 
 
-def test_units_and_scale_do_not_matter():
+@pytest.mark.parametrize("scale", [100, 1e12, 1e-12])
+def test_units_and_scale_do_not_matter(scale):
     """A prompt that is hard for all settings is no difference between them."""
     random = np.random.default_rng(2)
     scores = alike(random)
     scores[3] += 0.4
     _, found = searched(scores)
-    _, moved = searched(100 * (scores + 10 * random.normal(size=(1, 48))))
+    _, moved = searched(scale * (scores + 10 * random.normal(size=(1, 48))))
     assert moved.best == found.best
     for name in ("difference", "low", "high"):
-        assert getattr(moved, name) == pytest.approx(100 * getattr(found, name))
+        assert getattr(moved, name) == pytest.approx(scale * getattr(found, name))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 5), (3, 4), (5, 2)])
+def test_the_interval_has_0_in_it_where_there_is_no_winner(shape):
+    """Few units have few shuffles, and the search that was made is often at their limit."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        _, found = searched(random.normal(size=shape), shuffled=199)
+        assert (found.low <= 0 <= found.high) == (found.winner is None)
 
 
 def test_differences_without_spread():

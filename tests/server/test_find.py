@@ -228,6 +228,8 @@ REFUSED = {
     "has 5 settings, and none of number 6": {"trial": {"setting": 6}},
     "needs two units or more": {"trial": {"prompts": CAPTIONS[0]}},
     "seeds must be numbers": {"trial": {"seeds": "one"}},
+    "seeds must be numbers from 0 to": {"trial": {"seeds": f"1, {2**64 + 1}"}},
+    "score must be connected": {"find": {"score": 0.5}},
 }
 
 

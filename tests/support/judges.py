@@ -1,5 +1,6 @@
 """Tiny vision language models, in files as they are published, by transformers and by core."""
 
+import json
 import re
 from functools import cache
 from itertools import pairwise
@@ -72,7 +73,7 @@ def seeded(kind, dtype=None):
 
 def with_noise(model, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    is_gemma = "Gemma" in type(model).__name__  # whose norms add 1 to their weights
+    adds_one = "Gemma3" in type(model).__name__  # to the weights of its norms
     pool = torch.randn(1 << 20, generator=generator)
     for name, weight in model.named_parameters():
         count = weight.numel()
@@ -81,7 +82,7 @@ def with_noise(model, dtype=torch.float32):
         is_norm = re.search(r"norm|ln_q", name) and name.endswith("weight")
         fan_in = weight.shape[-1] if weight.ndim < 3 else weight[0].numel()
         scale = 0.3 if weight.ndim == 1 else 1.5 * fan_in**-0.5
-        values = 1 - is_gemma + 0.2 * noise if is_norm else scale * noise
+        values = 1 - adds_one + 0.2 * noise if is_norm else scale * noise
         weight.data.copy_(values.to(dtype).float())
     return model
 
@@ -248,3 +249,113 @@ def load_gemma3(file):
 
     options = {"gemma3_4b_vision_model_config": GEMMA, "gemma3_4b_vision_class": TinyGemma3}
     return comfy.sd.load_clip([str(file)], model_options=options)
+
+
+GEMMA4 = {
+    "E2B": {"hidden_size_per_layer_input": 2, "num_kv_shared_layers": 20, "num_hidden_layers": 35},
+    "12B": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "num_hidden_layers": 48},
+}
+"""By how many layers there are core knows which it is. E2B has a vision tower, 12B has none."""
+GEMMA4_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+GEMMA4_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+}
+GEMMA4_SPECIAL = {
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<|channel>": 100,
+    "<channel|>": 101,
+    "<|turn>": 105,
+    "<turn|>": 106,
+    "<|image>": 255999,
+    "<|image|>": 258880,
+    "<image|>": 258882,
+}
+
+
+def gemma4(kind):
+    """transformers' own Gemma 4, as `seeded` makes Qwen's."""
+    is_unified = kind == "12B"
+    text = GEMMA4_TEXT | GEMMA4[kind] | {"num_key_value_heads": 1, "final_logit_softcapping": 30.0}
+    if is_unified:
+        text |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "sliding_window": 1024}
+        text |= {"use_bidirectional_attention": "vision"}
+        del text["hidden_size_per_layer_input"]
+        vision = {"mm_embed_dim": 64, "output_proj_dims": 64}
+    else:
+        full = ["sliding_attention"] * 4 + ["full_attention"]
+        text |= {"use_double_wide_mlp": True, "layer_types": full * 7}
+        vision = GEMMA4_TOWER | {"num_key_value_heads": 2}
+    name = "Gemma4Unified" if is_unified else "Gemma4"
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.9)
+    return with_noise(model)
+
+
+def gemma4_tokenizer(texts, words):
+    """As JSON: the letters of texts, words, also after a space, and Gemma's marks."""
+    letters = sorted({letter for text in texts for letter in text.replace(" ", "\u2581")})
+    vocabulary = GEMMA4_SPECIAL | {letter: 1000 + i for i, letter in enumerate(letters)}
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            vocabulary[word[:end]] = 2000 + len(merges)
+            merges.append([word[: end - 1], word[end - 1]])
+        vocabulary["\u2581" + word] = 2000 + len(merges)
+        merges.append(["\u2581", word])
+    how = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    marks = [
+        how | {"id": number, "content": mark, "special": True}
+        for mark, number in GEMMA4_SPECIAL.items()
+    ]
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": marks,
+            "normalizer": {
+                "type": "Replace",
+                "pattern": {"String": " "},
+                "content": "\u2581",
+            },
+            "model": {"type": "BPE", "unk_token": "<unk>", "vocab": vocabulary, "merges": merges},
+        }
+    )
+
+
+def published_gemma4(model, tokenizer):
+    """Its weights and tokenizer, as ComfyUI's files have them."""
+    names = {
+        "model.language_model.": "model.",
+        "model.vision_tower.": "vision_model.",
+        "model.embed_vision.embedding_projection.": "multi_modal_projector.embedding_projection.",
+        "model.embed_vision.multimodal_embedder.": "multi_modal_projector.",
+        "model.embed_vision.": "vision_model.",
+    }
+    state = {"tokenizer_json": torch.tensor(list(tokenizer.encode()), dtype=torch.uint8)}
+    for name, weight in model.state_dict().items():
+        old = next((old for old in names if name.startswith(old)), None)
+        if old:
+            state[names[old] + name.removeprefix(old)] = weight.contiguous()
+    return state
+
+
+def load_gemma4(kind, file):
+    """By core's loader."""
+    from comfy.text_encoders import gemma4 as core
+
+    of = {"E2B": core.Gemma4_E2B_Config, "12B": core.Gemma4_12B_Config}[kind]
+    small = {"hidden_size": 64, "output_proj_dims": 64, "mm_embed_dim": 64, "intermediate_size": 8}
+    vision = of.vision_config | (small if kind == "12B" else GEMMA4_TOWER)
+    audio = of.audio_config | {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 8}
+    options = {"gemma4_model_config": GEMMA4_TEXT | GEMMA4[kind] | {"num_key_value_heads": 1}}
+    with patch.object(of, "vision_config", vision), patch.object(of, "audio_config", audio):
+        return comfy.sd.load_clip([str(file)], model_options=options)
