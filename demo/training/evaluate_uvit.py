@@ -7,7 +7,6 @@ with the first one; ``benchmarks/fusion.md`` says what is asked, and how.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,18 @@ sys.path += [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
 
 import world
 from codec import SCALE, Codec
-from train_uvit import CODEC, RELATIONS, SHAPES, SIZE, captions_of, context_of, noised, predicted
+from train_uvit import (
+    CODEC,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    captions_of,
+    context_of,
+    enlarged,
+    noised,
+    predicted,
+    sample,
+)
 from trainer import DEVICE, pictures_of, tokens_of
 
 from uvit.files import read_config
@@ -32,34 +42,6 @@ from uvit.network import UViT
 
 TOLD = ("colour", "shape", "relation", "all three")
 BySeed = dict[int, np.ndarray]  # training seed -> (noises, captions, criteria)
-
-
-@torch.no_grad()
-def sample(
-    network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
-) -> np.ndarray:
-    """Draw a picture of each caption by DDIM: ``(captions, 32, 32, 3)``.
-
-    A caption's noise depends on the seed and its place among the captions alone.
-    """
-    tokens = tokens_of(captions)
-    context = context_of(codec, torch.cat([tokens, torch.zeros_like(tokens)])).to(DEVICE)
-    side = network.config.side
-    z = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
-    z, share = z.to(DEVICE), torch.linspace(1, 0, steps + 1, device=DEVICE)
-    for angle, following in itertools.pairwise(torch.atan2(3 * share, 1 - share)):
-        v = predicted(network, z.repeat(2, 1, 1, 1), angle.expand(2 * len(z)), context)
-        positive, negative = v.chunk(2)
-        v = negative + cfg * (positive - negative)
-        z = (following - angle).cos() * z + (following - angle).sin() * v
-    return codec.decode(z.cpu() / SCALE).numpy()
-
-
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    """A picture at the size that the checker knows, between its pixels linearly."""
-    rows = torch.from_numpy(picture).movedim(-1, 0)[None]
-    larger = torch.nn.functional.interpolate(rows, size=world.SIZE, mode="bilinear")
-    return larger[0].movedim(0, -1).numpy()
 
 
 class Colours(torch.nn.Module):

@@ -8,11 +8,13 @@ was stopped goes on where it last saved. ``--try-out`` goes through all of it in
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,7 +35,7 @@ FUSIONS = {
     "concatenation": {"caption_blocks": 2, "image_blocks": 2},
     "cross": {"caption_blocks": 2, "image_blocks": 2, "conditioning": "cross-attention"},
 }
-STEPS, FALL, WARMUP, POOL = 4000, 1600, 100, 100
+STEPS, FALL, WARMUP, POOL, LOOK = 4000, 1600, 100, 100, 500
 BATCH, RATE, EMA, DROPOUT = 48, 6e-3, 0.998, 0.1
 ADAMW = 1 / 3  # of the rate: more, and the text is learnt later
 NOISE = 2.0  # median of the noise's share over the picture's
@@ -77,6 +79,34 @@ def predicted(network: UViT, z: Tensor, angle: Tensor, context: Tensor) -> Tenso
     return network(z, angle * (2000 / torch.pi), context)
 
 
+@torch.no_grad()
+def sample(
+    network: UViT, codec: Codec, captions: list[str], seed: int, steps: int, cfg: float
+) -> np.ndarray:
+    """Draw a picture of each caption by DDIM: ``(captions, 32, 32, 3)``.
+
+    A caption's noise depends on the seed and its place among the captions alone.
+    """
+    tokens = tokens_of(captions)
+    context = context_of(codec, torch.cat([tokens, torch.zeros_like(tokens)])).to(DEVICE)
+    side = network.config.side
+    z = torch.randn(len(captions), 16, side, side, generator=torch.Generator().manual_seed(seed))
+    z, share = z.to(DEVICE), torch.linspace(1, 0, steps + 1, device=DEVICE)
+    for angle, following in itertools.pairwise(torch.atan2(3 * share, 1 - share)):
+        v = predicted(network, z.repeat(2, 1, 1, 1), angle.expand(2 * len(z)), context)
+        positive, negative = v.chunk(2)
+        v = negative + cfg * (positive - negative)
+        z = (following - angle).cos() * z + (following - angle).sin() * v
+    return codec.decode(z.cpu() / SCALE).numpy()
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """A picture at the size that the checker knows, between its pixels linearly."""
+    rows = torch.from_numpy(picture).movedim(-1, 0)[None]
+    larger = torch.nn.functional.interpolate(rows, size=world.SIZE, mode="bilinear")
+    return larger[0].movedim(0, -1).numpy()
+
+
 def train(options: argparse.Namespace) -> None:
     """Train one network to the last step, by the recipe."""
     run, folder = f"{options.fusion}-seed-{options.seed}", options.work
@@ -116,10 +146,20 @@ def train(options: argparse.Namespace) -> None:
             told = predicted(network, z, angle, context)
         return (told.float() - v).square().mean()
 
+    held_out = captions_of("held-out")
+
+    def look(step: int) -> dict[str, float]:
+        if step % LOOK:
+            return {}
+        drawn = sample(trainer.average.module, codec, held_out, 0, 28, 3.0)
+        pairs = zip(drawn, held_out, strict=True)
+        right = [world.check(enlarged(one), told)["everything"] for one, told in pairs]
+        return {"right": round(sum(right) / len(right), 4)}
+
     if trainer.step < constant:
-        trainer.run(constant, rate_at, loss_at)
+        trainer.run(constant, rate_at, loss_at, look)
         shutil.copy(trainer.checkpoint, folder / f"{run}-constant-{constant}.pt")
-    trainer.run(options.steps, rate_at, loss_at)
+    trainer.run(options.steps, rate_at, loss_at, look)
     said = {"steps": options.steps, "batch": BATCH, "seed": options.seed, "fusion": options.fusion}
     metadata = metadata_of(config, SCALE, **said, cpu_seconds=round(trainer.seconds))
     weights = trainer.average.module.state_dict()
