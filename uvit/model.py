@@ -146,7 +146,10 @@ def patch_positions(patcher: ModelPatcher, device: torch.device, *_: Any) -> Non
 
     ComfyUI patches weights of layers only, and these are in none.
     """
-    if POSITIONS in patcher.patches and POSITIONS not in patcher.backup:
+    if POSITIONS in patcher.backup:  # which dynamic VRAM leaves there before ComfyUI 0.26
+        original = patcher.backup.pop(POSITIONS).weight
+        comfy.utils.set_attr_param(patcher.model, POSITIONS, original)
+    if POSITIONS in patcher.patches:
         patcher.patch_weight_to_device(POSITIONS, device_to=device)
 
 
