@@ -482,6 +482,7 @@ def test_sweep(folder, pack):
     for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
         with pytest.raises(ValueError, match=says):
             pack["TACASweep"].execute(model, bad, "970")
+    assert pack["TACASweep"].execute(model, "1.2", "970", "-1, 3").result[2] == [-1, 3]
     with pytest.raises(ValueError, match="seeds must be numbers from 0 to 18446744073709551615"):
         pack["TACASweep"].execute(model, "1.2", "970", f"1, {2**64}")
 
