@@ -164,7 +164,7 @@ def kept(given: list[Any], search: dict[str, Any], settings: list[int]) -> io.No
 def expand(hidden: Any, compared: Trials, search: Search, ends: dict[str, Link]) -> io.NodeOutput:
     """All copies that a search may need: of the user's nodes, and of TACA Find Setting.
 
-    Raises ValueError if score or image do not come from the pictures of its TACA Trial.
+    Raises ValueError if score or image are typed in, or not of the pictures of its TACA Trial.
     """
     for name, end in ends.items():
         if not is_link(end):

@@ -174,5 +174,5 @@ class TACAOptions(io.ComfyNode):
             return io.NodeOutput(Options(positive_only, blocks, prompt_only=prompt_only))
         prompt = prompt or ""
         tokens = PromptTokens.of(clip, prompt)
-        texts, encode = frozenset([prompt, read(clip, prompt).text]), partial(text_of, clip, prompt)
-        return io.NodeOutput(Options(positive_only, blocks, tokens.own(), texts, encode=encode))
+        text, encode = read(clip, prompt).text, partial(text_of, clip, prompt)
+        return io.NodeOutput(Options(positive_only, blocks, tokens.own(), text, encode=encode))

@@ -155,7 +155,7 @@ def asked(words: str, clip: Any, prompt: str | None, guider: Any) -> Asked:
     positive = getattr(guider, "original_conds", {}).get("positive", ())
     own = [each for each in positive if WORDS_KEY in each]
     if clip is not None and prompt is not None:
-        own = carrying(positive, (prompt, read(clip, prompt).text))
+        own = carrying(positive, read(clip, prompt).text)
         if not own:
             tokens = PromptTokens.of(clip, prompt)
             found = find_words(words, tokens)

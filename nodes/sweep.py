@@ -103,7 +103,7 @@ def parsed(node: str, name: str, text: str, read: Callable[[str], T]) -> list[T]
 
 
 def seeds_in(node: str, text: str) -> list[int]:
-    """The seeds of a list that samplers take; errors as ``parsed``."""
+    """Seeds from a list; errors as ``parsed``, and ValueError for one that no sampler takes."""
     seeds = parsed(node, "seeds", text, int)
     if not all(-(2**63) <= seed < 2**64 for seed in seeds):  # PyTorch takes negative ones too
         raise ValueError(f"{node}: seeds must be numbers from 0 to {2**64 - 1}; got {text!r}.")

@@ -29,8 +29,8 @@ log = logging.getLogger("taca")
 
 NO_WEIGHTS = (
     "TACA: the words of a prompt would not weigh. A node that calls the model with a prompt of its "
-    "own, as Perp-Neg does, needs one without weights. Where any_model is off, put the TACA node "
-    "before the sampler (with gamma 1 it does nothing else)."
+    "own, as Perp-Neg does, needs one without weights (PerpNegGuider does not). Where any_model is "
+    "off, turn it on, or put the TACA node before the sampler (with gamma 1 it does nothing else)."
 )
 
 

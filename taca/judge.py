@@ -95,9 +95,9 @@ class Judge:
     def shown(self, picture: Tensor) -> dict[str, Any]:
         """A picture as core's encoders take it from core's tokenizers."""
         if self.family.is_tokenized:
-            tokens = self.clip.tokenize(self.family.picture, image=picture[..., :3])
+            tokens = self.clip.tokenize(self.family.picture, image=picture)
             [shown] = (t for some in tokens.values() for t, *_ in some[0] if isinstance(t, dict))
-            return dict(shown)
+            return shown
         side = self.model.image_size if self.family.is_square else None
         return {"type": "image", "data": prepared(picture, side), "original_type": "image"}
 

@@ -25,7 +25,7 @@ class Options:
     # Share of gamma - 1 for each text token of the positive conditioning: 1 for the prompt's own
     # tokens, 0 for padding.
     prompt: tuple[float, ...] | None = None
-    texts: frozenset[str] = frozenset()  # that prompt, as written and without the weights of words
+    text: str | None = None  # that prompt, without the weights of words
     prompt_only: bool = False  # the same, for prompts whose conditionings carry their tokens
     # Encodes the prompt again, to find its conditioning among several.
     encode: Callable[[], Tensor] | None = field(default=None, compare=False)
@@ -34,7 +34,7 @@ class Options:
         """The conditionings of the prompt, as ``conditionings_of``; errors as there."""
         if self.prompt is None:
             return None
-        own = carrying(getattr(guider, "original_conds", {}).get("positive", ()), self.texts)
+        own = carrying(getattr(guider, "original_conds", {}).get("positive", ()), self.text)
         if own:
             return frozenset(each["uuid"] for each in own)
         return conditionings_of(guider, len(self.prompt), self.encode)
@@ -69,7 +69,7 @@ class Options:
         Raises ValueError if no positive conditioning carries its tokens.
         """
         positive = prompts.positive() if prompts else []
-        found = carrying(positive, self.texts)
+        found = carrying(positive, self.text)
         if self.prompt is not None and not found:
             return [(self.prompt, prompts.limited if prompts else None)]
         if self.prompt is None:

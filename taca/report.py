@@ -139,7 +139,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     positive = positive_rows(call, report.prompts, report.own).nonzero().flatten()
     t = timesteps_tensor(base_model.model_sampling, call.t)
     given = [each[positive] for each in (call.x, call.c_crossattn) if each is not None]
-    rows = report.prompts.of_rows(call) if report.prompts else []
+    rows = report.prompts.of_rows(call) if report.prompts else [[]] * len(call.t)
     whose = frozenset(each["uuid"] for i in positive.tolist() for _, each in rows[i])
     if not len(positive) or report.is_again(float(t.max()), whose, given):
         return executor(*args, **kwargs)

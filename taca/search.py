@@ -156,10 +156,10 @@ class Search:
         limit = np.sort(sizes)[math.ceil(CONFIDENCE * (shuffled + 1)) - 1]
         is_significant = bool(abs(statistic) > limit)
         half = limit * error if error else 0.0
-        if not is_significant and not error:
-            half = math.inf  # differences that are all equal do not tell how much others could vary
-        elif not is_significant and half < abs(mean) * (1 + 1e-6):
-            half = abs(mean)  # but for rounding errors, as where few units have few shuffles
+        if not is_significant:
+            # Rounding errors must not exclude 0, and differences that are all equal do not tell how
+            # much others could vary.
+            half = max(half, abs(mean)) if error else math.inf
         return Finding(self.alive[1], mean, mean - half, mean + half, is_significant)
 
     def _statistic(self, blocks: Sequence[Scores]) -> tuple[Scores, Scores, Scores]:

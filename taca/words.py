@@ -89,9 +89,9 @@ def own_tokens(entry: dict[str, Any]) -> tuple[float, ...]:
     return (*own, *[1.0] * (entry["cross_attn"].shape[1] - len(own)))
 
 
-def carrying(entries: Iterable[dict[str, Any]], texts: Iterable[str]) -> list[dict[str, Any]]:
-    """The conditionings that carry the tokens of one of these texts."""
-    return [each for each in entries if WORDS_KEY in each and each[WORDS_KEY].prompt.text in texts]
+def carrying(entries: Iterable[dict[str, Any]], text: str | None) -> list[dict[str, Any]]:
+    """The conditionings that carry the tokens of a text, which is without weights; none of None."""
+    return [each for each in entries if WORDS_KEY in each and each[WORDS_KEY].prompt.text == text]
 
 
 def hide_avoided(prompts: Prompts) -> None:

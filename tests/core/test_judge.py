@@ -436,8 +436,8 @@ def test_gemma3_equals_transformers(gemma, size):
 def gemma4(request, tmp_path_factory):
     """transformers' Gemma 4, the CLIP, and its tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
-    if not hasattr(comfy.sd.TEModel, "GEMMA_4_12B"):
-        pytest.skip("this ComfyUI has no Gemma 4")
+    if not hasattr(comfy.sd.TEModel, f"GEMMA_4_{request.param}"):
+        pytest.skip(f"this ComfyUI has no Gemma 4 {request.param}")
     texts = [*QUESTIONS, "Yes No user model thought\n", judge_of.REQUEST]
     written = judges.gemma4_tokenizer(texts, [word for some in WORDS for word in some])
     model = judges.gemma4(request.param)
@@ -477,6 +477,21 @@ def test_gemma4_equals_transformers(gemma4, size):
     judge.load()
     # From 0.33 on another kernel of core's rotates the positions.
     assert judge.ask(picture, QUESTIONS) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_gemma4_lists_phrases(gemma4, monkeypatch):
+    """It is asked as transformers would ask it. The first token tells: deep random models turn
+    rounding errors of the cached keys into other ones behind it."""
+    kind, model, clip, own = gemma4
+    monkeypatch.setattr(judge_of, "LONGEST", 3)
+    written = []
+    monkeypatch.setattr(clip, "decode", lambda ids: written.extend(ids) or "- a cat\n- a mat\n- a")
+    assert judge_of.Judge(clip).phrases("a cat on a mat") == ["a cat", "a mat"]
+    text = f"<|turn>user\n{judge_of.REQUEST.format('a cat on a mat')}<turn|>\n<|turn>model\n"
+    text += "<|channel>thought\n<channel|>" * (kind == "12B")
+    ids = torch.tensor([[2, *own.encode(text, add_special_tokens=False).ids]])
+    logits = model(ids, logits_to_keep=1).logits[0, -1]
+    assert logits[written[0]] == logits.max()
 
 
 def test_what_is_seen_is_in_order():

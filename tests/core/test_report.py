@@ -318,6 +318,21 @@ def test_a_prompt_twice_is_measured_twice(folder, apply_taca):
     torch.testing.assert_close(tables[2], (tables[0] + tables[1]) / 2, atol=1e-5, rtol=1e-4)
 
 
+def test_a_call_outside_a_run_is_measured(folder):
+    """As a node makes it that calls the model without a guider: the first prompt counts."""
+    model = tiny.load(folder, "flux")
+    report = report_on({"a": [1]})
+    watched = report_module.watched(model, report)
+    x, [[text, extras]] = tiny.latent(16, 16, batch=2), tiny.conditioning("flux", 7, batch=2)
+    given = {"y": extras["pooled_output"], "guidance": torch.full((2,), 3.5)}
+    for wrappers in (model.wrappers, watched.wrappers):
+        options = {"wrappers": wrappers, "cond_or_uncond": [0, 1]}
+        watched.model.apply_model(
+            x, torch.full((2,), 0.9), c_crossattn=text, transformer_options=options, **given
+        )
+    assert len(report.shares) == len(report.blocks)
+
+
 def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):
     """Of one prompt, found by what its CLIP makes of it, in two sizes: a picture for each."""
     model = tiny.load(folder, "flux")
@@ -467,6 +482,7 @@ def test_sweep(folder, pack):
     for bad, says in (("1, x", "must be numbers"), (" , ", "is empty"), ("nan", "finite")):
         with pytest.raises(ValueError, match=says):
             pack["TACASweep"].execute(model, bad, "970")
+    assert pack["TACASweep"].execute(model, "1.2", "970", "-1, 3").result[2] == [-1, 3]
     with pytest.raises(ValueError, match="seeds must be numbers from 0 to 18446744073709551615"):
         pack["TACASweep"].execute(model, "1.2", "970", f"1, {2**64}")
 

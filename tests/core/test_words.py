@@ -176,6 +176,14 @@ def test_alone_in_a_batch(folder, apply_taca):
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
 
 
+def test_what_is_avoided_stays_in_one_batch(folder):
+    """Without a ControlNet ComfyUI is told nothing of it."""
+    watched, calls = tiny.counting(tiny.load(folder, "flux"))
+    avoiding = weighed(tiny.conditioning("flux", 7), [1.0] * 5 + [-1.5] * 2, num_avoided=2)
+    sample(watched, "flux", steps=2, text=(7, 7), positive=avoiding)
+    assert calls == [2] * 2
+
+
 def test_at_weight_one_bits_are_cores(folder):
     model = tiny.load(folder, "flux")
     plain = sample(model, "flux", steps=2)

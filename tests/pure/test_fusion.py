@@ -44,7 +44,7 @@ def test_pictures_of_captions_are_learnt(train, monkeypatch):
         return told
 
     monkeypatch.setattr(train_uvit.UViT, "forward", forward)
-    train("early", 4)
+    work = train("early", 4).parent
     codec, names = Codec.load(train_uvit.CODEC), train_uvit.captions_of("train")
     texts = codec.embed(tokens_of(names))[:, : train_uvit.TOKENS].flatten(1)
     right = []
@@ -61,7 +61,12 @@ def test_pictures_of_captions_are_learnt(train, monkeypatch):
             right.append(checked)
     assert len(right) == 4 * train_uvit.BATCH
     assert all(right)
-    assert len({float(t) for _, every, *_ in seen for t in every}) == len(right)
+    angles = torch.cat([every for _, every, *_ in seen])
+    assert len(angles.unique()) == len(right)
+    assert 1 < angles.tan().median() < 4
+    state = torch.load(work / "early-seed-0-constant-2.pt")
+    adamw, muon = (each["param_groups"][0]["lr"] for each in state["optimisers"])
+    assert adamw == pytest.approx(muon / 3)
 
 
 def test_a_network_that_knows_the_picture_draws_it():
@@ -69,19 +74,44 @@ def test_a_network_that_knows_the_picture_draws_it():
     captions = train_uvit.captions_of("held-out")[:6]
     codec = Codec.load(train_uvit.CODEC)
     [pictures] = pictures_of(captions, 0, train_uvit.SIZE)
-    x = SCALE * codec.encode(pictures).repeat(2, 1, 1, 1)
+    x = SCALE * codec.encode(pictures)
 
-    def network(z, t, context):
-        angle = t[:, None, None, None] / 1000 * torch.pi / 2
-        noise = (z - angle.cos() * x) / angle.sin()
-        return angle.cos() * noise - angle.sin() * x
+    def knowing(known, seen):
+        def network(z, t, context):
+            angle = t[:, None, None, None] / 1000 * torch.pi / 2
+            seen.append(angle[0].tan().item())
+            noise = (z - angle.cos() * known) / angle.sin()
+            return angle.cos() * noise - angle.sin() * known
 
-    network.config = train_uvit.config_of("early")
+        network.config = train_uvit.config_of("early")
+        return network
+
     for steps, cfg in ((1, 1.0), (5, 3.0)):
+        seen = []
+        network = knowing(torch.cat([x / cfg, 0 * x]), seen)  # of empty captions: nothing
         drawn = evaluate_uvit.sample(network, codec, captions, 0, steps, cfg)
-        assert np.allclose(drawn, codec.decode(x[:6] / SCALE), atol=1e-4)
+        assert seen[1:] == pytest.approx([12, 4.5, 2, 0.75][: steps - 1], rel=1e-4)
+        assert np.allclose(drawn, codec.decode(x / SCALE), atol=1e-4)
         pairs = zip(drawn, captions, strict=True)
         assert all(world.check(enlarged(one), told)["everything"] for one, told in pairs)
+
+
+def test_a_network_that_reads_its_caption_tells_it():
+    """From wrong ones, at angles from picture to noise."""
+    captions = train_uvit.captions_of("held-out")[:6]
+    codec, times = Codec.load(train_uvit.CODEC), []
+    [pictures] = pictures_of(captions, 0, train_uvit.SIZE)
+    x = SCALE * codec.encode(pictures)
+    right = train_uvit.context_of(codec, tokens_of(captions))
+
+    def network(z, t, context):
+        times.extend(t.unique().tolist())
+        angle = t[:, None, None, None] / 1000 * torch.pi / 2
+        v = (angle.cos() * z - x) / angle.sin()
+        return v * (context == right).all(-1).all(-1)[:, None, None, None]
+
+    assert evaluate_uvit.tells(network, codec, captions, draws=4).all()
+    assert sorted({*times}) == pytest.approx([125, 375, 625, 875])
 
 
 @pytest.mark.slow

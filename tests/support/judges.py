@@ -352,7 +352,7 @@ def load_gemma4(kind, file):
     """By core's loader."""
     from comfy.text_encoders import gemma4 as core
 
-    of = {"E2B": core.Gemma4_E2B_Config, "12B": core.Gemma4_12B_Config}[kind]
+    of = getattr(core, f"Gemma4_{kind}_Config")
     small = {"hidden_size": 64, "output_proj_dims": 64, "mm_embed_dim": 64, "intermediate_size": 8}
     vision = of.vision_config | (small if kind == "12B" else GEMMA4_TOWER)
     audio = of.audio_config | {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 8}
