@@ -742,4 +742,7 @@ def test_a_run_in_the_window_for_its_size(folder, pack, size):
     text = preview(sigmas, model, schedule, latent).result[1]
     assert text.startswith(f"TACA acts on {count} of 10 steps.")
     assert "1024 x 1024" not in text
+    # Empty, for another model's autoencoder: the sampler makes it this one's size.
+    half = {"samples": torch.zeros(1, 16, *(n // 2 for n in size)), "downscale_ratio_spacial": 16}
+    assert preview(sigmas, model, schedule, half).result[1] == text
     assert "for a picture of 1024 x 1024" in preview(sigmas, model, schedule).result[1]
