@@ -6,6 +6,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 from comfy_execution.graph_utils import is_link
+from comfy_execution.utils import get_executing_context
 
 from ..taca.lora_file import read_lora
 from ..taca.lora_fit import fit_lora
@@ -13,7 +14,7 @@ from ..taca.patch import patch_lora
 from ..taca.run import config_of
 from ..taca.training import training_window
 from .ui.schema import schema
-from .ui.text import NodeText
+from .ui.text import NodeText, queued_graph
 
 
 class LoadTACALoRA(io.ComfyNode):
@@ -29,10 +30,14 @@ class LoadTACALoRA(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             search_aliases=["taca", "taca lora", "lora loader", "lora schedule", "lora timestep"],
             not_idempotent=True,  # see NodeText
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> bool:
+        """Run again where TACA was taken out, for the error to be at this node."""
+        return lacks_taca()
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
@@ -40,7 +45,7 @@ class LoadTACALoRA(io.ComfyNode):
             return io.NodeOutput(model)
         if not math.isfinite(strength):
             raise ValueError(f"Load TACA LoRA's strength must be a number, not {strength}.")
-        if config_of(model) is None and lacks_taca(cls.hidden):
+        if config_of(model) is None and lacks_taca():
             raise ValueError(
                 "Load TACA LoRA acts inside the window of TACA, which this model does not get: add "
                 "the TACA node before or after it. For a LoRA that is on in every step use "
@@ -52,12 +57,12 @@ class LoadTACALoRA(io.ComfyNode):
         return io.NodeOutput(patch_lora(model, lora))
 
 
-def lacks_taca(hidden: Any) -> bool:
+def lacks_taca() -> bool:
     """Whether no node downstream of the running one puts TACA on a model, in the queued graph."""
-    graph = getattr(hidden, "prompt", None) or {}
-    downstream, todo = set(), {getattr(hidden, "unique_id", None)} & graph.keys()
-    if not todo:
+    graph, context = queued_graph(), get_executing_context()
+    if context is None or context.node_id not in graph:
         return False  # unknown: another node called this one
+    downstream, todo = set[str](), {context.node_id}
     while todo:
         downstream |= todo
         todo = {

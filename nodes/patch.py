@@ -14,7 +14,7 @@ from ..taca.run import config_of
 from ..taca.schedule import GAMMA, WINDOWS, Schedule, TimestepWindow
 from ..taca.weighted_text import read
 from .ui.schema import schema
-from .ui.text import NodeText
+from .ui.text import NodeText, queued_graph
 
 TACASchedule = io.Custom("TACA_SCHEDULE")
 TACAOptionsSocket = io.Custom("TACA_OPTIONS")
@@ -35,7 +35,6 @@ class TACAPatchModel(io.ComfyNode):
                 TACAOptionsSocket.Input("options", optional=True),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.prompt],
             search_aliases=[
                 "taca",
                 "prompt following",
@@ -61,21 +60,25 @@ class TACAPatchModel(io.ComfyNode):
         options: Options | None = None,
     ) -> io.NodeOutput:
         chosen = schedule or Schedule(gamma, TimestepWindow(timestep_threshold))
-        warnings = ordinary_loras(cls.hidden)
+        warnings = []
         if (before := config_of(model)) is not None:
             said = f"gamma {before.schedule.gamma:g} at {before.schedule.window}"
             warnings.append(f"This replaces the TACA node before it ({said}): only one acts.")
         if chosen.gamma > 1.5:
             warnings.append(f"Above gamma 1.5 pictures tend to break; the paper uses {GAMMA}.")
         from_schedule = f"gamma {chosen.gamma:g} at {chosen.window}, from TACA Schedule"
-        say = NodeText(*warnings, plan=from_schedule if schedule else "")
+        plan = from_schedule if schedule else ""
+        say = NodeText(*warnings, plan=plan, more=ordinary_loras)
         return io.NodeOutput(patch_model(model, chosen, options or NO_OPTIONS, say))
 
 
-def ordinary_loras(hidden: Any) -> list[str]:
+def ordinary_loras() -> list[str]:
     """Warnings of TACA LoRAs that other nodes load for all steps; recognised by their names."""
-    graph = (getattr(hidden, "prompt", None) or {}).values()
-    loaded = [(each["class_type"], each["inputs"].get("lora_name")) for each in graph]
+    loaded = [
+        (each["class_type"], each["inputs"].get("lora_name"))
+        for each in queued_graph().values()
+        if each["inputs"].get("strength_model") != 0
+    ]
     return [
         f"{name} acts in all steps, in {kind}. Load TACA LoRA keeps it inside the window."
         for kind, name in loaded

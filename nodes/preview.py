@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from comfy.sample import fix_empty_latent_channels
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
 from ..taca.lora import loras_of
+from ..taca.options import NO_OPTIONS
+from ..taca.patch import count_blocks
 from ..taca.run import config_of
 from ..taca.schedule import PAPER_TOKENS, FittedWindow, Schedule
 from ..taca.timesteps import resolve, size_in_tokens, timesteps_tensor
@@ -56,10 +59,14 @@ class TACASchedulePreview(io.ComfyNode):
                 "TACA Schedule Preview got sigmas without a step: a denoise of 0, or an empty "
                 "part of Split Sigmas?"
             )
+        count_blocks(model, NO_OPTIONS)  # an error where TACA cannot act at all
         model_sampling = model.get_model_object("model_sampling")
         size = float(PAPER_TOKENS)
         if latent_image is not None:
-            size = size_in_tokens(model.model.latent_format, latent_image["samples"].shape)
+            # As core's samplers do: an empty one may be for another model's autoencoder.
+            ratio = latent_image.get("downscale_ratio_spacial")
+            samples = fix_empty_latent_channels(model, latent_image["samples"], ratio)
+            size = size_in_tokens(model.model.latent_format, samples.shape)
         resolved = resolve(chosen, model_sampling, sigmas, size)
         t = timesteps_tensor(model_sampling, sigmas)[:-1]
         gamma, inside = resolved.gamma_at(t).tolist(), resolved.contains(t).tolist()
@@ -92,7 +99,7 @@ def advice(inside: Sequence[bool], gamma: float) -> list[str]:
     if count / steps < 0.25:
         return []
     if count == 1:
-        return [f"With {steps} steps a single one is a quarter of the run or more: keep gamma low."]
+        return ["That single step is a quarter of the run or more: keep gamma low."]
     return ["That is a quarter of the run or more, the paper's a tenth: expect artifacts."]
 
 

@@ -56,6 +56,7 @@ class TACATextEncode(io.ComfyNode):
             search_aliases=[
                 "taca",
                 "prompt weights",
+                "提示词权重",
                 "word weights",
                 "emphasis",
                 "negative prompt cfg 1",

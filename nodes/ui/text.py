@@ -1,7 +1,10 @@
 """A picture in a node, and text under it."""
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from comfy_api.latest import ui
@@ -11,6 +14,26 @@ from PIL import Image
 from torch import Tensor
 
 from .pictures import to_tensor
+
+
+@dataclass
+class Told:
+    """What nodes have to say in one prompt, by their ids in the page."""
+
+    runs: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    warnings: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+
+
+@lru_cache(maxsize=1)
+def told_in(prompt: str) -> Told:
+    """Of the prompt with this id, until the next one."""
+    return Told()
+
+
+def queued_graph() -> dict[str, Any]:
+    """The graph that runs, node id -> class_type and inputs; empty outside ComfyUI's execution."""
+    context = get_executing_context()
+    return get_progress_state().dynprompt.get_original_prompt() if context else {}
 
 
 def node_in_page() -> str | None:
@@ -32,33 +55,46 @@ def show_text(text: str, node_id: str | None = None) -> None:
 
 
 class NodeText:
-    """The text under the node that is running now: what the last runs did, and ``warnings``.
+    """The text under the node that is running now: what its runs did, and warnings.
 
-    Before the first run it is ``plan`` and the warnings. Runs come first, since the page shows only
-    about three lines: the last two of a prompt (a first pass and an upscale), or the last of
-    ``total``. The node has to be ``not_idempotent``, or ComfyUI would give its output, with this
-    text, to another node with the same inputs.
+    Before the first run it is ``plan`` and the warnings: ``warnings``, and what ``more`` says of
+    the graph that is queued by then. Runs come first, since the page shows only about three lines:
+    the last two of a prompt (a first pass and an upscale), or the last of ``total``. A node that
+    runs for each of a list has the runs and warnings of all. The node has to be
+    ``not_idempotent``, or ComfyUI would give its output, with this text, to another node with the
+    same inputs.
     """
 
-    def __init__(self, *warnings: str, plan: str = "", total: int | None = None) -> None:
+    def __init__(
+        self,
+        *warnings: str,
+        plan: str = "",
+        total: int | None = None,
+        more: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
         self.node_id = node_in_page()
-        self.warnings, self.added, self.prompt, self.total = warnings, list[str](), "", total
-        if plan or warnings:
-            show_text("\n".join([plan, *warnings]).strip())
+        self.warnings, self.total, self.more = warnings, total, more
+        self._show([plan] if plan else [])
+
+    def _show(self, lines: list[str]) -> None:
+        if self.node_id and (context := get_executing_context()):
+            warned = told_in(context.prompt_id).warnings[self.node_id]
+            warned.update(dict.fromkeys([*self.warnings, *self.more()]))
+            if lines or warned:
+                show_text("\n".join([*lines, *warned]), self.node_id)
 
     def __call__(self, line: str) -> None:
         context = get_executing_context()
         if context and self.node_id:
-            if context.prompt_id != self.prompt:
-                self.prompt, self.added = context.prompt_id, []
-            self.added.append(line)
-            last, count = self.added[-2:], len(self.added)
+            added = told_in(context.prompt_id).runs[self.node_id]
+            added.append(line)
+            last, count = added[-2:], len(added)
             if self.total:
                 of = f" of {self.total}" if count <= self.total else ""  # a search takes more
                 last = [f"{count}{of}: {line}"]
             elif count > 1:
                 last = [f"Run {count - 1}: {last[0]}", f"Run {count}: {line}"]
-            show_text("\n".join([*last, *self.warnings]), self.node_id)
+            self._show(last)
 
 
 def show(

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import sys
 import weakref
+from contextlib import contextmanager
 from itertools import pairwise
 
 import comfy.sampler_helpers
@@ -13,6 +14,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_execution.caching import CacheKeySetInputSignature
 from comfy_execution.graph import DynamicPrompt
+from comfy_execution.progress import reset_progress_state
 from comfy_execution.utils import CurrentNodeContext
 from comfy_extras import nodes_custom_sampler as custom_sampler
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
@@ -618,8 +620,27 @@ def test_text_under_a_node(sent):
     assert sent[-2:] == [("1 of 3: acted", "10"), ("2 of 3: acted", "10")]
 
 
-def holder(graph, node):
-    return type("Hidden", (), {"prompt": graph, "unique_id": node})()
+def test_text_of_a_node_that_runs_for_each_of_a_list(sent):
+    """All its runs, and what is to be warned of in any of them."""
+    texts = []
+    for i, warnings in enumerate([["Above gamma 1.5"], []]):
+        with CurrentNodeContext("e", "10", i):
+            texts.append(NodeText(*warnings))
+    for i, text in enumerate(texts):
+        with CurrentNodeContext("e", "11", i):
+            text(f"acted {i}")
+    assert sent[-1] == ("Run 1: acted 0\nRun 2: acted 1\nAbove gamma 1.5", "10")
+
+
+@contextmanager
+def queued(graph, prompt="a", node="10"):
+    """A node that runs, in a graph that was queued."""
+    reset_progress_state(prompt, DynamicPrompt(graph))
+    try:
+        with CurrentNodeContext(prompt, node):
+            yield
+    finally:
+        reset_progress_state("", DynamicPrompt({}))
 
 
 @pytest.mark.parametrize("behind", ["TACAPatchModel", "TACASweep", "KSampler"])
@@ -632,9 +653,23 @@ def test_a_lora_that_gets_no_taca_is_told_at_once(behind):
         "4": {"class_type": behind, "inputs": {"model": ["3", 1]}},
         "9": {"class_type": "TACAPatchModel", "inputs": {"model": ["1", 0]}},
     }
-    assert lacks_taca(holder(graph, "2:5")) == (behind == "KSampler")
-    assert not lacks_taca(holder(graph, "7"))
-    assert not lacks_taca(None)
+    with queued(graph, node="2:5"):
+        assert lacks_taca() == (behind == "KSampler")
+    with queued(graph, node="7"):
+        assert not lacks_taca()
+    assert not lacks_taca()
+
+
+def test_a_lora_whose_taca_is_taken_out_runs_again(pack, monkeypatch):
+    """Or ComfyUI would take it from its cache, and only the sampler could say what is wrong."""
+    monkeypatch.setattr(core_nodes, "NODE_CLASS_MAPPINGS", pack)
+    lora = {"class_type": "LoadTACALoRA", "inputs": {"lora_name": "a.safetensors", "strength": 1.0}}
+    taca = {"class_type": "TACAPatchModel", "inputs": {"model": ["1", 0], "gamma": 1.2}}
+    found = []
+    for graph in ({"1": lora, "2": taca}, {"1": lora}, {"1": lora, "2": {**taca}}):
+        with queued(graph, node="1"):
+            found.append(pack["LoadTACALoRA"].fingerprint_inputs(model=None, **lora["inputs"]))
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -651,29 +686,42 @@ def test_a_lora_that_gets_no_taca_is_told_at_once(behind):
 )
 def test_a_taca_lora_in_another_loader_is_told(name, kind, is_told):
     graph = {"1": {"class_type": kind, "inputs": {"lora_name": name}}}
-    said = ordinary_loras(holder(graph, "2"))
+    with queued(graph):
+        said = ordinary_loras()
     assert [f"{name} acts in all steps, in {kind}. Load TACA LoRA keeps it inside the window."] * (
         is_told
     ) == said
+    graph["1"]["inputs"]["strength_model"] = 0.0
+    with queued(graph):
+        assert ordinary_loras() == []
 
 
-def test_what_is_said_before_a_run(folder, pack, monkeypatch, sent):
+def test_a_lora_in_another_loader_is_told_of_as_long_as_it_is_there(folder, pack, sent):
+    """ComfyUI does not run the TACA node again where one is added or taken out behind it."""
+    graph = {"1": {"class_type": "LoraLoader", "inputs": {"lora_name": "taca.safetensors"}}}
+    with queued({}):
+        model = pack["TACAPatchModel"].execute(tiny.load(folder, "flux"), 1.2, 970.0).result[0]
+    for i, each in enumerate((graph, {}, graph)):
+        with queued(each, f"run {i}", "11"):
+            sample(model, "flux", steps=2)
+    assert ["taca.safetensors acts in all" in text for text, _ in sent] == [True, False, True]
+
+
+def test_what_is_said_before_a_run(folder, pack, sent):
     """Of a schedule, of a gamma that breaks pictures, and of a LoRA in another loader."""
     node, model = pack["TACAPatchModel"], tiny.load(folder, "flux")
     schedule = pack["TACASchedule"].execute(1.6, {"window": "first steps", "steps": 2}).result[0]
     graph = {"1": {"class_type": "LoraLoader", "inputs": {"lora_name": "taca.safetensors"}}}
-    monkeypatch.setattr(node, "hidden", holder(graph, "10"), raising=False)
-    with CurrentNodeContext("a", "10"):
+    with queued(graph):
         node.execute(model, 1.2, 970.0, schedule)
-    plan, lora, gamma = sent[0][0].splitlines()
+    plan, gamma, lora = sent[0][0].splitlines()
     assert plan == "gamma 1.6 at the first 2 steps, from TACA Schedule"
-    assert lora.startswith("taca.safetensors acts in all steps, in LoraLoader")
     assert gamma.startswith("Above gamma 1.5")
-    monkeypatch.setattr(node, "hidden", None)
-    with CurrentNodeContext("a", "10"):
+    assert lora.startswith("taca.safetensors acts in all steps, in LoraLoader")
+    with CurrentNodeContext("b", "10"):
         first = node.execute(model, 1.5, 970.0).result[0]
     assert len(sent) == 1
-    with CurrentNodeContext("a", "11"):
+    with CurrentNodeContext("b", "11"):
         node.execute(first, 1.2, 900.0)
     replaces = "This replaces the TACA node before it (gamma 1.5 at t >= 970): only one acts."
     assert sent[1:] == [(replaces, "11")]
@@ -694,4 +742,7 @@ def test_a_run_in_the_window_for_its_size(folder, pack, size):
     text = preview(sigmas, model, schedule, latent).result[1]
     assert text.startswith(f"TACA acts on {count} of 10 steps.")
     assert "1024 x 1024" not in text
+    # Empty, for another model's autoencoder: the sampler makes it this one's size.
+    half = {"samples": torch.zeros(1, 16, *(n // 2 for n in size)), "downscale_ratio_spacial": 16}
+    assert preview(sigmas, model, schedule, half).result[1] == text
     assert "for a picture of 1024 x 1024" in preview(sigmas, model, schedule).result[1]

@@ -433,7 +433,8 @@ def test_pure_noise_of_every_sampler(folder, apply_taca, sampler):
     [
         ([False] * 10, "No step is inside"),
         ([True] * 3 + [False] * 27, ""),
-        ([True] + [False] * 3, "single one is a quarter"),
+        ([True] + [False] * 3, "single step is a quarter"),
+        ([True], "single step is a quarter"),
         ([True] * 5 + [False] * 5, "quarter of"),
     ],
 )
@@ -450,6 +451,9 @@ def test_preview_errors(folder, pack):
     schedule = pack["TACASchedule"].execute(1.2, {"window": "timestep", "timestep_threshold": 970})
     with pytest.raises(ValueError, match="without a step"):
         node.execute(torch.tensor([]), model, schedule.result[0])
+    model.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="TACA"):
+        node.execute(torch.tensor([1.0, 0.0]), model, schedule.result[0])
 
 
 def test_sweep(folder, pack):

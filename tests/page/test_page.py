@@ -146,8 +146,9 @@ def test_the_main_node_is_found_first(page):
     """By its name, and by what users call what it does."""
     for text in ("taca", "prompt following", "follow prompt", "prompt adherence", "提示词"):
         assert page.found(text)[0] == "TACAPatchModel", text
-    assert any(name.startswith("TACA") for name in page.found("attention"))
-    assert page.found("prompt weights")[0] == "TACATextEncode"
+    assert "TACAPatchModel" in page.found("attention")
+    for text in ("prompt weights", "提示词权重"):
+        assert page.found(text)[0] == "TACATextEncode", text
 
 
 def test_nodes_say_what_a_run_did(page):

@@ -161,6 +161,7 @@ BREAKS = {
     ),
     "hangs": lambda nodes: nodes["VAEDecode"]["inputs"].pop(),
     "overlap": lambda nodes: nodes["VAEDecode"].update(pos=nodes["KSampler"]["pos"]),
+    "sticks out of": lambda nodes: nodes["KSampler"]["size"].__setitem__(1, 2000),
 }
 
 

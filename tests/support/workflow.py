@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import combinations
+from itertools import combinations, product
 
 from PIL import Image
 
@@ -189,6 +189,13 @@ def problems_of(workflow, object_info):
         (ax, ay), (aw, ah), (bx, by), (bw, bh) = a["pos"], a["size"], b["pos"], b["size"]
         if ax < bx + bw and bx < ax + aw and ay - TITLE < by + bh and by - TITLE < ay + ah:
             problems.append(f"{a['type']} {a['id']} and {b['type']} {b['id']} overlap")
+    # Each frame holds its nodes, and no part of another's.
+    for group, node in product(workflow["groups"], nodes_of(workflow)):
+        (gx, gy, gw, gh), (x, y), (w, h) = group["bounding"], node["pos"], node["size"]
+        inside = gx <= x and x + w <= gx + gw and gy <= y - TITLE and y + h <= gy + gh
+        apart = gx >= x + w or x >= gx + gw or gy >= y + h or y - TITLE >= gy + gh
+        if not inside and not apart:
+            problems.append(f"{node['type']} {node['id']} sticks out of {group['title']}")
     return problems
 
 
