@@ -1,11 +1,15 @@
 """Fixtures of the tests on models."""
 
+import itertools
+import sys
+
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.ldm.modules.diffusionmodules.mmdit
 import folder_paths
 import pytest
 import torch
+from comfy_execution.utils import CurrentNodeContext
 from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
@@ -39,6 +43,23 @@ def load_lora(pack, loras):
         return pack["LoadTACALoRA"].execute(model, name, strength).result[0]
 
     return load
+
+
+@pytest.fixture
+def run_in_page(monkeypatch):
+    """``node, inputs -> its first output, the text under it``, each run in a prompt of its own."""
+    shown: list[str] = []
+    text = sys.modules["taca_pack.nodes.ui.text"]
+    monkeypatch.setattr(text, "show_text", lambda text, node_id=None: shown.append(text))
+    prompts = itertools.count()
+
+    def run(node, *inputs):
+        shown.clear()
+        with CurrentNodeContext(f"prompt {next(prompts)}", "1"):
+            output = node.execute(*inputs).result[0]
+        return output, "".join(shown)
+
+    return run
 
 
 @pytest.fixture(params=families.CASES, ids=str)

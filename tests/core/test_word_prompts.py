@@ -100,22 +100,20 @@ def test_a_weight_that_is_no_number():
         (r"at 10:30, \(a:1,5\), （猫）, (16:9) (b:-.5)", r"at 10:30, \(a:1,5\), （猫）, 16 b", ""),
     ],
 )
-def test_what_is_no_weight_is_told(text, plain, says, pack, monkeypatch, caplog):
+def test_what_is_no_weight_is_told(text, plain, says, pack, run_in_page, caplog):
     parsed = weighted_text.parse(text)
     assert parsed.text == plain
-    shown = []
-    text_module = sys.modules["taca_pack.nodes.ui.text"]
-    monkeypatch.setattr(text_module, "show_text", lambda *args: shown.append(args[0]))
     clip = clip_named("Qwen-Image")
-    ((_, extras),) = pack["TACATextEncode"].execute(clip, text).result[0]
-    pack["TACAWeighWords"].execute([[torch.zeros(1, len(extras[KEY].weights), 8), {}]], clip, text)
+    ((_, extras),), encoded = run_in_page(pack["TACATextEncode"], clip, text)
+    theirs = [[torch.zeros(1, len(extras[KEY].weights), 8), {}]]
+    _, weighed = run_in_page(pack["TACAWeighWords"], theirs, clip, text)
     if not says:
         assert not parsed.warnings
-        assert not shown
+        assert (encoded, weighed) == ("", "")
         return
     (warning,) = parsed.warnings
     assert says in warning
-    assert shown == [warning] * 2
+    assert (encoded, weighed) == (warning, warning)
     assert warning in caplog.text
 
 
@@ -257,21 +255,18 @@ def test_a_text_that_its_padding_makes_as_long(pack):
 
 
 @pytest.mark.parametrize("name", ["SD3", "FLUX.1", "Qwen-Image", "Z-Image", "HiDream-I1"])
-def test_what_cannot_be_known_of_a_conditioning_is_told(name, pack, monkeypatch):
+def test_what_cannot_be_known_of_a_conditioning_is_told(name, pack, run_in_page):
     """A text that is as long, also without padding and where padding hides it, as CLIP's does."""
     hidream = "hidream.HiDreamTokenizer", "hidream.hidream_clip"
     clip = clip_of(*hidream) if name == "HiDream-I1" else clip_named(name)
-    shown = []
-    text_module = sys.modules["taca_pack.nodes.ui.text"]
-    monkeypatch.setattr(text_module, "show_text", lambda *args: shown.append(args[0]))
 
     def told(theirs, text=TEXT):
-        shown.clear()
         try:
-            assert KEY in pack["TACAWeighWords"].execute(theirs, clip, text).result[0][0][1]
+            weighed, said = run_in_page(pack["TACAWeighWords"], theirs, clip, text)
         except ValueError as error:
             return str(error)
-        return "".join(shown)
+        assert KEY in weighed[0][1]
+        return said
 
     def plain(text):
         return nodes.CLIPTextEncode().encode(clip, text)[0]
