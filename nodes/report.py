@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
@@ -206,20 +205,22 @@ def heat_maps(report: Report, decoded: Image.Image | None) -> Image.Image:
     """A picture for each word, brighter where the picture attends more to it."""
     if not report.maps:
         return pictures.sheet([pictures.blank(420, 8)], ["No words were chosen."], 1)
-    maps, labels = [], []
-    sizes = sorted({own.shape for own in report.maps}, reverse=True)
-    means = [torch.stack([own for own in report.maps if own.shape == size]) for size in sizes]
-    for word, own in (
-        (w, m) for each in means for w, m in zip(report.asked.words, each.mean(0), strict=True)
-    ):
-        low, high = own.min(), own.max()
-        heat = pictures.heat((own - low) / (high - low).clamp_min(1e-12))
-        scale = max(1, 384 // max(heat.size))
-        size = decoded.size if decoded else (heat.width * scale, heat.height * scale)
-        heat = heat.resize(size, Image.Resampling.BILINEAR)
-        maps.append(Image.blend(decoded, heat, 0.6) if decoded else heat)
-        labels.append(f"{word}: {100 * low:.3g} % to {100 * high:.3g} %")
-    return pictures.sheet(maps, labels, min(len(maps), 2), "attention of each place to")
+    drawn, labels = [], []
+    for found, is_whole in report.word_maps():
+        where = "" if is_whole else " in parts of the picture"
+        for word, own in zip(report.asked.words, found, strict=True):
+            seen = own.isfinite()
+            low, high = own[seen].min(), own[seen].max()
+            heat = pictures.heat(((own - low) / (high - low).clamp_min(1e-12)).nan_to_num(0))
+            scale = max(1, 384 // max(heat.size))
+            size = decoded.size if decoded else (heat.width * scale, heat.height * scale)
+            heat = heat.resize(size, Image.Resampling.BILINEAR)
+            if decoded:
+                mask = Image.fromarray(153 * seen.byte().numpy()).resize(size)
+                heat = Image.composite(heat, decoded, mask)
+            drawn.append(heat)
+            labels.append(f"{word}{where}: {100 * low:.3g} % to {100 * high:.3g} %")
+    return pictures.sheet(drawn, labels, min(len(drawn), 2), "attention of each place to")
 
 
 def summary(table: Tensor) -> tuple[str, list[str], list[list[str]]]:

@@ -41,9 +41,9 @@ class Probe:
     own_places: Callable[[int], Tensor]  # as ``Family.own_places``
     is_last: bool  # whether they are in the last span of image tokens, and not the first
     text: TextPlaces
-    # What was measured: the share of the text, and ``(words, rows, columns)``, the attention that
-    # each place of the picture pays to each word as the run had it, averaged over heads and frames;
-    # None without words.
+    # What was measured: the share of the text; and for each measured row the attention that each
+    # place of the picture pays to each word as the run had it, averaged over heads and frames,
+    # ``(b, words, rows, columns)``; None without words.
     found: Callable[[Pair, Tensor | None], None]
 
     def override(
@@ -126,9 +126,9 @@ class Probe:
             columns[:, :, text[indices], i] = 1
 
         def mass(keys: Tensor, mask: Tensor | None) -> Tensor:
-            """Attention to each column ``(queries, d)``, averaged over rows and heads."""
+            """Attention to each column ``(b, queries, d)``, averaged over heads."""
             out = attend(q, keys, columns, mask=mask)  # (b, queries, h * d)
-            return out.float().unflatten(-1, (-1, k.shape[-1])).mean((0, 2))
+            return out.float().unflatten(-1, (-1, k.shape[-1])).mean(2)
 
         plain = mass(k, mask)
         is_adjusted = bool((gamma != 1).any())
@@ -137,8 +137,8 @@ class Probe:
             bias = image_bias(self.words.of_rows(rows), layout, q)
             weighed = bias if mask is None else add_bias(mask, bias)
         adjusted = plain if keys is k and weighed is mask else mass(keys, weighed)
-        maps = adjusted[:, 1 : len(words) + 1].T.unflatten(-1, grid.shape).mean(1).cpu()
-        shares = plain[:, 0].mean().cpu(), adjusted[:, 0].mean().cpu()
+        maps = adjusted[..., 1 : len(words) + 1].mT.unflatten(-1, grid.shape).mean(2).cpu()
+        shares = plain[..., 0].mean().cpu(), adjusted[..., 0].mean().cpu()
         self.found(shares, maps if words else None)
 
     def check_words(self, head_dim: int) -> None:

@@ -23,6 +23,7 @@ from .run import TacaConfig, config_of
 from .schedule import NEVER, ResolvedSchedule, Schedule
 from .swap import Swap, swapped
 from .timesteps import resolver, timesteps_tensor
+from .word_maps import Place, joined, place_of
 from .words import RunWords
 
 
@@ -50,8 +51,10 @@ class Report:
     events: Events = field(default_factory=Events)  # of the run
     # (steps that had ended, t, block) -> what its probe measured in each call
     shares: dict[tuple[int, float, int], list[Pair]] = field(default_factory=dict)
-    # Of each call and block. An area of the picture or a tile has a size of its own.
+    # Of each call and block ``(words, rows, columns)``, and where its latents lie in the run's.
     maps: list[Tensor] = field(default_factory=list)
+    places: list[Place | None] = field(default_factory=list)
+    whole: torch.Size = field(default_factory=torch.Size)  # of the run's latents
     # t, the positive prompt's conditionings, and their latents and text, of each call since t last
     # changed.
     asked_at: list[tuple[float, frozenset[Any], list[Tensor]]] = field(default_factory=list)
@@ -80,13 +83,39 @@ class Report:
         self.config = config_of(guider.model_patcher) or TacaConfig(Schedule(1.0))
         self.shares.clear()
         self.maps.clear()
+        self.places.clear()
         self.asked_at.clear()
 
-    def add(self, place: tuple[int, float, int], shares: Pair, maps: Tensor | None) -> None:
-        """Keep what a probe measured; ``place`` as in ``shares``."""
-        self.shares.setdefault(place, []).append(shares)
+    def add(
+        self,
+        moment: tuple[int, float, int],
+        places: list[Place | None],
+        shares: Pair,
+        maps: Tensor | None,
+    ) -> None:
+        """Keep what a probe measured: ``moment`` as in ``shares``, the place of each row."""
+        self.shares.setdefault(moment, []).append(shares)
         if maps is not None:
-            self.maps.append(maps)
+            for place in dict.fromkeys(places):
+                rows = [i for i, own in enumerate(places) if own == place]
+                self.maps.append(maps[rows].mean(0))
+                self.places.append(place)
+
+    def word_maps(self) -> list[tuple[Tensor, bool]]:
+        """Attention to each word ``(words, rows, columns)``, and whether of the whole picture.
+
+        First that of the whole picture, NaN where no call saw it; then of parts of it whose place
+        is not known, by their size.
+        """
+        known, parts = list[tuple[Tensor, Place]](), dict[torch.Size, list[Tensor]]()
+        for each, place in zip(self.maps, self.places, strict=True):
+            if place:
+                known.append((each, place))
+            else:
+                parts.setdefault(each.shape, []).append(each)
+        whole = [(joined(known, self.whole), True)] if known else []
+        sizes = sorted(parts, reverse=True)
+        return [*whole, *((torch.stack(parts[size]).mean(0), False) for size in sizes)]
 
 
 def watched(model: ModelPatcher, report: Report) -> ModelPatcher:
@@ -119,6 +148,7 @@ def _watch_run(report: Report, executor: WrapperExecutor, *args: Any, **kwargs: 
     )
     resolved = resolver(guider.model_patcher, given["sigmas"], given["latent_shapes"][0])
     report.schedule = resolved(report.config.schedule)
+    report.whole = given["latent_shapes"][0]
     report.run_words = RunWords.of(report.prompts, resolved)
     sampling = guider.model_patcher.get_model_object("model_sampling")
     report.events = Events(timesteps_tensor(sampling, given["sigmas"])[:-1].tolist())
@@ -140,7 +170,8 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     t = timesteps_tensor(base_model.model_sampling, call.t)
     given = [each[positive] for each in (call.x, call.c_crossattn) if each is not None]
     rows = report.prompts.of_rows(call) if report.prompts else [[]] * len(call.t)
-    whose = frozenset(each["uuid"] for i in positive.tolist() for _, each in rows[i])
+    own_rows = [[each for _, each in rows[i]] for i in positive.tolist()]
+    whose = frozenset(each["uuid"] for row in own_rows for each in row)
     if not len(positive) or report.is_again(float(t.max()), whose, given):
         return executor(*args, **kwargs)
     report.events.begin_call((), t.tolist())
@@ -155,6 +186,10 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     text = extra.places(num_prompt, repeats, is_whole=num_asked is None)
     shapes = call.others.get("latent_shapes") or [call.x.shape]
     grid = family.grid(transformer, shapes[0])
+    report.whole = report.whole or shapes[0]  # there is none outside a run
+    window = call.transformer_options.get("context_window")
+    areas = ([each.get("area") for each in row] for row in own_rows)
+    where = [place_of(shapes[0], report.whole, window, own) for own in areas]
     moment = len(report.events.ended), float(t.max())
     adjusted = {block.module for block in family.joint_blocks(transformer, options.blocks)}
     index = {block.module: i for i, block in enumerate(family.joint_blocks(transformer))}
@@ -163,9 +198,9 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     swaps: list[Swap] = []
     for block in family.observed_blocks(transformer):
         own = gamma if block.module in adjusted else torch.ones_like(gamma)
-        place = (*moment, index.get(block.module, -1))  # -1: no joint attention to measure
+        at = (*moment, index.get(block.module, -1))  # -1: no joint attention to measure
         places = partial(family.own_places, transformer, grid)
-        is_last, found = family.own_image == "last", partial(report.add, place)
+        is_last, found = family.own_image == "last", partial(report.add, at, where)
         asked = report.asked.words
         probe = Probe(asked, own, words or None, positive, places, is_last, text, found)
         wrap = partial(joint_forward, block=block, state=state, override=probe.override, traces=[])
