@@ -147,5 +147,8 @@ class TACAWordSweep(io.ComfyNode):
         values = parsed("TACA Word Sweep", "weights", weights, float)
         texts = [text.replace(":w)", f":{value})") for value in values]
         labels = [f"w = {value:g}" for value in values]
-        say = NodeText(*parse(texts[0]).warnings, total=len(texts))
+        read_texts = [parse(each) for each in texts]
+        # A run in which all weights are 1 says nothing.
+        weighing = sum(any(weight != 1 for weight in each.weights) for each in read_texts)
+        say = NodeText(*read_texts[0].warnings, total=weighing)
         return io.NodeOutput([encode(clip, each, say=say) for each in texts], labels)

@@ -22,6 +22,8 @@ from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 
 import nodes as core_nodes
 from support import tiny
+from support.clips import FLUX as FLUX_CLIP
+from support.clips import clip_of
 from support.loras import random_lora
 from support.reports import report_on
 from support.tiny import sample
@@ -618,6 +620,18 @@ def test_text_under_a_node(sent):
         with CurrentNodeContext("c", "11"):
             sweep("acted")
     assert sent[-2:] == [("1 of 3: acted", "10"), ("2 of 3: acted", "10")]
+
+
+def test_a_sweep_over_words_counts_to_its_end(folder, pack, sent):
+    """Where all weights are 1 nothing acts, and nothing is said."""
+    model, clip = tiny.load(folder, "flux"), clip_of(*FLUX_CLIP)
+    with CurrentNodeContext("d", "10"):
+        sweep = pack["TACAWordSweep"].execute(clip, "a (red:w) cup", "-1, 1, 2").result[0]
+    for [(text, extras)] in sweep:
+        positive = [[text, {**extras, "pooled_output": torch.zeros(1, 32)}]]
+        with CurrentNodeContext("d", "11"):
+            sample(model, "flux", steps=1, cfg=1.0, positive=positive)
+    assert [text[:7] for text, _ in sent] == ["1 of 2:", "2 of 2:"]
 
 
 def test_text_of_a_node_that_runs_for_each_of_a_list(sent):
