@@ -75,7 +75,7 @@ def later(
 
 def scratch(options: argparse.Namespace) -> Trained:
     """Careless captions from the start."""
-    how = ("--steps", 11_000, "--dose", 0.35, "--precision", "fp32", "--seed", 0)
+    how = ("--steps", 3000, "--dose", 0.35, "--precision", "fp32", "--seed", 0)
     name = "scratch0-dose0.35"
     return Trained(name, 0, 0.35, train(name, options, *how))
 
