@@ -35,7 +35,7 @@ from train_uvit import (
     predicted,
     sample,
 )
-from trainer import DEVICE, pictures_of, tokens_of
+from trainer import DEVICE, logged, pictures_of, tokens_of
 
 from uvit.files import read_config
 from uvit.network import UViT
@@ -125,6 +125,9 @@ def score(options: argparse.Namespace) -> None:
         found = {"right": np.array(right), "tells": tells(network, codec, captions)[None]}
         fid = colour_fid(np.concatenate(drawn), real)
         report["networks"][path.stem] = {"training": said, "colour FID": round(fid, 5)}
+        if (log := path.with_suffix(".jsonl")).exists():
+            looks = {step: each["right"] for step, each in logged(log).items() if "right" in each}
+            report["networks"][path.stem]["right while training"] = looks
         for kind, values in found.items():
             judged[kind].setdefault(name, {})[said["seed"]] = values.astype(float)
             shares = zip(criteria[kind], values.mean((0, 1)).round(4).tolist(), strict=True)

@@ -30,7 +30,15 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import world
 from codec import CHANNELS, Codec, from_model, to_model
-from trainer import DEVICE, Trainer, optimisers_of, orthogonalised, pictures_of, tokens_of
+from trainer import (
+    DEVICE,
+    Trainer,
+    logged,
+    optimisers_of,
+    orthogonalised,
+    pictures_of,
+    tokens_of,
+)
 
 DEMO = Path(world.__file__).parent
 
@@ -239,8 +247,7 @@ def write_files(arguments: argparse.Namespace, trainer: Trainer, codec: Codec) -
     name = arguments.name
     save_file(half, arguments.models / f"{name}_mmdit.safetensors", {"format": "pt"})
     codec.save(arguments.codec / f"{name}_codec.safetensors")
-    # After a resumed run a step may have been logged twice: the last record of it counts.
-    records = {r["step"]: r for r in map(json.loads, trainer.log.read_text().splitlines())}
+    records = logged(trainer.log)
     stride = max(1, math.ceil(len(records) / 100))
     import comfyui_version
 

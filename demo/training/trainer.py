@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,11 @@ def pictures_of(captions: list[str], seed: int, size: int = world.SIZE) -> Itera
 def tokens_of(captions: list[str], text: str = "words") -> torch.Tensor:
     """Token ids of some captions."""
     return torch.from_numpy(np.stack([world.encode(caption, text) for caption in captions]))
+
+
+def logged(log: Path) -> dict[int, dict[str, Any]]:
+    """What a log holds of each step; the last of it, for a resumed run may repeat steps."""
+    return {each["step"]: each for each in map(json.loads, log.read_text().splitlines())}
 
 
 def orthogonalised(

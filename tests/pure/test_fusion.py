@@ -142,12 +142,16 @@ def test_score_pairs_networks_of_the_same_seed(train, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_uvit, "tells", partial(evaluate_uvit.tells, draws=1))
     files = [train(fusion, 3, seed=seed) for fusion in ("early", "cross") for seed in (0, 1)]
     files.append(train("concatenation", 3, seed=2))  # with which none can be paired
+    looks = [{"step": 500, "right": 0.1}, {"step": 500, "right": 0.2}, {"step": 600, "loss": 1.0}]
+    files[0].with_suffix(".jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in looks))
     out = tmp_path / "score.json"
     asked = {"files": files, "noises": 1, "captions": 8, "steps": 2, "cfg": 3.0, "out": out}
     evaluate_uvit.score(argparse.Namespace(**asked))
     report = json.loads(out.read_text())
     assert list(report["networks"]) == [file.stem for file in files]
     assert all(found["colour FID"] > 0 for found in report["networks"].values())
+    learnt = [each.get("right while training") for each in report["networks"].values()]
+    assert learnt == [{"500": 0.2}] + [None] * 4
     ((name, found),) = report["differences"].items()
     assert (name, found["seeds"]) == ("cross, 3 steps, minus early, 3 steps", [0, 1])
     for kind, criteria in (("right", evaluate_uvit.world.CRITERIA), ("tells", evaluate_uvit.TOLD)):
