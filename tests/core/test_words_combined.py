@@ -152,7 +152,7 @@ def test_what_tells_the_text_from_a_picture_behind_it(folder, pack):
             sample(asks, "flux", steps=1, cfg=1.0, positive=styled)
         sample(asks, "flux", steps=1, cfg=1.0, positive=redux(told, "multiply", 1.0))
     assert [*report.asked.words] == ["cat"]
-    with pytest.raises(ValueError, match="has 261 text tokens, and the text has 256.*directly be"):
+    with pytest.raises(ValueError, match=r"has 261 text tokens, and the text has 256.*directly b"):
         weigh(styled, clip, "a (red:2) cat")
 
 
