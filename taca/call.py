@@ -9,6 +9,7 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules import attention
 from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
@@ -73,6 +74,41 @@ def adjust_call(run: Run, executor: WrapperExecutor, *args: Any, **kwargs: Any) 
     if words is not None:
         run.word_events.end_call(traces, max(t), is_first, model)
     return result
+
+
+def control_swaps(run: Run, patcher: ModelPatcher) -> list[Swap]:
+    """The ControlNets of a run with LoRAs, and wraps of what ComfyUI asks before the model."""
+    entries = run.prompts.entries() if run.prompts else ()
+    controls = {id(each["control"]): each["control"] for _, each in entries if "control" in each}
+    return [
+        (each, "get_control", partial(control_forward, run=run, patcher=patcher, control=each))
+        for each in controls.values()
+    ]
+
+
+def control_forward(get_control: Forward, run: Run, patcher: ModelPatcher, control: Any) -> Forward:
+    """A ControlNet's ``get_control``.
+
+    If it runs layers of the model, as Qwen-Image Fun's, they have the LoRAs inside the window.
+    """
+
+    def taca_control(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        swaps: Sequence[Swap] = ()
+        if run.schedule is not None and _runs_layers(control):
+            times = timesteps(patcher.get_model_object("model_sampling"), t)
+            inside = all(map(run.schedule.contains, times))
+            swaps = run.sites_of(patcher.model).lora_swaps if inside else ()
+        with swapped(swaps):
+            return get_control(x, t, *args, **kwargs)
+
+    return taca_control
+
+
+def _runs_layers(control: Any) -> bool:
+    """Whether a ControlNet, or one of those chained before it, was handed the model."""
+    while control is not None and "base_model" not in getattr(control, "extra_args", ()):
+        control = getattr(control, "previous_controlnet", None)
+    return control is not None
 
 
 def in_some_rows(model: Forward, swaps: Sequence[Swap], rows: Tensor) -> Forward:

@@ -180,7 +180,9 @@ def attach(
         if more < 0 or (more and not sees_pictures(clip)):
             raise ValueError(
                 f"TACA: this conditioning has {text.shape[1]} text tokens, and the text has "
-                f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it."
+                f"{len(words.weights)} with this CLIP. Connect the CLIP and the text that made it, "
+                f"directly behind the node that encodes the text: others add tokens (Apply Style "
+                f"Model, Concat). The words of TextEncodeZImageOmni with pictures cannot be told."
             )
         beside = {n: w for n, w in words.beside.items() if isinstance(extras.get(n), torch.Tensor)}
         if any(extras[name].shape[-2] != len(weights) for name, weights in beside.items()):

@@ -118,8 +118,9 @@ class Family:
         if missing and (num_text != self.padded_front or missing < 0):
             raise ValueError(
                 f"TACA: the positive conditioning has {num_text} text tokens, its prompt "
-                f"{num_prompt}. Connect the CLIP and the prompt that made the conditioning; "
-                f"joined ones and image prompts (Redux) cannot be told apart."
+                f"{num_prompt}. Connect the CLIP and the prompt that made the conditioning. Where "
+                f"another node adds tokens (Apply Style Model, Concat, a picture's), put TACA "
+                f"Weigh Words directly behind the node that encodes the text: it tells them apart."
             )
         extra = self.extra_text(diffusion_model, num_text, call.others)
         return extra._replace(before=[*extra.before, *([0.0] * missing)])

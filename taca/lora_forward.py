@@ -84,9 +84,7 @@ def norm_swaps(module: nn.Module, adjust: dict[str, Adjust], trace: Trace) -> It
             yield module, "forward", traced
 
 
-def additive_forward(
-    forward: Forward, module: nn.Module, trace: Trace, delta: LoRADelta
-) -> Forward:
+def additive_forward(forward: Forward, module: Any, trace: Trace, delta: LoRADelta) -> Forward:
     """A linear layer's forward, with a delta added to its output."""
     # Another pack's forward may keep what it returns: only a layer's own output is added to.
     is_own = forward == type(module).forward.__get__(module) or hasattr(forward, "taca_lora")
@@ -97,6 +95,8 @@ def additive_forward(
         y = forward(x, *args, **kwargs)
         y = y.contiguous() if is_own else y.clone(memory_format=torch.contiguous_format)
         if y.numel():  # an expert may get no tokens
+            if x.shape[-1] != module.in_features:  # a Control LoRA, which core merges, adds inputs
+                x = x[..., : module.in_features]
             delta.add_to(y, x)
         return y
 

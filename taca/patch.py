@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .after_lora import end_caches
 from .arguments import run_arguments, with_callback
-from .call import adjust_call
+from .call import adjust_call, control_swaps
 from .compiler import check_compiler
 from .events import Say, silent
 from .families import family_of, uncompiled
@@ -46,6 +46,7 @@ from .options import NO_OPTIONS, Options
 from .prompt_calls import Prompts
 from .run import PATCH_KEY, Run, TacaConfig, config_of
 from .schedule import NEVER, Schedule
+from .swap import swapped
 from .timesteps import resolver, timesteps_tensor
 from .words import WORDS_KEY, RunWords, hide_avoided, share_hooks
 
@@ -157,7 +158,8 @@ def run_with_taca(
         warn_of_lost_vram(patcher)
     args, kwargs = with_callback(args, kwargs, run.events.counted(given.get("callback")))
     try:
-        result = executor(*args, **kwargs)
+        with swapped(control_swaps(run, patcher) if loras_of(patcher) else ()):
+            result = executor(*args, **kwargs)
     finally:
         # Otherwise the guider and its models would live until the garbage collector runs.
         run.prompts = run.words = None

@@ -6,10 +6,12 @@ from unittest import mock
 
 import comfy.controlnet
 import comfy.ldm.flux.math
+import comfy.ops
 import comfy.sd
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules import mmdit
+from comfy.ldm.qwen_image.controlnet import QwenImageFunControlNetModel
 from comfy.taesd.taesd import TAESD
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_sd3 import ControlNetApplySD3
@@ -19,7 +21,9 @@ from safetensors.torch import save_file
 import nodes
 from support import families, tiny
 from support.families import named
+from support.family_runs import dense as dense_family
 from support.family_runs import sample as sample_family
+from support.loras import merged_by_core, random_lora
 from support.reference import (
     SIZE,
     TEXT,
@@ -229,6 +233,47 @@ def test_a_controlnet_that_comfyui_adds_to_the_negative(folder, tmp_path):
     latents = {"samples": torch.zeros(1, 16, *SIZE)}
     nodes.common_ksampler(model, 3, 1, 3.0, "euler", "simple", positive, negative, latents)
     assert lengths == [TEXT] * 2
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "norms"])
+def test_a_controlnet_that_runs_layers_of_the_model(
+    folder, apply_taca, load_lora, monkeypatch, tmp_path, algorithm
+):
+    """Qwen-Image Fun's has the model embed picture and text, before the model's call: a TACA LoRA
+    acts there inside the window, as core's merge, and nowhere else."""
+    case = next(iter(named("Qwen-Image")))
+    model = families.load(case, folder, monkeypatch)
+    sizes = {"inner_dim": 64, "num_attention_heads": 2, "attention_head_dim": 32}
+    network = QwenImageFunControlNetModel(**sizes, operations=comfy.ops.disable_weight_init)
+    save_file(families.seeded(network, 3), tmp_path / "fun.safetensors")
+    control = comfy.controlnet.load_controlnet(str(tmp_path / "fun.safetensors"))
+    latents = torch.randn(1, 16, 1, 8, 6, generator=torch.manual_seed(1))
+    vae = mock.Mock(spacial_compression_encode=lambda: 8, encode=lambda pixels: latents)
+    positive, negative = nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *(families.conditioning(case, seed=seed) for seed in (1, 5)),
+        control,
+        torch.rand(1, 64, 48, 3, generator=torch.manual_seed(0)),
+        *(0.5, 0.0, 1.0, vae),
+    )
+    lora = random_lora(model, algorithm)
+
+    def drawn(m, start=0, end=4, latent=None):
+        part = {"start_step": start, "last_step": end, "disable_noise": start > 0}
+        settings = 3, 4, 3.0, "euler", "simple", positive, negative
+        latent = latent or families.empty(case, 2)
+        return nodes.common_ksampler(m, *settings, latent, **part)[0]
+
+    expected = drawn(dense_family(merged_by_core(model, lora), case, 1.4))["samples"]
+    without = drawn(dense_family(model, case, 1.4))["samples"]
+    assert (without - expected).abs().max() > 1
+    ours = drawn(load_lora(apply_taca(model, 1.4, 0.0), lora))["samples"]
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    # Two steps inside the window, at t = 1000 and 905, and two behind it.
+    expected = drawn(model, start=2, latent=drawn(merged_by_core(model, lora), end=2))["samples"]
+    ours = drawn(load_lora(apply_taca(model, 1.0, 800.0), lora))["samples"]
+    torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-3)
+    assert not installed_on(model)
+    assert "get_control" not in vars(control)
 
 
 @contextlib.contextmanager

@@ -340,6 +340,35 @@ def test_several_and_ordinary_ones_beside(folder, apply_taca, load_lora, kind):
     assert torch.equal(runs(ours, kind, outside), runs(bypassed, kind, outside))
 
 
+@pytest.mark.parametrize("algorithm", ["lora", "LoHa", "full"])
+def test_beside_a_lora_that_widens_a_layer(folder, apply_taca, load_lora, algorithm):
+    """FLUX's Control LoRAs (Canny, Depth) have the model take a second picture: core merges another
+    LoRA into what the layer had before, if it comes first. Behind it core leaves that layer out."""
+    model = tiny.load(folder, "flux")
+    lora = random_lora(model, algorithm)
+    generator = torch.manual_seed(3)
+    control = {"diffusion_model.img_in.reshape_weight": torch.tensor([128, 128])}
+    for name, shape in {"A": (4, 128), "B": (128, 4)}.items():
+        part = 0.2 * torch.randn(shape, generator=generator)
+        control[f"diffusion_model.img_in.lora_{name}.weight"] = part
+    hint = torch.randn(1, 16, 16, 16, generator=generator)
+    prompt = tiny.conditioning("flux", 7, concat_latent_image=hint)
+
+    def controlled(m):
+        return merged_by_core(m, control)
+
+    def drawn(m):
+        return sample(m, "flux", steps=3, cfg=1.0, positive=prompt)
+
+    expected = drawn(controlled(merged_by_core(model, lora)))
+    without = drawn(controlled(model))
+    assert (without - expected).abs().max() > 0.1
+    assert (without - drawn(model)).abs().max() > 0.1
+    ours = apply_taca(model, 1.0, 0.0)
+    for m in (controlled(load_lora(ours, lora)), load_lora(controlled(ours), lora)):
+        torch.testing.assert_close(drawn(m), expected, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("algorithm", ["lora", "full"])
 def test_rows_of_mixed_sigma(folder, apply_taca, load_lora, kind, algorithm):

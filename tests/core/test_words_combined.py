@@ -2,17 +2,21 @@
 
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 import comfy.hooks
 import comfy.samplers
+import comfy.sd
 import pytest
 import torch
+from comfy.ldm.flux.redux import ReduxImageEncoder
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
 import nodes
-from support import tiny
+from support import families, tiny
+from support.clips import FLUX, clip_of
 from support.loras import hooked, lora_hooks, random_lora
 from support.tiny import KINDS, counting, installed_on, sample, tiled
 from support.words import PROMPT, by_reference, dense_words, weighed
@@ -101,6 +105,55 @@ def test_the_models_own_masks(folder):
     assert min((expected - each).abs().max() for each in (plain, unmasked)) > 0.05
     ours = sample(model, "flux", positive=weighed(masked, PROMPT), **settings)
     torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+def redux(conditioning, strength_type, strength):
+    """Core's Apply Style Model with a tiny Redux, which appends five tokens."""
+    encoder = ReduxImageEncoder(16, 64, dtype=torch.float32)
+    encoder.load_state_dict(families.seeded(encoder, 3))
+    picture = torch.randn(1, 5, 16, generator=torch.manual_seed(4))
+    seen = SimpleNamespace(last_hidden_state=picture)
+    [styled] = nodes.StyleModelApply().apply_stylemodel(
+        conditioning, comfy.sd.StyleModel(encoder), seen, strength, strength_type
+    )
+    return styled
+
+
+@pytest.mark.parametrize(("strength_type", "strength"), [("multiply", 0.7), ("attn_bias", 0.3)])
+def test_a_picture_behind_the_text(folder, apply_taca, strength_type, strength):
+    """Redux: its tokens are text for gamma, and weigh 1; its mask adds to the weights."""
+    model = tiny.load(folder, "flux")
+    prompt = redux(tiny.conditioning("flux", 7), strength_type, strength)
+    settings = {"steps": 3, "cfg": 1.0, "batch": 2}
+    override = dense_words({12: [*PROMPT, *[1.0] * 5]}, 1.4, threshold=0.0)
+    expected = sample(by_reference(model, override), "flux", positive=prompt, **settings)
+    taca = apply_taca(model, 1.4, 0.0)
+    for other in (model, taca):
+        other = sample(other, "flux", positive=prompt, **settings)
+        assert (other - expected).abs().max() > 0.5
+    ours = sample(taca, "flux", positive=redux(words(), strength_type, strength), **settings)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+def test_what_tells_the_text_from_a_picture_behind_it(folder, pack):
+    """TACA Weigh Words in front of Redux; whatever cannot tell them apart says so."""
+    clip, weigh = clip_of(*FLUX), pack["TACAWeighWords"].execute
+    (plain,) = nodes.CLIPTextEncode().encode(clip, "a red cat")
+    plain[0][1]["pooled_output"] = torch.zeros(1, 32)
+    (told,) = weigh(plain, clip, "a red cat").result
+    model = tiny.load(folder, "flux")
+    options = pack["TACAOptions"].execute(False, "", clip, "a red cat").result[0]
+    limited = pack["TACAPatchModel"].execute(model, 1.4, 0.0, options=options).result[0]
+    watched, report = pack["TACAWatchAttention"].execute(model, "cat", clip, "a red cat").result
+    styled = redux(plain, "multiply", 1.0)
+    way_out = "TACA Weigh Words directly behind the node that encodes the text"
+    for asks in (limited, watched):
+        with pytest.raises(ValueError, match=f"has 261 text tokens, its prompt 256.*{way_out}"):
+            sample(asks, "flux", steps=1, cfg=1.0, positive=styled)
+        sample(asks, "flux", steps=1, cfg=1.0, positive=redux(told, "multiply", 1.0))
+    assert [*report.asked.words] == ["cat"]
+    with pytest.raises(ValueError, match=r"has 261 text tokens, and the text has 256.*directly b"):
+        weigh(styled, clip, "a (red:2) cat")
 
 
 @pytest.mark.parametrize("kind", KINDS)
