@@ -58,7 +58,7 @@ class TrainUViT(io.ComfyNode):
                 io.Latent.Input("latents"),
                 io.Conditioning.Input("positive"),
                 io.Conditioning.Input("negative"),
-                io.Combo.Input("fusion", options=fusions, default="intermediate"),
+                io.Combo.Input("fusion", options=fusions, default="two streams"),
                 io.Int.Input("text_blocks", default=3, min=1, max=99, step=2),
                 io.Combo.Input("conditioning", options=conditionings, default="concatenation"),
                 io.Int.Input("blocks", default=13, min=1, max=99, step=2),
