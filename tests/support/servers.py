@@ -69,7 +69,7 @@ STAND_INS = {  # what needs files that users fetch, or much time -> the demo's, 
     "LoadUViT": ("LoadUViT", {"unet_name": U_VIT}),
     "CLIPLoader": ("TinyCLIP", {}),
     "CLIPVisionLoader": ("TinyCLIPVision", {}),
-    "TrainUViT": ("TrainUViT", {"steps": 2, "batch_size": 2, "blocks": 3, "width": 64}),
+    "TrainUViT": ("TrainUViT", {"steps": 2, "batch_size": 2, "blocks": 7, "width": 64}),
 }
 
 
