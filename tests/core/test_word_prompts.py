@@ -387,9 +387,6 @@ def test_words_of_what_is_beside_the_text():
 
 
 @pytest.mark.parametrize(
-    "tokenizer", ["hunyuan_image.HunyuanImageTokenizer", "hunyuan_video.HunyuanVideo15Tokenizer"]
-)
-@pytest.mark.parametrize(
     ("text", "weighed"),
     [
         ('a sign "(OPEN:2) 24" here and "(b:2)"', "OPENb"),
@@ -401,6 +398,9 @@ def test_words_of_what_is_beside_the_text():
         ('"a\u0301 (é:2)"', "é"),
         (r'a "(\(x\):2) y"', "(x)"),
     ],
+)
+@pytest.mark.parametrize(
+    "tokenizer", ["hunyuan_image.HunyuanImageTokenizer", "hunyuan_video.HunyuanVideo15Tokenizer"]
 )
 def test_what_is_to_be_written_weighs_in_byt5(tokenizer, text, weighed):
     """ByT5 is handed what stands in quotation marks, in an order of its own."""
@@ -416,8 +416,8 @@ def test_what_is_to_be_written_weighs_in_byt5(tokenizer, text, weighed):
     assert clip.tokenizer.byt5.tokenizer.decode(found) == weighed
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "HiDream-O1"])
 @pytest.mark.parametrize("text", ["smile :) and (a", r"a \(big\) (cat:2)", "(a \\(b\\):0.5"])
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "HiDream-O1"])
 def test_brackets_that_are_text(name, text):
     """They reach each encoder as they are meant, also one that takes a backslash as text."""
     clip = clip_named(name)
