@@ -188,7 +188,7 @@ def _watch_call(report: Report, executor: WrapperExecutor, *args: Any, **kwargs:
     grid = family.grid(transformer, shapes[0])
     report.whole = report.whole or shapes[0]  # there is none outside a run
     window = call.transformer_options.get("context_window")
-    areas = ([each.get("area") for each in row] for row in own_rows)
+    areas = ([each.get("area") for each in row] or [None] for row in own_rows)
     where = [place_of(shapes[0], report.whole, window, own) for own in areas]
     moment = len(report.events.ended), float(t.max())
     adjusted = {block.module for block in family.joint_blocks(transformer, options.blocks)}

@@ -52,7 +52,7 @@ def train(name: str, options: argparse.Namespace, *more: Any) -> tuple[Path, Pat
 
 
 def base(seed: int, options: argparse.Namespace) -> tuple[Path, Path]:
-    """A model that follows its text: the demo's, or one of other seed and fewer steps."""
+    """A model that follows its text: the demo's, or one of another seed and fewer steps."""
     how = ("--seed", seed, "--steps", 3000, "--precision", "fp32")
     return CLEAN if seed == 0 else train(f"base{seed}", options, *how)
 

@@ -322,6 +322,7 @@ def test_a_call_outside_a_run_is_measured(folder):
     """As a node makes it that calls the model without a guider: the first prompt counts."""
     model = tiny.load(folder, "flux")
     report = report_on({"a": [1]})
+    report.asked = report.ask(None)  # as a run before has left it
     watched = report_module.watched(model, report)
     x, [[text, extras]] = tiny.latent(16, 16, batch=2), tiny.conditioning("flux", 7, batch=2)
     given = {"y": extras["pooled_output"], "guidance": torch.full((2,), 3.5)}
@@ -331,6 +332,7 @@ def test_a_call_outside_a_run_is_measured(folder):
             x, torch.full((2,), 0.9), c_crossattn=text, transformer_options=options, **given
         )
     assert len(report.shares) == len(report.blocks)
+    assert [is_whole for _, is_whole in report.word_maps()] == [True]
 
 
 def test_an_area_beside_a_whole_prompt(folder, apply_taca, pack, reports):

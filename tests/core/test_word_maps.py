@@ -3,9 +3,11 @@
 import sys
 
 import comfy.sample
+import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from PIL import Image
 
 import nodes
 from support import tiny
@@ -60,7 +62,13 @@ def test_an_area_is_at_its_place(model, part):
     assert torch.equal(found[0].isfinite(), seen)
     expected = torch.stack(report.maps).mean(0)
     torch.testing.assert_close(found[:, 2:6, 4:], expected)
-    heat_maps(report, None)
+    blue = torch.tensor([0, 0, 200], dtype=torch.uint8)
+    sheet = heat_maps(report, Image.new("RGB", (128, 128), tuple(blue.tolist())))
+    drawn = torch.from_numpy(np.array(sheet))[-136:-8, 8:136]  # within the sheet's margins
+    outside = torch.ones(128, 128, dtype=torch.bool)
+    outside[24:104, 56:] = False  # with the width over which the heat fades out
+    assert (drawn[outside] == blue).all()
+    assert (drawn[40:88, 72:] != blue).any(-1).all()
 
 
 def test_two_areas_of_one_size_are_two_places(model):
